@@ -1,0 +1,4555 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["cloudpickle>=3", "nvidia-ml-py>=12"]
+# ///
+"""A pool of GPU workers across machines, used like concurrent.futures.
+
+    from minipool import Executor
+
+    def train(lr):
+        import torch                      # one process per GPU: the device is always cuda:0
+        ...
+        return lr, loss
+
+    with Executor() as ex:                # this machine; MINIPOOL_ADDRESS=host makes it a cluster
+        for lr, loss in ex.map(train, [0.1, 0.03, 0.01]):
+            print(lr, loss)
+
+How it hangs together: everybody dials the server, and the server is a switch, not a store.
+
+      your program                     minipool.py serve                    minipool_worker.py connect HOST
+    +--------------+  submit   +--------------------------------+   run    +--------------------------------+
+    |  Executor    | ========> |  doorkeeper: who may come in   | =======> |  worker: one process, one GPU  |
+    |   Future     |           |  scheduler: pure state machine |          |   main thread runs your code   |
+    |   (values)   | <======== |  one outbox per peer           | <======= |   I/O thread talks, (values)   |
+    +--------------+ finished  +--------------------------------+ finished +--------------------------------+
+           |                        ^   relays ranges   |                     ^ spawns, watches, respawns
+           +---- large values: ---- | pulled, in ranges + -------> reader     | node: never runs your code
+
+Small values (64 KiB at most) ride inside messages. Larger ones stay with who made them, and the reader pulls
+byte ranges of them through the server. Everything on the wire is a batch: one pickle of builtins, one HMAC, one
+system call for many messages. A job is done when its client has the outcome; until then the client keeps the
+job, the worker keeps the outcome, and the server can be restarted without losing either.
+
+Sections, bottom-up; each uses only what is above it:
+
+    1 errors      what went wrong, by what the caller can do next
+    2 messages    everything that may cross the wire: the protocol's documentation
+    3 wire        secrets, handshake, Connection (framed, authenticated), Peer (who dials, and dials again)
+    4 scheduler   pure: messages and time in, messages out
+    5 server      threads, one lock, outboxes, the clock
+    6 values      pickles of functions, arguments and results; what travels by value
+    7 client      Future, Executor and its views, the embedded pool
+    8 CLI         serve, status, versions, secret
+
+The worker's half is in minipool_worker.py, which imports this module; never the reverse.
+"""
+from __future__ import annotations
+
+import argparse
+import atexit
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import heapq
+import hmac
+import io
+import itertools
+import json
+import logging
+import operator
+import os
+import pickle
+import queue
+import random
+import secrets
+import select
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # pools and clients
+    "Executor", "Future", "Server", "is_server_running", "as_completed", "wait",
+    # inside a job
+    "current_job",
+    # errors
+    "MinipoolError", "WorkerDied", "JobTimeout", "JobKilled", "RemoteError", "ServerLost", "Refused",
+    "VersionMismatch", "TooLarge",
+]
+
+DEFAULT_PORT = 8899
+
+log = logging.getLogger("minipool")
+log.addHandler(logging.NullHandler())       # a library is silent unless its user asks; the commands ask
+
+
+# ==================================================================================================================
+# 1 errors
+#
+# One root, and subclasses by what the caller can do next. Evidence is in attributes, the sentence in the text.
+#
+#     MinipoolError
+#       WorkerDied       (RuntimeError)                    look at the job: it took workers down
+#       JobTimeout       (RuntimeError)                    allow more time, or make it faster
+#       JobKilled        (RuntimeError)                    nothing: it was asked for
+#       RemoteError      (Exception)                       read the remote traceback in it
+#       ServerLost       (BrokenExecutor, ConnectionError) start the server, check the address
+#       Refused          (PermissionError)                 give the right secret; trying again does not help
+#       VersionMismatch  (RuntimeError)                    use the same Python minor and minipool on both sides
+#       TooLarge         (ValueError)                      send less, or raise the server's --max-value
+# ==================================================================================================================
+
+
+class MinipoolError(Exception):
+    """The root of what minipool itself raises."""
+
+
+class WorkerDied(MinipoolError, RuntimeError):
+    """A job took down more workers than `max_deaths` allows.
+
+    `job`, `attempts`, `worker`, `node`, `device`, `exitcode` (negative: the signal) and `stderr` say what is known.
+    """
+
+    def __init__(self, text: str, **evidence: Any) -> None:
+        super().__init__(text)
+        self.evidence = evidence
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("job", "attempts", "worker", "node", "device", "exitcode", "stderr"):
+            return self.__dict__.get("evidence", {}).get(name)
+        raise AttributeError(name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(type(self), **self.evidence), self.args
+
+
+class JobTimeout(MinipoolError, RuntimeError):
+    """A job ran longer than its `job_timeout`. Not a TimeoutError: a loop over `result(timeout=1)` must end."""
+
+
+class JobKilled(MinipoolError, RuntimeError):
+    """A job was ended by `kill`, `kill_workers` or `terminate_workers`."""
+
+
+class RemoteError(MinipoolError):
+    """A job's exception that could not travel or be rebuilt: its type's name, its text, the remote traceback."""
+
+    def __init__(self, type_name: str, text: str = "", remote_traceback: str = "") -> None:
+        super().__init__(type_name, text, remote_traceback)
+        self.type_name, self.text, self.remote_traceback = type_name, text, remote_traceback
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.text}" if self.text else self.type_name
+
+
+class ServerLost(concurrent.futures.BrokenExecutor, ConnectionError, MinipoolError):
+    """No server within `connect_timeout`, or gone for `reconnect_timeout` seconds."""
+
+
+class Refused(MinipoolError, PermissionError):
+    """The secret is wrong, or none was found: trying again does not help."""
+
+
+class VersionMismatch(MinipoolError, RuntimeError):
+    """The Python minor version or the protocol differs between two members of a pool."""
+
+
+class TooLarge(MinipoolError, ValueError):
+    """A value is larger than the server's `--max-value`."""
+
+
+class Malformed(MinipoolError):
+    """Bytes or fields that no honest peer sends. Ends the connection; never reaches a user's code."""
+
+
+# ==================================================================================================================
+# 2 messages
+#
+# Everything that may cross the wire. A message is a tuple of builtins, its kind first; a frame carries a list of
+# them. Each arriving message is checked once against this table (who may send it, how many fields, of which types,
+# numbers finite and in range) before anybody looks at it; a misfit ends the connection. From these lines alone a
+# stranger could write a client.
+#
+# A Name is (creator, number): whoever makes a job, function or value names it, so that the name survives a restart
+# of the server. A client's creator id is its session, a worker's its identity (node, slot, generation). A token is
+# one attempt at a job; the server counts them and never uses one twice. A Value is bytes, or, when larger than
+# INLINE, (Name, size) of an object that its creator keeps and the reader pulls.
+#
+#     client: submit -> server: ready -> run -> worker: started, finished -> server: finished -> client: delivered
+#                            ^_____ recalled, worker lost, retry _____|              (then the worker may forget)
+# ==================================================================================================================
+
+INLINE = 64 * 1024              # bytes of a payload or outcome that ride inside a message; larger ones are pulled
+RANGE = 256 * 1024              # bytes of a large value asked for at a time: about 0.2 ms of a 10 Gbit/s line
+BIGGEST = 1 << 62               # no honest number is larger, and NaN compares false with everything
+
+OK, RAISED, DIED, KILLED, TIMED_OUT = "ok", "raised", "died", "killed", "timed out"     # how a job can end
+
+
+class Kind(NamedTuple):
+    """One line of the catalogue: who sends it, what it means, and what each field may be."""
+    senders: frozenset[str]
+    meaning: str
+    fields: tuple[str, ...]
+    types: tuple[frozenset[type], ...]
+    numbers: tuple[int, ...]        # positions that must be finite and not negative
+    names: tuple[int, ...]          # positions that hold a Name
+    values: tuple[int, ...]         # positions that hold a Value
+
+
+CATALOGUE: dict[str, Kind] = {}
+
+Name = tuple[bytes, int]
+Value = bytes | tuple[Name, int]
+Message = tuple[Any, ...]
+
+_FIELD_TYPES: dict[Any, tuple[type, ...]] = {
+    int: (int,), float: (float, int), bool: (bool,), str: (str,), bytes: (bytes,), list: (list,), dict: (dict,),
+    "name": (tuple,), "value": (bytes, tuple), "dict?": (dict, type(None)), "bytes?": (bytes, type(None)),
+    "any": (int, float, bool, str, bytes, list, dict, tuple, type(None)),
+}
+
+
+def _message(kind: str, senders: str, meaning: str, **fields: Any) -> None:
+    kinds = tuple(fields.values())
+    CATALOGUE[kind] = Kind(
+        frozenset(senders.split()), meaning, tuple(fields), tuple(frozenset(_FIELD_TYPES[k]) for k in kinds),
+        tuple(i for i, k in enumerate(kinds, 1) if k in (int, float)),
+        tuple(i for i, k in enumerate(kinds, 1) if k == "name"),
+        tuple(i for i, k in enumerate(kinds, 1) if k == "value"))
+
+
+# joining: the first message of every connection says all that its sender holds; the answer says what to do with it
+_message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs=list)
+_message("node", "node", "a node's announcement: who I am, my workers' slots", info=dict)
+_message("worker", "worker", "a worker's announcement: what I run, queue and hold, as (token, job, kind)",
+         info=dict, attempts=list)
+_message("welcome", "server", "you are in; info is per role", info=dict)
+_message("refuse", "server", "you are not in, and trying again does not help", error=str, text=str)
+_message("bye", "client node worker server", "a planned end: nothing of mine is to be kept", reason=str)
+_message("beat", "node server", "still here (any other byte says the same)")
+
+# a job's life
+_message("put", "client server", "a small object, or (without bytes) the size of one to pull",
+         name="name", size=int, data="bytes?")
+_message("drop", "client server", "objects nobody will ask for again", names=list)
+_message("submit", "client", "run fn with payload once the session's log is applied up to there",
+         number=int, fn="name", payload="value", log=int, options="dict?")
+_message("missing", "server", "jobs that this server does not know: send them again", numbers=list)
+_message("run", "server", "execute this attempt of a job", token=int, job="name", fn="name", payload="value",
+         log=int, options="dict?")
+_message("started", "worker", "the main thread began this attempt", token=int)
+_message("finished", "worker", "this attempt ended; retry: its exception is one that the job wants retried",
+         token=int, status=str, value="value", seconds=float, retry=bool)
+_message("began", "server", "a worker began this job", number=int, worker=str, attempts=int)
+_message("done", "server", "a job's outcome", number=int, status=str, value="any", worker=str, attempts=int)
+_message("delivered", "client", "these outcomes have arrived", numbers=list)
+_message("forget", "server", "the outcomes of these attempts have arrived or are not wanted", tokens=list)
+_message("resend", "server", "send the outcomes of these attempts again", tokens=list)
+_message("cancel", "client", "these jobs are not wanted any more", numbers=list)
+_message("recall", "server", "hand back those of these attempts that you have not begun", tokens=list)
+_message("recalled", "worker", "of the attempts asked for, these had not begun and never will",
+         asked=list, taken=list)
+_message("retire", "worker node", "a planned exit: give me nothing new; I go when all I hold is delivered", reason=str)
+_message("kill", "client server", "end these running attempts by ending their worker (client: numbers of its jobs; "
+         "to a node: tokens)", numbers=list, reason=str)
+_message("over", "node", "the attempt to be killed had already ended", token=int)
+_message("died", "node", "this worker process is no more; token: what its cell showed (0: it was idle)",
+         worker=bytes, token=int, cause=dict)
+
+# a session's log: what every worker must have run before the session's jobs
+_message("log", "client server", "entry number position of a session's log is this object",
+         session=bytes, position=int, name="name")
+_message("unfit", "worker", "a log entry raised here; the attempts taken have not begun and never will",
+         session=bytes, position=int, value="value", taken=list)
+_message("broken", "server", "every worker that tried the session's log is unfit", value="value")
+_message("leave", "server", "forget this session: its functions, its log, its globals", session=bytes)
+
+# large values
+_message("pull", "client worker server", "send me this range of an object", name="name", offset=int, length=int)
+_message("range", "client worker server", "a range; its bytes follow the frame, their SHA-256 is here",
+         name="name", offset=int, digest=bytes)
+_message("gone", "client worker server", "nobody holds this object", name="name")
+
+# looking and steering
+_message("workers", "server", "who is in the pool now", workers=list, credit=int)
+_message("ask", "client", "a question, answered under the same number", number=int, what=str, about="any")
+_message("answer", "server", "its answer", number=int, value="any")
+
+
+def check_message(message: Any, sender: str) -> None:
+    """Raise Malformed unless `message` is one that a peer of role `sender` may send."""
+    if type(message) is not tuple or not message or type(message[0]) is not str:
+        raise Malformed("a message is a tuple that begins with its kind")
+    kind = CATALOGUE.get(message[0])
+    if kind is None or sender not in kind.senders:
+        raise Malformed(f"a {sender} sends no {message[0]!r}")
+    if len(message) - 1 != len(kind.types):
+        raise Malformed(f"{message[0]!r} has {len(kind.types)} fields, not {len(message) - 1}")
+    for accepted, field in zip(kind.types, message[1:], strict=False):
+        if type(field) not in accepted:
+            raise Malformed(f"{message[0]!r} has a field of type {type(field).__name__}")
+    for i in kind.numbers:
+        if not 0 <= message[i] < BIGGEST:
+            raise Malformed(f"{message[0]!r}: {kind.fields[i - 1]} is out of range")
+    for i in kind.names:
+        check_name(message[i])
+    for i in kind.values:
+        if type(message[i]) is tuple:
+            _check_reference(message[i])
+
+
+def check_name(name: Any) -> None:
+    """Raise Malformed unless `name` is a Name: (creator, number)."""
+    if (type(name) is not tuple or len(name) != 2 or type(name[0]) is not bytes or type(name[1]) is not int
+            or not 0 <= name[1] < BIGGEST or len(name[0]) > 64):
+        raise Malformed("a name is (creator, number)")
+
+
+def _check_reference(value: tuple[Any, ...]) -> None:
+    if len(value) != 2 or type(value[1]) is not int or not 0 <= value[1] < BIGGEST:
+        raise Malformed("a large value is (name, size)")
+    check_name(value[0])
+
+
+def numbers_in(field: list[Any]) -> list[int]:
+    """Return `field` if it holds only numbers such as tokens; raise Malformed otherwise."""
+    for number in field:
+        if type(number) is not int or not 0 <= number < BIGGEST:
+            raise Malformed("a list of numbers holds something else")
+    return field
+
+
+def brief(message: Message) -> str:
+    """Return a short text of a message for the log: kind, numbers and names, sizes instead of bytes."""
+    def show(field: Any) -> str:
+        if isinstance(field, bytes):
+            return f"{len(field)} B"
+        if isinstance(field, (list, dict)):
+            return f"{len(field)} items"
+        if isinstance(field, tuple) and field and isinstance(field[0], bytes):
+            return f"{field[0][:3].hex()}:{field[1]}"
+        return repr(field)
+    return f"{message[0]}({', '.join(show(f) for f in message[1:])})"
+
+
+# ==================================================================================================================
+# 3 wire
+#
+# Secrets, the handshake, and Connection: framed, authenticated messages over one socket. Then Peer: what client,
+# worker and node have in common. Nothing here knows what a message means, and the bytes of a user are never opened.
+#
+# The handshake "MP1", all of fixed size so that nothing is parsed before it is authenticated:
+#
+#     1  dialer -> server  64 bytes  magic, version, role, flags, identity, nonce
+#     2  server -> dialer  64 bytes  magic, version, role 0, flags, instance, nonce
+#        both: T = SHA-256(label, 1, 2, channel binding);  K = HMAC(secret, role);  PRK = HMAC(K, T)
+#        four keys from PRK, one per purpose: proof of dialer, proof of server, frames up, frames down
+#     3  dialer -> server  32 bytes  HMAC(proof-of-dialer key, T): the dialer proves first
+#     4  server -> dialer  32 bytes  HMAC(proof-of-server key, T, 3), or the constant "refused"
+#
+# A frame: header (length of control, length of body) | tag (32) | control | body.
+#     tag = HMAC-SHA-256(direction's key, sequence number | header | control)
+# so nothing can be replayed, reordered, truncated, reflected or spliced. Control is a pickle of builtins, opened by
+# an Unpickler that refuses every global, after its tag was verified. A body is one range of a large value; the
+# digest in the authenticated control covers it, and its final reader checks that.
+# ==================================================================================================================
+
+PROTOCOL = 1
+MAGIC = b"minipool"
+ROLES = ("server", "client", "node", "worker")      # the role byte is the place in this tuple
+REFUSED = hashlib.sha256(b"minipool/1 refused").digest()
+
+_FIRST = struct.Struct("!8sBBB21s32s")
+_SECOND = struct.Struct("!8sBBB5s16s32s")
+_FRAME = struct.Struct("!II")
+_SEQUENCE = struct.Struct("!Q")
+_PREFIX = _FRAME.size + 32                           # header and tag: what is read before anything is allocated
+
+MAX_CONTROL = 1024 * 1024       # a batch aims at BATCH_BYTES; the rest is room for one announcement of everything
+BATCH_MESSAGES = 256            # with BATCH_BYTES: no step under the scheduler's lock takes more than about 3 ms
+BATCH_BYTES = 256 * 1024
+BORROWED_FRAMES = 4             # then a borrowed thread passes the writer role on, to get back to its own work
+HANDSHAKE_SECONDS = 5.0         # absolute, for the whole handshake
+
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def _hmac(key: bytes, data: bytes) -> bytes:
+    return hmac.digest(key, data, "sha256")
+
+
+class Secret:
+    """What all members of a pool share: `mp1_` and 43 characters, or a password.
+
+    Never in argv, a URL, a log or a repr. Each role has a key of its own derived from it, so that a proof made for
+    one role is worth nothing for another.
+    """
+
+    def __init__(self, text: str) -> None:
+        text = text.strip()
+        if not text:
+            raise ValueError("the secret is empty")
+        self.text = text
+        self.is_password = not text.startswith("mp1_")
+        self._raw = b"" if self.is_password else self._decode(text)
+
+    @staticmethod
+    def _decode(text: str) -> bytes:
+        try:
+            raw = base64.urlsafe_b64decode(text[4:] + "=")
+        except ValueError:
+            raw = b""
+        if len(raw) != 32:
+            raise ValueError("a secret that begins with mp1_ has 43 more characters; this one was cut or mistyped")
+        return raw
+
+    @classmethod
+    def new(cls) -> Secret:
+        """Return a fresh secret of 32 random bytes."""
+        return cls("mp1_" + base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("="))
+
+    @property
+    def is_weak(self) -> bool:
+        """True for a password that may only guard a loopback port."""
+        return self.is_password and len(self.text) < 12
+
+    def role_key(self, role: str, instance: bytes, identity: bytes = b"") -> bytes:
+        """Return the key of a role; for a worker, the one ticket of the worker `identity`."""
+        master = _stretch(self.text, instance) if self.is_password else self._raw
+        key = _hmac(master, b"minipool/1 role " + role.encode())
+        return _hmac(key, identity) if role == "worker" else key
+
+    def __repr__(self) -> str:
+        return "Secret(password)" if self.is_password else "Secret(mp1_...)"
+
+
+@functools.lru_cache(maxsize=8)     # once per process and server life, never per connection
+def _stretch(password: str, salt: bytes) -> bytes:
+    return hashlib.scrypt(password.encode(), salt=salt, n=2**15, r=8, p=1, maxmem=64 * 1024 * 1024, dklen=32)
+
+
+class Ticket:
+    """The key of one worker, made by its node, so that the secret itself never reaches a worker process."""
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+
+    def role_key(self, role: str, instance: bytes, identity: bytes = b"") -> bytes:
+        """Return the ticket, whatever is asked: it opens one role for one identity."""
+        return self.key
+
+
+class SessionKeys(NamedTuple):
+    """The four keys of one connection."""
+    dialer_proof: bytes
+    server_proof: bytes
+    up: bytes
+    down: bytes
+    transcript: bytes
+
+    @classmethod
+    def derive(cls, role_key: bytes, first: bytes, second: bytes, binding: bytes = b"") -> SessionKeys:
+        """Derive them from both hellos; `binding` is the digest of the TLS certificate, or empty."""
+        transcript = hashlib.sha256(
+            b"minipool/1 transcript" + first + second + bytes([len(binding)]) + binding).digest()
+        prk = _hmac(role_key, b"minipool/1 session" + transcript)
+        return cls(*(_hmac(prk, b"minipool/1 " + label + b"\x01")
+                     for label in (b"dialer proof", b"server proof", b"up", b"down")), transcript)
+
+    def prove_dialer(self) -> bytes:
+        """Return step 3 of the handshake."""
+        return _hmac(self.dialer_proof, self.transcript)
+
+    def prove_server(self, dialer_proof: bytes) -> bytes:
+        """Return step 4 of the handshake."""
+        return _hmac(self.server_proof, self.transcript + dialer_proof)
+
+
+def first_hello(role: str, identity: bytes = b"") -> bytes:
+    """Return step 1: `identity` (20 bytes) says which worker this is, other roles leave it empty."""
+    return _FIRST.pack(MAGIC, PROTOCOL, ROLES.index(role), 0, identity.ljust(21, b"\0"), secrets.token_bytes(32))
+
+
+def second_hello(instance: bytes) -> bytes:
+    """Return step 2; `instance` names this life of the server."""
+    return _SECOND.pack(MAGIC, PROTOCOL, 0, 0, bytes(5), instance, secrets.token_bytes(32))
+
+
+def read_first_hello(data: bytes) -> tuple[str, bytes, int]:
+    """Return (role, identity, protocol) of step 1, or raise Malformed."""
+    magic, version, role, flags, identity, _nonce = _FIRST.unpack(data)
+    if magic != MAGIC or flags or not 1 <= role < len(ROLES) or identity[20]:
+        raise Malformed("not a hello")
+    if ROLES[role] != "worker" and any(identity):
+        raise Malformed("reserved bytes are not zero")
+    return ROLES[role], identity[:20], version
+
+
+def handshake(sock: socket.socket, role: str, key: Secret | Ticket, identity: bytes = b"",
+              binding: bytes = b"") -> tuple[SessionKeys, bytes]:
+    """Dial in: run the four steps on a connected socket; return the keys and the server's instance.
+
+    Raises Refused (the secret does not match), VersionMismatch, or ConnectionError (not a minipool server).
+    """
+    first = first_hello(role, identity)
+    sock.sendall(first)
+    second = _read_exactly(sock, _SECOND.size)
+    magic, version, _role, _flags, _reserved, instance, _nonce = _SECOND.unpack(second)
+    if magic != MAGIC:
+        raise ConnectionError("what answers there is not a minipool server")
+    if version != PROTOCOL:
+        raise VersionMismatch(f"the server speaks minipool protocol {version}, this side {PROTOCOL}")
+    keys = SessionKeys.derive(key.role_key(role, instance, identity), first, second, binding)
+    proof = keys.prove_dialer()
+    sock.sendall(proof)
+    answer = _read_exactly(sock, 32)
+    if hmac.compare_digest(answer, keys.prove_server(proof)):
+        return keys, instance
+    if hmac.compare_digest(answer, REFUSED):
+        raise Refused("the secret does not match the server's")
+    raise ConnectionError("the server could not prove that it knows the secret")
+
+
+def _read_exactly(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = sock.recv(size - len(data))
+        if not more:
+            raise ConnectionError("the connection was closed during the handshake: it may not be a minipool server")
+        data += more
+    return data
+
+
+class _BuiltinsOnly(pickle.Unpickler):
+    """Opens control messages: any global in them, the way to run code, is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise Malformed(f"a message names the global {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise Malformed("a message holds a persistent id")
+
+
+def encode_messages(messages: list[Message]) -> bytes:
+    """Return the control part of a frame."""
+    return pickle.dumps(messages, 5)
+
+
+def decode_messages(control: bytes, sender: str) -> list[Message]:
+    """Open the control part of a frame whose tag has been verified; raise Malformed for anything unexpected."""
+    try:
+        messages = _BuiltinsOnly(io.BytesIO(control)).load()
+    except Malformed:
+        raise
+    except Exception as error:          # a hostile pickle fails in many ways; all mean the same
+        raise Malformed(f"a frame does not open: {error}") from None
+    if type(messages) is not list or not messages:
+        raise Malformed("a frame holds a list of messages")
+    for message in messages:
+        check_message(message, sender)
+    return messages
+
+
+class Plain:
+    """The seam between Connection and the socket: bytes out without blocking, bytes in.
+
+    A TLS seam has the same four methods over an SSLObject; Connection never sees the difference.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        _tune(sock)
+
+    def send(self, buffers: Sequence[Any]) -> int:
+        """Send what fits now; return how many bytes went, 0 if the kernel's buffer is full."""
+        try:
+            return self.sock.sendmsg(buffers, (), socket.MSG_DONTWAIT)
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    def receive_into(self, view: memoryview) -> int:
+        """Block until bytes are there; return how many, 0 at the end of the stream."""
+        return self.sock.recv_into(view)
+
+    def shutdown(self) -> None:
+        """Wake both ends; the descriptor stays until close()."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        self.sock.close()
+
+
+def _tune(sock: socket.socket) -> None:
+    """Set what makes latency low and a dead peer noticed; each is optional, as platforms differ."""
+    sock.settimeout(None)
+    for level, option, setting in (
+        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),         # finds an idle peer that vanished: 5 s + 3 probes
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 5),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 2),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 30_000),   # ms; finds one that vanished with data in flight.
+        #                                                     At 2 s a live but slow reader was cut off.
+        (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 256 * 1024),  # control overtakes ranges in our queue, not below it
+    ):
+        with contextlib.suppress(OSError, AttributeError):
+            sock.setsockopt(level, getattr(socket, option), setting)
+
+
+class Connection:
+    """Framed, authenticated messages over one socket.
+
+    One thread receives. Many threads send: they append to the outbox under `_lock` and whoever finds the *writer
+    role* free takes it. Draining, numbering, tagging and writing happen only while holding the role, so frames
+    leave in the order of their numbers; the role is given back under the lock only if the outbox is empty at that
+    moment, so nothing is left behind. A thread never blocks in a write: what does not fit is left to the flusher
+    thread, and with it the role.
+    """
+
+    def __init__(self, seam: Plain, send_key: bytes, receive_key: bytes, remote: str, flusher: Flusher) -> None:
+        self.remote = remote                    # the other end's role, proven by the handshake
+        self.frames_sent = self.bytes_sent = self.bytes_received = 0
+        self.destination: Callable[[Message, int], memoryview | None] | None = None     # where a range belongs
+        self._seam = seam
+        self._flusher = flusher
+        # the outbox and the role; all guarded by _lock
+        self._lock = threading.Lock()
+        self._control: collections.deque[Message] = collections.deque()
+        self._ranges: collections.deque[tuple[Message, Any]] = collections.deque()
+        self._writing = False                   # somebody holds the writer role
+        self._closed = False
+        self._disposed = False                  # the receiver is gone: who gives the role back closes the descriptor
+        # only for the holder of the writer role
+        self._send_key = send_key
+        self._send_number = 0
+        self._rest: list[memoryview] = []       # of a frame of which a part was written
+        self._fit = BATCH_MESSAGES              # messages that lately filled BATCH_BYTES
+        # only for the receiving thread
+        self._receive_key = receive_key
+        self._receive_number = 0
+        self._buffer = bytearray(64 * 1024)
+        self._start = self._end = 0             # what was received and not yet consumed lies between
+
+    # ---- sending ----
+
+    def post(self, messages: Iterable[Message]) -> None:
+        """Append messages to the outbox; a later flush() sends them. Cheap enough to call under other locks."""
+        with self._lock:
+            self._control.extend(messages)
+
+    def post_range(self, message: Message, body: Any) -> None:
+        """Append a range; control messages overtake it."""
+        with self._lock:
+            self._ranges.append((message, body))
+
+    def flush(self) -> None:
+        """Write what waits, as far as it goes without blocking; the flusher does the rest."""
+        with self._lock:
+            if self._writing or self._closed or not (self._control or self._ranges):
+                return
+            self._writing = True
+        self.write(BORROWED_FRAMES)
+
+    def hand_to_flusher(self) -> None:
+        """Let the flusher write what waits: for a thread that goes on producing, so that batches grow."""
+        with self._lock:
+            if self._writing or self._closed or not (self._control or self._ranges):
+                return
+            self._writing = True
+        self._flusher.take(self)
+
+    def write(self, frames: int) -> None:
+        """Write up to `frames` frames; the caller holds the writer role, and has not got it afterwards."""
+        try:
+            while self._rest or self._next_frame():
+                if not self._push():
+                    return self._flusher.park(self)
+                frames -= 1
+                if not frames:
+                    return self._flusher.take(self)
+        except OSError as error:
+            log.debug("connection to %s: write failed: %s", self.remote, error)
+            self.close()
+            self._give_back_role()
+        except BaseException as error:      # a bug, or Ctrl-C: it must not leave a connection that looks alive
+            self.close()
+            self._give_back_role()
+            if not isinstance(error, Exception):
+                raise
+            log.exception("a frame to the %s cannot be written", self.remote)   # the borrowed thread is not to blame
+
+    def _next_frame(self) -> bool:
+        """Encode the next frame into `_rest`; give the role back if nothing waits."""
+        with self._lock:
+            if self._closed or not (self._control or self._ranges):
+                self._writing = False
+                if self._disposed:
+                    self._seam.close()
+                return False
+            if self._control:
+                count = min(self._fit, len(self._control))
+                batch, body = [self._control.popleft() for _ in range(count)], b""
+            else:
+                message, body = self._ranges.popleft()
+                batch = [message]
+        self._encode_frame(batch, body)
+        return True
+
+    def _encode_frame(self, batch: list[Message], body: Any) -> None:
+        control = encode_messages(batch)
+        if len(control) > MAX_CONTROL // 2 and len(batch) > 1:      # a sudden run of fat messages
+            half = len(batch) // 2
+            with self._lock:
+                self._control.extendleft(reversed(batch[half:]))
+            return self._encode_frame(batch[:half], body)
+        if len(control) > MAX_CONTROL:
+            raise ValueError(f"a message of {len(control)} bytes cannot be sent: {brief(batch[0])}")
+        if not body:
+            self._fit = max(1, min(BATCH_MESSAGES, len(batch) * BATCH_BYTES // len(control)))
+        header = _FRAME.pack(len(control), len(body))
+        tag = _hmac(self._send_key, _SEQUENCE.pack(self._send_number) + header + control)
+        self._send_number += 1
+        self._rest = [memoryview(header + tag + control)]
+        if len(body):
+            self._rest.append(memoryview(body).cast("B"))
+
+    def _push(self) -> bool:
+        """Send the rest of a frame; False if the kernel takes no more now."""
+        while self._rest:
+            sent = self._seam.send(self._rest)
+            if not sent:
+                return False
+            self.bytes_sent += sent
+            while self._rest and sent >= len(self._rest[0]):
+                sent -= len(self._rest.pop(0))
+            if sent:
+                self._rest[0] = self._rest[0][sent:]
+        self.frames_sent += 1
+        return True
+
+    def _give_back_role(self) -> None:
+        with self._lock:
+            self._writing = False
+            self._control.clear()
+            self._ranges.clear()
+            if self._disposed:
+                self._seam.close()
+
+    # ---- receiving ----
+
+    def receive(self) -> list[Message]:
+        """Block for the next frame; return its messages.
+
+        Raises EOFError at the end of the stream, OSError if the connection broke, Malformed if the frame is not
+        what an honest peer sends. Lengths are bounded before anything is allocated, and nothing is looked into
+        before its tag is verified.
+        """
+        self._need(_PREFIX)
+        control_size, body_size = _FRAME.unpack_from(self._buffer, self._start)
+        if not 0 < control_size <= MAX_CONTROL or body_size > RANGE:
+            raise Malformed("a frame's lengths are out of range")
+        self._need(_PREFIX + control_size)
+        view = memoryview(self._buffer)[self._start:self._start + _PREFIX + control_size]
+        header, tag, control = bytes(view[:_FRAME.size]), bytes(view[_FRAME.size:_PREFIX]), bytes(view[_PREFIX:])
+        view.release()
+        self._start += _PREFIX + control_size
+        expected = _hmac(self._receive_key, _SEQUENCE.pack(self._receive_number) + header + control)
+        if not hmac.compare_digest(tag, expected):
+            raise Malformed("a frame's tag does not verify")
+        self._receive_number += 1
+        messages = decode_messages(control, self.remote)
+        if not body_size:
+            return messages
+        if len(messages) != 1 or messages[0][0] != "range":
+            raise Malformed("only a range has a body")
+        return [(*messages[0], self._receive_body(messages[0], body_size))]
+
+    def has_input(self, seconds: float) -> bool:
+        """Wait up to `seconds` for bytes; True if a receive() would find some."""
+        if self._end > self._start:
+            return True
+        poll = select.poll()
+        poll.register(self._seam.sock, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+    def _receive_body(self, message: Message, size: int) -> Any:
+        """Receive a range's bytes where they will stay, if anybody here waits for them."""
+        target = self.destination(message, size) if self.destination else None
+        view = memoryview(bytearray(size)) if target is None else target
+        have = min(size, self._end - self._start)
+        view[:have] = self._buffer[self._start:self._start + have]
+        self._start += have
+        while have < size:
+            count = self._seam.receive_into(view[have:])
+            if not count:
+                raise EOFError
+            have += count
+            self.bytes_received += count
+        return view
+
+    def _need(self, size: int) -> None:
+        """Receive until `size` bytes are in the buffer."""
+        if self._end - self._start >= size:
+            return
+        if self._start == self._end:
+            self._start = self._end = 0
+        if len(self._buffer) - self._start < size:
+            kept = self._buffer[self._start:self._end]
+            if size > len(self._buffer):
+                self._buffer = bytearray(size)
+            self._buffer[:len(kept)] = kept
+            self._start, self._end = 0, len(kept)
+        with memoryview(self._buffer) as view:
+            while self._end - self._start < size:
+                count = self._seam.receive_into(view[self._end:])
+                if not count:
+                    raise EOFError
+                self._end += count
+                self.bytes_received += count
+
+    # ---- ending ----
+
+    @property
+    def closed(self) -> bool:
+        """True once either side ended it."""
+        return self._closed
+
+    @property
+    def waiting(self) -> int:
+        """Messages and ranges in the outbox, and the frame that is being written."""
+        return len(self._control) + len(self._ranges) + self._writing
+
+    def close(self) -> None:
+        """End the connection; its receiver wakes. The descriptor goes when nobody can be using it any more."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._seam.shutdown()
+
+    def dispose(self) -> None:
+        """Close, called by the receiving thread when it has finished: nobody reads from the descriptor any more."""
+        self.close()
+        with self._lock:
+            self._disposed = True
+            if not self._writing:
+                self._seam.close()
+
+    def abandon(self) -> None:
+        """Close the descriptor without a word to the other end: for the child of a fork, whose socket it is not."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            os.close(self._seam.sock.detach())
+
+
+class Flusher:
+    """The one thread of a process that finishes what a write could not: it polls stalled connections.
+
+    A writer thread per connection would block instead of poll; one poller holds the same promise (no peer can
+    hold up another, nobody else ever blocks) with one thread for thousands of peers.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._ready: collections.deque[Connection] = collections.deque()    # appended by anybody, popped by the thread
+        self._new: collections.deque[Connection] = collections.deque()
+        self._parked: dict[int, Connection] = {}        # only for the thread: by descriptor, waiting for room
+        self._wake_lock = threading.Lock()              # nobody writes to a descriptor that stop() has given back
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=f"minipool-{name}-flusher", daemon=True)
+        self._thread.start()
+
+    def take(self, connection: Connection) -> None:
+        """Take over the writer role of a connection and go on writing at once."""
+        self._ready.append(connection)
+        self._wake()
+
+    def park(self, connection: Connection) -> None:
+        """Take over the writer role of a connection and go on when its kernel buffer has room."""
+        self._new.append(connection)
+        if threading.current_thread() is not self._thread:
+            self._wake()
+
+    def stop(self) -> None:
+        """End the thread; what it had not written is lost with the connections."""
+        self._stopping = True
+        self._wake()
+        self._thread.join(5)
+        with self._wake_lock:
+            if self._wake_write >= 0 and not self._thread.is_alive():
+                os.close(self._wake_read)
+                os.close(self._wake_write)
+                self._wake_write = -1
+
+    def _wake(self) -> None:
+        with self._wake_lock, contextlib.suppress(OSError):     # full: it is awake already; -1: it is gone
+            os.write(self._wake_write, b"!")
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._adopt_parked()
+            for connection in self._poll():
+                connection.write(BORROWED_FRAMES)
+            for _ in range(len(self._ready)):       # a fair turn each: write() brings back what has more
+                self._ready.popleft().write(BORROWED_FRAMES)
+        for connection in [*self._ready, *self._new, *self._parked.values()]:
+            connection.close()
+            connection._give_back_role()
+
+    def _adopt_parked(self) -> None:
+        while self._new:
+            connection = self._new.popleft()
+            descriptor = connection._seam.sock.fileno()
+            if connection.closed or descriptor < 0:
+                connection._give_back_role()
+            else:
+                self._parked[descriptor] = connection
+
+    def _poll(self) -> list[Connection]:
+        """Return the parked connections that have room again, or are broken and must hear of it."""
+        poll = select.poll()
+        poll.register(self._wake_read, select.POLLIN)
+        for descriptor in self._parked:
+            poll.register(descriptor, select.POLLOUT)
+        ready = [fd for fd, _ in poll.poll(0 if self._ready or self._new else None)]
+        with contextlib.suppress(BlockingIOError):
+            while len(os.read(self._wake_read, 4096)) == 4096:
+                pass
+        return [self._parked.pop(fd) for fd in ready if fd in self._parked]
+
+
+def parse_address(address: str, default_port: int = DEFAULT_PORT) -> tuple[str, int]:
+    """Split "host", "host:port", "[::1]:port" or "::1" into host and port; raise ValueError otherwise."""
+    text = address.strip()
+    if "://" in text:
+        raise ValueError(f"{address!r} is a URL; an address is host or host:port (use minipool.from_url for URLs)")
+    host, port = text, ""
+    if text.startswith("["):
+        host, _, port = text[1:].partition("]")
+        port = port.removeprefix(":")
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    if not host or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
+        raise ValueError(f"{address!r} is not an address: expected host or host:port")
+    return host, int(port or default_port)
+
+
+def format_address(host: str, port: int) -> str:
+    """Return host:port, with brackets round an IPv6 host."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Blob:
+    """A value in several buffers, read by range without ever being joined."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = [memoryview(part).cast("B") for part in parts]
+        self.size = sum(len(part) for part in self.parts)
+
+    def read(self, offset: int, length: int) -> Any:
+        """Return `length` bytes from `offset` on; a view where they lie in one buffer."""
+        found = []
+        for part in self.parts:
+            if offset < len(part):
+                found.append(part[offset:offset + length])
+                length -= len(found[-1])
+                offset = 0
+                if not length:
+                    break
+            else:
+                offset -= len(part)
+        return found[0] if len(found) == 1 else b"".join(found)
+
+
+class Pull:
+    """A large value on its way here: where its bytes go, and which of its ranges are still missing."""
+
+    def __init__(self, name: Name, size: int, done: Callable[[Any], None]) -> None:
+        self.name, self.size, self.done = name, size, done     # done(buffer), or done(None): nobody holds it
+        self.buffer = bytearray(size)
+        self.wanted = collections.deque(range(0, max(1, size), RANGE))  # offsets not asked for
+        self.asked: set[int] = set()                            # offsets asked for and not here
+        self.spoiled: collections.Counter[int] = collections.Counter()      # digests that did not match, by offset
+
+    def length(self, offset: int) -> int:
+        """Return the length of the range at `offset`."""
+        return min(RANGE, self.size - offset)
+
+
+PULLS_IN_FLIGHT = 2     # ranges asked for and unanswered, over all pulls of a connection: bounds the server's memory
+
+
+class Peer:
+    """What client, worker and node have in common: dial, handshake, announce, send, pull, serve; and dial again.
+
+    The owner gives callbacks: `announce()` returns the messages to open a connection with, `on_batch(messages)`
+    gets what arrives, `on_lost()` hears of a lost connection. All run in the peer's I/O thread; no user code does.
+    `lock` is the owner's: a connection becomes visible together with its announcement under it, so that what the
+    owner does under the lock is either in the announcement or sent after it, never neither.
+    """
+
+    def __init__(self, role: str, address: tuple[str, int], key: Secret | Ticket, *,
+                 lock: threading.Lock | threading.RLock, announce: Callable[[], list[Message]], on_batch: Callable[[list[Message]], None],
+                 on_lost: Callable[[], None] = lambda: None, on_idle: Callable[[], bool] = lambda: False,
+                 identity: bytes = b"", name: str = "") -> None:
+        self.role, self.address, self.key, self.identity = role, address, key, identity
+        self.lock = lock
+        self.connection: Connection | None = None           # written by the I/O thread under lock
+        self.instance = b""                                 # which life of the server we talk to
+        self.trouble: BaseException | None = None           # why there is no connection
+        self.lost_at: float | None = time.monotonic()       # since when; None while connected
+        self.values: dict[Name, Blob] = {}                  # large values that others may pull; guarded by lock
+        self._announce, self._on_batch, self._on_lost, self._on_idle = announce, on_batch, on_lost, on_idle
+        self._pulls: dict[Name, Pull] = {}                  # guarded by lock
+        self._in_flight = 0                                 # ranges asked for; guarded by lock
+        self._stopping = threading.Event()
+        self.flusher = Flusher(name or role)
+        self.thread = threading.Thread(target=self._run, name=f"minipool-{name or role}-io", daemon=True)
+
+    def start(self) -> None:
+        """Start the I/O thread."""
+        self.thread.start()
+
+    def stop(self, *farewell: Message) -> None:
+        """Say farewell and end the threads; blocks for at most a second of unsent words."""
+        connection = self.connection
+        if connection and not connection.closed:
+            connection.post(farewell)
+            connection.flush()
+            give_up = time.monotonic() + 1
+            while connection.waiting and not connection.closed and time.monotonic() < give_up:
+                time.sleep(0.002)
+        self._stopping.set()
+        with self.lock:                 # so that a connection made meanwhile is seen here, or sees _stopping
+            connection = self.connection
+        if connection:
+            connection.close()
+        if self.thread is not threading.current_thread() and self.thread.ident:
+            self.thread.join(HANDSHAKE_SECONDS)
+        self.flusher.stop()
+
+    def send(self, *messages: Message) -> None:
+        """Send, or drop what there is no connection for: the next announcement says it again."""
+        connection = self.connection
+        if connection:
+            connection.post(messages)
+            connection.flush()
+
+    # ---- the I/O thread ----
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            try:
+                connection = self._dial()
+            except (OSError, UnicodeError, MinipoolError) as error:     # UnicodeError: no host can be called so
+                self.trouble = error
+                failures += 1
+                self._on_lost()
+                # full jitter, so that a thousand peers do not return at once; the cap keeps a restart short
+                self._stopping.wait(random.uniform(0, min(3.0, 0.1 * 2 ** min(failures, 6))))
+                continue
+            failures, began = 0, time.monotonic()
+            try:
+                self._serve(connection)
+            except (OSError, EOFError, Malformed) as error:
+                self.trouble = error if not isinstance(error, EOFError) else ConnectionError("the server closed")
+            except Exception as error:                  # a bug of ours: log it, go on with a fresh connection
+                log.exception("minipool: the %s's I/O thread stumbled", self.role)
+                self.trouble = error
+            self._lose(connection)
+            if time.monotonic() - began < 1:            # turned away at once, as by a full server: do not storm it
+                self._stopping.wait(random.uniform(0, 1))
+
+    def _dial(self) -> Connection:
+        """Return an authenticated connection; tries every address of the host, resolved anew each time."""
+        sock = socket.create_connection(self.address, timeout=HANDSHAKE_SECONDS)
+        try:
+            keys, instance = handshake(sock, self.role, self.key, self.identity)
+        except BaseException:
+            sock.close()
+            raise
+        self.instance = instance
+        connection = Connection(Plain(sock), keys.up, keys.down, "server", self.flusher)
+        connection.destination = self._destination
+        return connection
+
+    def _serve(self, connection: Connection) -> None:
+        with self.lock:
+            if self._stopping.is_set():
+                return connection.close()
+            connection.post(self._announce())
+            connection.post(self._ask_again())
+            self.connection, self.trouble, self.lost_at = connection, None, None
+            self._ask_more()                # what was wanted while there was no connection
+        connection.flush()
+        while True:
+            # the owner may hold small words back to ride on the next frame; after a quiet moment they go alone
+            while self._on_idle() and not connection.has_input(0.02):
+                connection.flush()
+            messages = connection.receive()
+            rest = [m for m in messages if m[0] not in ("pull", "range", "gone")]
+            if len(rest) != len(messages):
+                for message in messages:
+                    self._handle_range(connection, message)
+            if rest:
+                self._on_batch(rest)
+
+    def _lose(self, connection: Connection) -> None:
+        with self.lock:
+            self.connection, self.lost_at = None, time.monotonic()
+        connection.dispose()
+        self._on_lost()
+
+    # ---- large values ----
+
+    def pull(self, name: Name, size: int, done: Callable[[Any], None]) -> None:
+        """Fetch a large value; `done(buffer)` is called in the I/O thread, `done(None)` if nobody holds it.
+
+        The caller holds the lock, and flushes. Asking twice for a value that is on its way is asking once.
+        """
+        if name in self._pulls:
+            return
+        self._pulls[name] = Pull(name, size, done)
+        self._ask_more()
+
+    def forget_pull(self, name: Name) -> None:
+        """Stop wanting a value. The caller holds the lock."""
+        pull = self._pulls.pop(name, None)
+        if pull:
+            self._in_flight -= len(pull.asked)
+            self._ask_more()
+
+    def _ask_more(self) -> None:
+        """Ask for ranges up to the bound, oldest pull first."""
+        if not self.connection:
+            return
+        for pull in self._pulls.values():
+            while pull.wanted:
+                if self._in_flight >= PULLS_IN_FLIGHT:
+                    return
+                offset = pull.wanted.popleft()
+                pull.asked.add(offset)
+                self._in_flight += 1
+                self.connection.post([("pull", pull.name, offset, pull.length(offset))])
+
+    def _ask_again(self) -> list[Message]:
+        """After a reconnection: what was asked for on the old connection is asked for again."""
+        return [("pull", pull.name, offset, pull.length(offset))
+                for pull in self._pulls.values() for offset in pull.asked]
+
+    def _destination(self, message: Message, size: int) -> memoryview | None:
+        """Return where the body of a range belongs."""
+        with self.lock:
+            pull = self._pulls.get(message[1])
+            offset = message[2]
+            if pull is None or offset not in pull.asked or size != pull.length(offset):
+                return None
+            return memoryview(pull.buffer)[offset:offset + size]
+
+    def _handle_range(self, connection: Connection, message: Message) -> None:
+        if message[0] == "pull":
+            self._serve_range(connection, *message[1:])
+        elif message[0] == "range":
+            self._take_range(*message[1:])
+            connection.flush()
+        elif message[0] == "gone":
+            with self.lock:
+                pull = self._pulls.get(message[1])
+                self.forget_pull(message[1])
+            connection.flush()
+            if pull:
+                pull.done(None)
+
+    def _serve_range(self, connection: Connection, name: Name, offset: int, length: int) -> None:
+        with self.lock:
+            blob = self.values.get(name)
+        if blob is None or offset + length > blob.size or length > RANGE:
+            connection.post([("gone", name)])
+        else:
+            body = blob.read(offset, length)
+            connection.post_range(("range", name, offset, hashlib.sha256(body).digest()), body)
+        connection.flush()
+
+    def _take_range(self, name: Name, offset: int, digest: bytes, body: Any = b"") -> None:
+        """Check an arrived range; a spoiled one is asked for again, three times, then the value counts as lost."""
+        intact = hashlib.sha256(body).digest() == digest
+        with self.lock:
+            pull = self._pulls.get(name)
+            if pull is None or offset not in pull.asked:
+                return
+            intact = intact and len(body) == pull.length(offset)
+            pull.asked.discard(offset)
+            self._in_flight -= 1
+            if not intact:
+                pull.spoiled[offset] += 1
+                pull.wanted.appendleft(offset)
+            lost = pull.spoiled[offset] > 3
+            if lost:
+                self.forget_pull(name)
+            finished = not lost and not pull.wanted and not pull.asked
+            if finished:
+                del self._pulls[name]
+            self._ask_more()
+        if lost or finished:
+            pull.done(None if lost else pull.buffer)
+
+
+# ==================================================================================================================
+# 4 scheduler
+#
+# A pure state machine: receive(peer, messages, now), disconnected(peer, now) and tick(now) in, messages and closings
+# out. No socket, thread, lock, clock, random number, pickle, file or print, so that a race is the order of two calls
+# and millions of histories can be simulated. `peer` is any hashable that names a connection; user bytes pass unread.
+#
+# Records hold data, the Scheduler holds all rules. Five nouns: Job, Worker (of a Node), Object, Instance, Mailbox;
+# a Session is a client, whose lease all its things hang on. The three entries never call one another; private steps
+# append to the outboxes, only the entries hand them out.
+#
+#     waiting --> ready --> running --> done | failed | cancelled
+#        ^----------^----------'         back when a worker is lost, a job is handed back, or a retry is due
+#
+# A running job whose worker has finished it is `delivering`: it holds no slot, and is done when its client has it.
+# ==================================================================================================================
+
+
+class State:
+    """The states of a job; the same words in code, log, status page and CLI."""
+    WAITING, READY, RUNNING, DONE, FAILED, CANCELLED = "waiting", "ready", "running", "done", "failed", "cancelled"
+
+
+LEGAL = {
+    State.WAITING: {State.READY, State.RUNNING, State.FAILED, State.CANCELLED},     # running: adopted after a restart
+    State.READY: {State.WAITING, State.RUNNING, State.DONE, State.FAILED, State.CANCELLED},
+    State.RUNNING: {State.WAITING, State.READY, State.DONE, State.FAILED, State.CANCELLED},
+    State.DONE: set(), State.FAILED: {State.DONE}, State.CANCELLED: set(),
+}       # ready -> done: delivered just before its holder was lost; failed -> done: its client has the sentence
+
+T_DEAD = 15.0           # seconds without a byte from any connection of a host: the host is dead
+T_GONE = 3.0            # seconds a closed connection may stay away when no node vouches for the process
+T_LEASE = 60.0          # seconds that a vanished client's jobs are kept
+T_ADOPT = 10.0          # seconds after the server's start in which resent jobs wait to be claimed by workers
+T_BEAT = 1.0            # seconds between heartbeats, both ways
+T_RECALL = 1.0          # seconds a recall may stay unanswered
+T_STALL = 0.05          # seconds without a finished job after which a window is recalled
+SHORT = 0.005           # seconds; jobs of a function that measures shorter are streamed
+WINDOW_SECONDS = 0.01   # of estimated work that may lie in a worker's inbox
+WINDOW_JOBS = 256       # at most; so no job is estimated shorter than WINDOW_SECONDS / WINDOW_JOBS
+LONG = 1e9              # the estimate of a function not known to be short: nothing else fits beside it
+CREDIT_JOBS = 4096      # jobs a session may have at the server; the rest waits at the client, so memory is constant
+
+
+class Job:
+    """One call: what to run, where it stands, and who has it."""
+    __slots__ = ("session", "number", "fn", "payload", "log", "name", "priority", "on", "soft", "retries",
+                 "max_deaths", "sequence", "state", "token", "worker", "attempts", "deaths", "estimate", "delivering",
+                 "begun", "again", "queued", "killed", "verdict", "history")
+
+    def __init__(self, session: Session, number: int, fn: Name, payload: Value, log: int, sequence: int,
+                 options: dict[str, Any]) -> None:
+        self.session, self.number, self.fn, self.payload, self.log = session, number, fn, payload, log
+        self.name: str = options.get("name", "")
+        self.priority: float = options.get("priority", 0)
+        self.on: frozenset[str] | None = frozenset(options["on"]) if options.get("on") else None
+        self.soft: bool = bool(options.get("soft"))             # `on` is a preference
+        self.retries: int = options.get("retries", 0)
+        self.max_deaths: int = options.get("max_deaths", 3)
+        self.sequence = sequence            # order of arrival: ties of priority, and the way back to the front
+        self.state = State.WAITING
+        self.token = 0                      # of the current attempt; 0: none yet
+        self.worker: Worker | None = None   # who runs it, or holds its outcome
+        self.attempts = self.deaths = 0
+        self.estimate = LONG                # seconds it was taken for when it was handed out
+        self.delivering = False             # finished, and its client has not said that it has the outcome
+        self.begun = False                  # the worker said that user code runs
+        self.again = False                  # sent again after a restart: a worker may claim it
+        self.queued = False                 # has an entry in its class's heap
+        self.killed = ""                    # the reason, once a kill was asked for
+        self.verdict: tuple[Any, ...] | None = None     # the outcome of a job that failed without a worker's word
+        self.history: list[str] = []        # the last states, for story()
+
+
+class Session:
+    """A client: what it sent, what it may still send, and how long it is waited for."""
+    __slots__ = ("id", "peer", "name", "limit", "jobs", "objects", "log", "workers", "load", "unfit", "tried",
+                 "broken", "queues", "estimates", "lost_at", "waiting_pulls", "bytes")
+
+    def __init__(self, id: bytes) -> None:
+        self.id = id
+        self.peer: Any = None
+        self.name = ""
+        self.limit: int | None = None               # max_workers
+        self.jobs: dict[int, Job] = {}              # all it sent and has not got the outcome of
+        self.objects: dict[Name, tuple[int, bytes | None]] = {}     # functions and log entries: size, bytes if small
+        self.log: list[Name] = []
+        self.workers: dict[Worker, int] = {}        # how many attempts each worker has of it
+        self.load = 0                               # their sum
+        self.unfit: set[Worker] = set()             # workers on which its log raised
+        self.tried: set[Worker] = set()             # workers that were sent its log
+        self.broken: Value | None = None            # the exception that broke it
+        self.queues: dict[Any, Queue] = {}
+        self.estimates: dict[Name, float] = {}      # seconds, of functions that measure short
+        self.lost_at: float | None = None
+        self.waiting_pulls: dict[tuple[Name, int, int], list[Any]] = {}      # ranges asked of it: (range, readers)
+        self.bytes = 0                              # of inline payloads
+
+
+class Worker:
+    """One process, one device."""
+    __slots__ = ("id", "name", "node", "device", "tags", "pid", "peer", "inbox", "delivering", "load", "moved_at",
+                 "has", "positions", "acks", "selections", "recalled", "recall_at", "stall_armed", "lost_at", "info",
+                 "draining", "waiting_pulls", "claims", "finished")
+
+    def __init__(self, id: bytes) -> None:
+        self.id = id
+        self.name = ""
+        self.node: Node | None = None
+        self.device = ""
+        self.tags: frozenset[str] = frozenset()     # all that `on` can name: worker, node, tags
+        self.pid = 0
+        self.peer: Any = None
+        self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: of a job unknown here
+        self.delivering: dict[int, Job] = {}        # outcomes it keeps for clients
+        self.load = 0.0                             # estimated seconds of work in the inbox
+        self.moved_at = 0.0                         # when it last finished something
+        self.has: set[Name] = set()                 # objects it was sent
+        self.positions: dict[bytes, int] = {}       # how much of each session's log it was sent
+        self.acks: list[int] = []                   # outcomes it may forget; they ride on the next run
+        self.selections: list[Selection] = []
+        self.recalled: list[int] = []               # asked back, not answered yet
+        self.recall_at = 0.0
+        self.stall_armed = False
+        self.lost_at: float | None = None           # its connection is closed since then
+        self.info: dict[str, Any] = {}
+        self.draining = False
+        self.waiting_pulls: dict[tuple[Name, int, int], list[Any]] = {}
+        self.claims: set[Name] = set()              # jobs it runs or holds whose client is not here
+        self.finished = 0
+
+
+class Node:
+    """A host's supervisor: it owns death, and vouches for its workers."""
+    __slots__ = ("id", "name", "peer", "heard_at", "workers", "info", "lost_at")
+
+    def __init__(self, id: bytes) -> None:
+        self.id, self.name = id, ""
+        self.peer: Any = None
+        self.heard_at = 0.0                 # a byte from any connection of the host
+        self.workers: dict[bytes, Worker] = {}
+        self.info: dict[str, Any] = {}
+        self.lost_at: float | None = None
+
+
+class Selection:
+    """The workers that one `on` admits, sorted by room, so that dispatch finds one without a search."""
+    __slots__ = ("on", "members", "idle", "roomy", "users")
+
+    def __init__(self, on: frozenset[str] | None) -> None:
+        self.on = on
+        self.members: set[Worker] = set()
+        self.idle: dict[Worker, None] = {}      # nothing in the inbox
+        self.roomy: dict[Worker, None] = {}     # room for another short job; used in turn
+        self.users = 0                          # queues that look here
+
+
+class Queue:
+    """The ready jobs of one session and one selection: a heap by (priority, arrival)."""
+    __slots__ = ("session", "selection", "soft", "heap", "dead")
+
+    def __init__(self, session: Session, selection: Selection, soft: bool) -> None:
+        self.session, self.selection, self.soft = session, selection, soft
+        self.heap: list[tuple[float, int, Job]] = []
+        self.dead = 0                           # entries of jobs that are not ready any more
+
+
+class Actions(NamedTuple):
+    """What the shell must do: send these messages, then close these connections."""
+    sends: dict[Any, list[Message]]
+    closes: list[Any]
+
+
+class Scheduler:
+    """Who is there, what is queued, who runs what: all rules, no I/O."""
+
+    def __init__(self, now: float, first_token: int, *, max_value: int = 64 << 30, adopting: bool = True,
+                 about: dict[str, Any] | None = None) -> None:
+        self.sessions: dict[bytes, Session] = {}
+        self.workers: dict[bytes, Worker] = {}
+        self.nodes: dict[bytes, Node] = {}
+        self.max_value = max_value
+        self.about = about or {}        # what the shell knows: address and such, for the snapshot
+        self.counters: collections.Counter[str] = collections.Counter()     # lifetime: accepted, delivered, ...
+        self._peers: dict[Any, Session | Worker | Node] = {}
+        self._token = first_token       # the server's start in microseconds: later lives never repeat one
+        self._sequence = 0
+        self._queues: dict[Any, Queue] = {}             # those with entries
+        self._selections: dict[Any, Selection] = {}
+        self._everybody = self._select(None)
+        self._claims: dict[Name, tuple[Worker, int, str]] = {}      # attempts whose job is unknown here
+        self._dead: dict[bytes, bytes] = {}     # the newest generation of each slot that is known to be dead
+        self._adopting = adopting
+        self._leaving: set[Worker] = set()              # draining: they go when they hold nothing any more
+        self._again: list[Job] = []                     # resent jobs that wait for a claim
+        self._expected_workers = 0                      # as many as any returning client last saw
+        self._timers: list[tuple[float, int, Callable[[Any, float], None], Any]] = []
+        self._timer_number = 0
+        self._entered_at = now
+        self._sends: dict[Any, list[Message]] = {}
+        self._closes: list[Any] = []
+        self._handlers = {
+            "client": self._client, "node": self._node, "worker": self._worker, "bye": self._bye,
+            "beat": self._beat, "put": self._put, "drop": self._drop, "submit": self._submit,
+            "started": self._started, "finished": self._finished, "delivered": self._delivered,
+            "cancel": self._cancel, "recalled": self._recalled, "kill": self._kill, "over": self._over,
+            "died": self._died, "retire": self._retire, "log": self._log, "unfit": self._unfit, "pull": self._pull, "range": self._range,
+            "gone": self._gone, "ask": self._ask,
+        }
+        if adopting:
+            self._arm(now + T_ADOPT, self._end_adoption, None)
+
+    # ---- the three ways in ----
+
+    def receive(self, peer: Any, messages: list[Message], now: float) -> Actions:
+        """Advance on a batch of messages from one peer; return what the server must do."""
+        self._enter(now)
+        known = self._peers.get(peer)
+        if isinstance(known, Worker) and known.node:
+            known.node.heard_at = now       # any byte from its host is a heartbeat
+        elif isinstance(known, Node):
+            known.heard_at = now
+        for message in messages:
+            if known is None and message[0] not in ("client", "node", "worker"):
+                break                       # of a connection that was superseded, or whose owner was given up
+            if known is not None and message[0] in ("client", "node", "worker"):
+                raise Malformed("only the first message is an announcement")
+            self._handlers[message[0]](known if known is not None else peer, now, *message[1:])
+            if known is None:
+                known = self._peers.get(peer)
+                if known is None:
+                    break                   # refused
+        self._dispatch(now)
+        return self._take_actions()
+
+    def disconnected(self, peer: Any, now: float) -> Actions:
+        """Advance on the loss of a connection. What hung on it is kept for a grace: losing one is harmless."""
+        self._enter(now)
+        gone = self._peers.pop(peer, None)
+        if gone is not None and gone.peer == peer:
+            gone.peer, gone.lost_at = None, now
+            if isinstance(gone, Session):
+                self._arm(now + T_LEASE, self._expire, gone)
+            elif isinstance(gone, Worker):
+                self._refresh(gone)
+                self._arm(now + T_GONE, self._give_up_worker, gone)
+            else:
+                self._arm(now + T_GONE, self._give_up_node, gone)
+        self._dispatch(now)
+        return self._take_actions()
+
+    def tick(self, now: float) -> Actions:
+        """Advance on time alone; call it when `deadline` has come."""
+        self._enter(now)
+        while self._timers and self._timers[0][0] <= now:
+            _, _, step, about = heapq.heappop(self._timers)
+            step(about, now)
+        self._dispatch(now)
+        return self._take_actions()
+
+    @property
+    def deadline(self) -> float | None:
+        """When tick() is due; None: not before something happens."""
+        return self._timers[0][0] if self._timers else None
+
+    def _enter(self, now: float) -> None:
+        """Note the time; whoever enters first after we were stopped or starved excuses all hosts: not their fault."""
+        if now - self._entered_at > 2 * T_BEAT:
+            for node in self.nodes.values():
+                node.heard_at = now
+        self._entered_at = max(now, self._entered_at)
+
+    def _take_actions(self) -> Actions:
+        actions = Actions(self._sends, self._closes)
+        self._sends, self._closes = {}, []
+        return actions
+
+    def _send(self, peer: Any, message: Message) -> None:
+        if peer is not None:
+            try:
+                self._sends[peer].append(message)
+            except KeyError:
+                self._sends[peer] = [message]
+
+    def _arm(self, when: float, step: Callable[[Any, float], None], about: Any) -> None:
+        """Call step(about, now) at `when`; a step checks for itself whether it still has a reason.
+
+        It compares `now` with the very sum it was armed with: (a + b) - a can be less than b.
+        """
+        self._timer_number += 1
+        heapq.heappush(self._timers, (when, self._timer_number, step, about))
+
+    def _move(self, job: Job, state: str) -> None:
+        """Change a job's state, if the table allows it."""
+        if state not in LEGAL[job.state]:
+            raise AssertionError(f"job {job.number} cannot go from {job.state} to {state}: {self.story(job)}")
+        job.state = state
+        job.history.append(state)
+        if len(job.history) > 12:
+            del job.history[:6]
+
+    # ---- joining: one announcement for joining, reconnecting and the restart of the server ----
+
+    def _client(self, peer: Any, now: float, info: dict[str, Any], jobs: list[int]) -> None:
+        """Admit a client, and reconcile: what it does not list it does not want, what we do not know it sends."""
+        held = set(numbers_in(jobs))
+        session = self.sessions.get(info["session"])
+        is_new = session is None
+        if session is None:
+            session = self.sessions[info["session"]] = Session(info["session"])
+            session.tried = {w for w in self.workers.values() if session.id in w.positions}
+        self._attach(session, peer)
+        session.name, session.limit = info.get("name", ""), info.get("max_workers")
+        if is_new and self._adopting:
+            self._expected_workers = max(self._expected_workers, info.get("workers_seen", 0))
+        self._send(peer, ("welcome", {"new": is_new, "log": len(session.log), "max_value": self.max_value,
+                                      "workers": self._worker_list(), "credit": self._credit()}))
+        for number in [n for n in session.jobs if n not in held]:
+            self._release(session, number)
+        missing = [n for n in jobs if n not in session.jobs]
+        if missing:
+            self._send(peer, ("missing", missing))
+        for number in jobs:
+            job = session.jobs.get(number)
+            if job is not None:
+                self._tell_client_again(job)
+        if session.broken is not None:
+            self._send(peer, ("broken", session.broken))
+        self._ask_owner_again(session)
+        self._maybe_end_adoption(now)
+
+    def _tell_client_again(self, job: Job) -> None:
+        """After a reconnection: what the old connection may have lost on its way to the client."""
+        if job.verdict:
+            self._send(job.session.peer, ("done", job.number, *job.verdict))
+        elif job.delivering and job.worker:
+            self._send(job.worker.peer, ("resend", [job.token]))
+        elif job.begun and job.worker:
+            self._send(job.session.peer, ("began", job.number, job.worker.name, job.attempts))
+
+    def _node(self, peer: Any, now: float, info: dict[str, Any]) -> None:
+        """Admit a node; a name that another host has gets a suffix."""
+        node = self.nodes.get(info["id"])
+        if node is None:
+            node = self._new_node(info["id"], info.get("name") or "node", now)
+        self._attach(node, peer)
+        node.info, node.heard_at = info, now
+        self._send(peer, ("welcome", {"name": node.name}))
+        for worker in node.workers.values():
+            for job in worker.inbox.values():
+                if job is not None and job.killed and job.state == State.RUNNING:
+                    self._send(peer, ("kill", [job.token], job.killed))     # the old connection may have lost it
+
+    def _new_node(self, id: bytes, base: str, now: float) -> Node:
+        taken = {node.name for node in self.nodes.values()}
+        names = itertools.chain([base], (f"{base}~{i}" for i in itertools.count(2)))
+        node = self.nodes[id] = Node(id)
+        node.name = next(name for name in names if name not in taken)
+        self._arm(now + T_BEAT, self._exchange_beats, node)
+        return node
+
+    def _worker(self, peer: Any, now: float, info: dict[str, Any], attempts: list[Any]) -> None:
+        """Admit a worker, and reconcile its attempts with ours by set difference."""
+        node = self.nodes.get(info["node"])
+        worker = self.workers.get(info["id"])
+        if worker is None:
+            if info["id"][16:] <= self._dead.get(info["id"][:16], b""):    # its last words, read after its death
+                self._send(peer, ("refuse", "ServerLost", "this process is dead to the pool"))
+                return self._closes.append(peer)
+            worker = self.workers[info["id"]] = Worker(info["id"])
+            self._supersede(worker, now)
+            if node is None:        # the server restarted, and the worker was back before its node
+                node = self._new_node(info["node"], info.get("node_name") or "node", now)
+                self._arm(now + T_GONE, self._give_up_node, node)
+                node.lost_at = now
+            node.workers[worker.id] = worker
+            node.heard_at = now
+            worker.node, worker.info, worker.device, worker.pid = node, info, info["device"], info["pid"]
+            worker.name = f"{node.name}-{info['slot']}"
+            worker.tags = frozenset([worker.name, node.name, *info.get("tags", ())])
+            for selection in self._selections.values():
+                self._enlist(worker, selection)
+        self._attach(worker, peer)
+        worker.has = {name for name in map(tuple, info.get("has", ())) if len(name) == 2}
+        worker.positions = dict(info.get("positions", {}))
+        worker.recalled, worker.acks = [], []
+        for session_id in worker.positions:
+            if session_id in self.sessions:
+                self.sessions[session_id].tried.add(worker)
+        self._arm(now + T_LEASE, self._leave_strangers, worker)
+        self._send(peer, ("welcome", {"name": worker.name, "node_name": worker.node.name if worker.node else "",
+                                      "max_value": self.max_value}))
+        self._reconcile(worker, {a[0]: (tuple(a[1]), a[2]) for a in attempts}, now)
+        self._ask_owner_again(worker)
+        self._refresh(worker)
+        self._guard_window(worker, now)
+        self._tell_clients()
+        self._maybe_end_adoption(now)
+
+    def _attach(self, owner: Session | Worker | Node, peer: Any) -> None:
+        """Make `peer` the connection of `owner`; an older one is superseded and what it still says is ignored."""
+        if owner.peer is not None and owner.peer != peer:
+            self._peers.pop(owner.peer, None)
+            self._closes.append(owner.peer)
+        owner.peer, owner.lost_at = peer, None
+        self._peers[peer] = owner
+
+    def _supersede(self, newcomer: Worker, now: float) -> None:
+        """A newer process of the same slot means that the older one is dead."""
+        slot, generation = newcomer.id[:16], newcomer.id[16:]
+        for worker in [w for w in self.workers.values() if w.id[:16] == slot and w.id[16:] < generation]:
+            self._dead[slot] = max(self._dead.get(slot, b""), worker.id[16:])
+            self._lose(worker, now, None, {"what": "was replaced by a newer process"})
+
+    def _reconcile(self, worker: Worker, listed: dict[int, tuple[Name, str]], now: float) -> None:
+        """Settle what a worker holds: assigned but unlisted goes back, listed but unassigned is claimed or dropped."""
+        for token, job in [*worker.inbox.items(), *worker.delivering.items()]:
+            if token not in listed:
+                self._unassign(worker, token)
+                if job is not None and job.token == token and job.state == State.RUNNING:
+                    self._put_back(job, now)
+        resend, forget = [], []
+        for token, (name, kind) in listed.items():
+            self._token = max(self._token, token)
+            job = self._find(name)
+            if job is not None and job.token == token and job.worker is worker and job.state == State.RUNNING:
+                if kind == "outcome":
+                    resend.append(token)
+            elif job is not None and job.again and job.state == State.WAITING and kind != "inbox":
+                self._adopt(job, worker, token, kind)
+            elif kind == "begun":           # it cannot be taken back; what comes of it is stale unless claimed
+                worker.inbox.setdefault(token, None)
+                if job is None:
+                    self._claim(name, worker, token, kind, now)
+            else:
+                self._unassign(worker, token)
+                if kind != "outcome" or job is not None or not self._claim(name, worker, token, kind, now):
+                    forget.append(token)
+        worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
+        if resend:
+            self._send(worker.peer, ("resend", resend))
+        if forget:
+            self._send(worker.peer, ("forget", forget))
+
+    def _claim(self, name: Name, worker: Worker, token: int, kind: str, now: float) -> bool:
+        """Remember what a worker has of a client that is not here yet, for a lease; False: a newer attempt exists."""
+        older, claimed, had = self._claims.get(name, (worker, 0, ""))
+        if token < claimed:
+            return False
+        if token > claimed:
+            older.claims.discard(name)
+            if had == "outcome":
+                self._forget(older, claimed)
+            self._arm(now + T_LEASE, self._drop_claim, (name, token))
+        self._claims[name] = (worker, token, kind)
+        worker.claims.add(name)
+        return True
+
+    def _adopt(self, job: Job, worker: Worker, token: int, kind: str) -> None:
+        """Take over a job that survived the server: it is not run again."""
+        self._move(job, State.RUNNING)
+        job.token, job.worker, job.begun, job.attempts = token, worker, True, job.attempts + 1
+        if kind == "outcome":
+            self._finish_attempt(job, worker, token)
+            self._send(worker.peer, ("resend", [token]))
+        else:
+            worker.inbox[token] = job
+            self._count_attempt(job, worker, 1)
+            self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
+        self.counters["adopted"] += 1
+
+    def _drop_claim(self, about: tuple[Name, int], now: float) -> None:
+        name, token = about
+        worker, claimed, kind = self._claims.get(name, (None, 0, ""))
+        if worker is not None and claimed == token:
+            del self._claims[name]
+            worker.claims.discard(name)
+            if kind == "outcome":
+                self._send(worker.peer, ("forget", [token]))
+
+    def _maybe_end_adoption(self, now: float) -> None:
+        if self._adopting and self._expected_workers and self._connected_workers() >= self._expected_workers:
+            self._end_adoption(None, now)
+
+    def _end_adoption(self, _about: None, now: float) -> None:
+        """Whoever has a claim has had the time to say so: what is unclaimed runs anew."""
+        self._adopting = False
+        waiting, self._again = self._again, []
+        for job in waiting:
+            if job.state == State.WAITING:
+                self._make_ready(job)
+
+    def _bye(self, who: Session | Worker | Node, now: float, reason: str) -> None:
+        """A planned end: nothing is waited for."""
+        if isinstance(who, Session):
+            self._end_session(who, now)
+        elif isinstance(who, Worker):
+            self._lose(who, now, None, {"what": reason, "planned": True})
+        else:
+            self._lose_node(who, now, {"what": reason, "planned": True})
+
+    # ---- jobs ----
+
+    def _put(self, session: Session, now: float, name: Name, size: int, data: bytes | None) -> None:
+        session.objects[name] = (size, data)
+
+    def _drop(self, session: Session, now: float, names: list[Any]) -> None:
+        """Forget objects that nobody will ask for again, here and in the workers."""
+        for name in map(tuple, names):
+            session.objects.pop(name, None)
+            session.estimates.pop(name, None)
+        for worker in session.tried | set(session.workers):
+            had = [name for name in map(tuple, names) if name in worker.has]
+            worker.has.difference_update(had)
+            if had:
+                self._send(worker.peer, ("drop", had))
+
+    def _submit(self, session: Session, now: float, number: int, fn: Name, payload: Value, log: int,
+                options: dict[str, Any] | None) -> None:
+        if number in session.jobs or session.broken is not None:
+            return      # sent twice it is one job; of a broken session the client was told, and fails its futures
+        self._sequence += 1
+        job = Job(session, number, fn, payload, log, self._sequence, options or {})
+        session.jobs[number] = job
+        self.counters["accepted"] += 1
+        if options and options.get("again"):
+            job.again = True
+            name = (session.id, number)
+            if name in self._claims:
+                worker, token, kind = self._claims.pop(name)
+                worker.claims.discard(name)
+                return self._adopt(job, worker, token, kind)
+            if self._adopting:
+                self._again.append(job)
+                return
+        self._make_ready(job)
+
+    def _make_ready(self, job: Job) -> None:
+        """Put a job into the heap of its class."""
+        self._move(job, State.READY)
+        job.worker, job.delivering, job.begun = None, False, False
+        if job.queued:
+            return
+        session, key = job.session, (job.on, job.soft)
+        found = session.queues.get(key)
+        if found is None:
+            found = session.queues[key] = Queue(session, self._select(job.on), job.soft)
+            found.selection.users += 1
+        if not found.heap:
+            self._queues[session.id, key] = found
+        heapq.heappush(found.heap, (-job.priority, job.sequence, job))
+        job.queued = True
+
+    def _put_back(self, job: Job, now: float, charged: bool = False, cause: dict[str, Any] | None = None) -> None:
+        """Return a running job to the queue; a charge counts, and beyond max_deaths it is the end."""
+        lost = job.worker
+        if charged:
+            job.deaths += 1
+        if job.killed:
+            self._fail(job, KILLED, {**(cause or {}), "reason": job.killed}, lost)
+        elif charged and job.deaths > job.max_deaths:
+            self._fail(job, DIED, cause or {}, lost)
+        else:
+            self._make_ready(job)
+
+    def _fail(self, job: Job, status: str, evidence: dict[str, Any], worker: Worker | None) -> None:
+        """End a job without a worker's word; the verdict is kept until its client has it."""
+        self._move(job, State.FAILED)
+        job.delivering = False
+        evidence = {**evidence, "job": job.name, "attempts": job.attempts, "deaths": job.deaths}
+        if worker is not None:
+            evidence.update(worker=worker.name, node=worker.node.name if worker.node else "", device=worker.device)
+        job.verdict = (status, evidence, worker.name if worker else "", job.attempts)
+        self._send(job.session.peer, ("done", job.number, *job.verdict))
+
+    def _started(self, worker: Worker, now: float, token: int) -> None:
+        job = worker.inbox.get(token)
+        if job is not None and job.token == token and job.state == State.RUNNING:
+            job.begun = True
+            self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
+
+    def _finished(self, worker: Worker, now: float, token: int, status: str, value: Value, seconds: float,
+                  retry: bool) -> None:
+        """Take an outcome, if the attempt is current; every other is stale and dropped here, in this one place."""
+        job = worker.inbox.get(token) or worker.delivering.get(token)
+        if token in worker.inbox:
+            worker.moved_at = now
+            worker.finished += 1
+            self._unassign(worker, token)
+            self._refresh(worker)
+        if job is None or job.token != token or job.state != State.RUNNING:
+            name = next((n for n in worker.claims if self._claims[n][1] == token), None)
+            if name is None:
+                self._forget(worker, token)
+            else:
+                self._claims[name] = (worker, token, "outcome")     # its client may yet come back for it
+            return
+        if not job.delivering:
+            self._learn(job, seconds)
+            if status == RAISED and retry and job.retries > 0:
+                job.retries -= 1
+                self._forget(worker, token)
+                return self._put_back(job, now)
+            self._finish_attempt(job, worker, token)
+        self._send(job.session.peer, ("done", job.number, status, value, worker.name, job.attempts))
+
+    def _finish_attempt(self, job: Job, worker: Worker, token: int) -> None:
+        job.delivering = True
+        worker.delivering[token] = job
+
+    def _delivered(self, session: Session, now: float, numbers: list[int]) -> None:
+        for number in numbers_in(numbers):
+            self._release(session, number)
+
+    def _cancel(self, session: Session, now: float, numbers: list[int]) -> None:
+        for number in numbers_in(numbers):
+            self._release(session, number, State.CANCELLED)
+
+    def _release(self, session: Session, number: int, state: str = State.DONE) -> None:
+        """Forget a job: its client has the outcome, or does not want one."""
+        job = session.jobs.pop(number, None)
+        if job is None:
+            return
+        if state == State.DONE and not (job.delivering or job.verdict or job.state == State.READY):
+            state = State.CANCELLED         # the client lists it no more, and it had not finished
+        self.counters["delivered" if state == State.DONE else "cancelled"] += 1
+        if job.queued:
+            self._bury(job)
+        if job.delivering and job.worker:
+            job.worker.delivering.pop(job.token, None)
+            self._forget(job.worker, job.token)
+        elif job.state == State.RUNNING and job.worker and job.token in job.worker.inbox:
+            self._send(job.worker.peer, ("recall", [job.token]))      # it keeps the slot until the worker answers
+        if job.state == State.FAILED:
+            state = State.DONE
+        self._move(job, state)
+
+    def _bury(self, job: Job) -> None:
+        """Leave a dead entry to be skipped; sweep when most of a heap is dead."""
+        queue = job.session.queues[job.on, job.soft]
+        queue.dead += 1
+        job.queued = False
+        if queue.dead > 64 and queue.dead > len(queue.heap) // 2:
+            queue.heap = [entry for entry in queue.heap if entry[2].queued]
+            heapq.heapify(queue.heap)
+            queue.dead = 0
+
+    def _forget(self, worker: Worker, token: int) -> None:
+        """Let a worker forget an outcome; the word rides on its next run, or goes now if it has nothing to do."""
+        worker.acks.append(token)
+        if not worker.inbox or len(worker.acks) >= 64:
+            self._send_acks(worker)
+
+    def _send_acks(self, worker: Worker) -> None:
+        self._send(worker.peer, ("forget", worker.acks))
+        worker.acks = []
+
+    def _find(self, name: Name) -> Job | None:
+        session = self.sessions.get(name[0])
+        return session.jobs.get(name[1]) if session else None
+
+    # ---- dispatch: heads of classes, in the order of priority, fairness, arrival ----
+
+    def _dispatch(self, now: float) -> None:
+        """Hand out ready jobs while there is room for them; let those go that wait to go."""
+        for worker in [w for w in self._leaving if not w.inbox and not w.delivering]:
+            self._send(worker.peer, ("bye", "nothing is left to do or to deliver"))
+            self._lose(worker, now, None, {"what": "left", "planned": True})
+        while self._queues and (self._everybody.idle or self._everybody.roomy):
+            best: tuple[float, int, int] | None = None
+            choice: tuple[Job, Worker, Queue] | None = None
+            for key, queue in list(self._queues.items()):
+                job = self._head(queue)
+                if job is None:
+                    self._retire_queue(key, queue)
+                    continue
+                rank = (-job.priority, queue.session.load, job.sequence)     # the session that has least goes first
+                if best is not None and rank >= best:
+                    continue
+                worker = self._room_for(job, queue)
+                if worker is not None:
+                    best, choice = rank, (job, worker, queue)
+            if choice is None:
+                return
+            job, worker, queue = choice
+            heapq.heappop(queue.heap)
+            job.queued = False
+            self._assign(job, worker, now)
+
+    def _head(self, queue: Queue) -> Job | None:
+        heap = queue.heap
+        while heap and not heap[0][2].queued:
+            heapq.heappop(heap)
+            queue.dead -= 1
+        return heap[0][2] if heap else None
+
+    def _retire_queue(self, key: Any, queue: Queue) -> None:
+        """Take an empty queue out of the dispatch, and its selection when nobody else looks there."""
+        del self._queues[key]
+        del queue.session.queues[key[1]]
+        queue.selection.users -= 1
+        if not queue.selection.users and queue.selection is not self._everybody:
+            del self._selections[queue.selection.on]
+            for worker in queue.selection.members:
+                worker.selections.remove(queue.selection)
+
+    def _room_for(self, job: Job, queue: Queue) -> Worker | None:
+        """Return the worker that should take a job now; None if no eligible one has room."""
+        selection = queue.selection
+        if queue.soft and not selection.members:
+            selection = self._everybody
+        session = queue.session
+        candidates = itertools.chain(selection.idle, selection.roomy if self._estimate(job) < LONG else ())
+        if session.limit is not None and len(session.workers) >= session.limit:
+            candidates = (w for w in candidates if w in session.workers)
+        return next((w for w in candidates if w not in session.unfit), None)
+
+    def _estimate(self, job: Job) -> float:
+        """Return the seconds a job is taken for: LONG unless its function measures short and it is unsuspected."""
+        if job.deaths or not job.max_deaths:
+            return LONG         # a suspect runs alone, so that no second charge can be wrong
+        return job.session.estimates.get(job.fn, LONG)
+
+    def _learn(self, job: Job, seconds: float) -> None:
+        """Update the estimate of a function; one long sample ends its streaming."""
+        estimates = job.session.estimates
+        if seconds > 2 * SHORT:
+            estimates.pop(job.fn, None)
+        else:
+            old = estimates.get(job.fn, seconds)
+            estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
+            if estimate < SHORT:
+                estimates[job.fn] = estimate
+            else:
+                estimates.pop(job.fn, None)
+
+    def _assign(self, job: Job, worker: Worker, now: float) -> None:
+        """Begin an attempt: everything the worker lacks goes before the run, in the same frame."""
+        self._token += 1
+        self._move(job, State.RUNNING)
+        job.token, job.worker, job.begun, job.attempts = self._token, worker, False, job.attempts + 1
+        job.estimate = self._estimate(job)
+        if not worker.inbox:
+            worker.moved_at = now
+        worker.inbox[job.token] = job
+        worker.load += job.estimate
+        self._count_attempt(job, worker, 1)
+        self._refresh(worker)
+        self._equip(worker, job)
+        if worker.acks:
+            self._send_acks(worker)
+        options: dict[str, Any] = {"name": job.name} if job.name else {}
+        if job.attempts > 1:
+            options["attempt"] = job.attempts
+        if job.priority:
+            options["priority"] = job.priority
+        if job.estimate >= LONG:
+            options["say"] = True           # tell when it begins; a short one is over before anybody asks
+        self._send(worker.peer, ("run", job.token, (job.session.id, job.number), job.fn, job.payload, job.log,
+                                 options or None))
+        self._guard_window(worker, now)
+
+    def _equip(self, worker: Worker, job: Job) -> None:
+        """Send the function and the part of the session's log that this worker has not got."""
+        session = job.session
+        position = worker.positions.get(session.id, 0)
+        for entry in range(position, min(job.log, len(session.log))):
+            name = session.log[entry]
+            self._give(worker, session, name)
+            self._send(worker.peer, ("log", session.id, entry, name))
+        worker.positions[session.id] = max(position, min(job.log, len(session.log)))
+        session.tried.add(worker)
+        self._give(worker, session, job.fn)
+
+    def _give(self, worker: Worker, session: Session, name: Name) -> None:
+        if name not in worker.has and name in session.objects:
+            worker.has.add(name)
+            size, data = session.objects[name]
+            self._send(worker.peer, ("put", name, size, data))
+
+    def _count_attempt(self, job: Job, worker: Worker, change: int) -> None:
+        session = job.session
+        session.load += change
+        count = session.workers.get(worker, 0) + change
+        if count:
+            session.workers[worker] = count
+        else:
+            session.workers.pop(worker, None)
+
+    def _unassign(self, worker: Worker, token: int) -> None:
+        """Take an attempt out of a worker's inbox or shelf."""
+        if token in worker.inbox:
+            job = worker.inbox.pop(token)
+            worker.load = worker.load - (job.estimate if job else LONG) if worker.inbox else 0.0
+            if job is not None:
+                self._count_attempt(job, worker, -1)
+            if worker.acks and not worker.inbox:
+                self._send_acks(worker)
+        worker.delivering.pop(token, None)
+
+    # ---- room, windows, recall ----
+
+    def _select(self, on: frozenset[str] | None) -> Selection:
+        selection = self._selections.get(on)
+        if selection is None:
+            selection = self._selections[on] = Selection(on)
+            for worker in self.workers.values():
+                self._enlist(worker, selection)
+                self._refresh(worker)
+        return selection
+
+    def _enlist(self, worker: Worker, selection: Selection) -> None:
+        if selection.on is None or selection.on & worker.tags:
+            selection.members.add(worker)
+            worker.selections.append(selection)
+
+    def _refresh(self, worker: Worker) -> None:
+        """Sort a worker by its room; it moves to the end, so that equals are used in turn."""
+        able = worker.peer is not None and not worker.draining and not worker.recalled
+        idle = able and not worker.inbox
+        roomy = able and not idle and worker.load < WINDOW_SECONDS
+        for selection in worker.selections:
+            selection.idle.pop(worker, None)
+            selection.roomy.pop(worker, None)
+            if idle:
+                selection.idle[worker] = None
+            elif roomy:
+                selection.roomy[worker] = None
+
+    def _guard_window(self, worker: Worker, now: float) -> None:
+        if len(worker.inbox) > 1 and not worker.stall_armed:
+            worker.stall_armed = True
+            self._arm(now + T_STALL, self._watch_window, worker)
+
+    def _watch_window(self, worker: Worker, now: float) -> None:
+        """A window that does not move holds a job that is not short: ask back what has not begun."""
+        worker.stall_armed = False
+        if self.workers.get(worker.id) is not worker or len(worker.inbox) < 2 or worker.recalled:
+            return
+        if now >= worker.moved_at + T_STALL:
+            self._recall(worker, now)
+        else:
+            worker.stall_armed = True
+            self._arm(worker.moved_at + T_STALL, self._watch_window, worker)
+
+    def _recall(self, worker: Worker, now: float) -> None:
+        """Ask for all that has not begun. A question: only the worker knows, so the jobs stay assigned."""
+        worker.recalled = list(worker.inbox)
+        worker.recall_at = now
+        self._send(worker.peer, ("recall", worker.recalled))
+        self._refresh(worker)
+        self._arm(now + T_RECALL, self._despair_of_recall, worker)
+
+    def _recalled(self, worker: Worker, now: float, asked: list[int], taken: list[int]) -> None:
+        """The worker's answer: what it took out goes back uncharged; what it did not has begun, and is not short."""
+        for token in numbers_in(taken):
+            job = worker.inbox.get(token)
+            self._unassign(worker, token)
+            if job is not None and job.token == token and job.state == State.RUNNING:
+                self._put_back(job, now)
+        for token in set(asked).difference(taken):
+            job = worker.inbox.get(token)
+            if job is not None and job.killed and job.state == State.RUNNING and worker.node:
+                self._send(worker.node.peer, ("kill", [token], job.killed))  # it began after the cell was first read
+        if worker.recalled == asked:
+            worker.recalled = []
+            for token in asked:
+                job = worker.inbox.get(token)
+                if job is not None:
+                    worker.load = LONG          # nothing joins it until it ends
+                    job.session.estimates.pop(job.fn, None)
+        self._refresh(worker)
+
+    def _despair_of_recall(self, worker: Worker, now: float) -> None:
+        """No answer: the process cannot even read. All but the job it must be at run elsewhere, under new tokens."""
+        if not worker.recalled or now < worker.recall_at + T_RECALL or self.workers.get(worker.id) is not worker:
+            return
+        for token in worker.recalled[1:]:
+            job = worker.inbox.get(token)
+            if job is not None and job.token == token and job.state == State.RUNNING:
+                self._unassign(worker, token)
+                worker.inbox[token] = None      # it keeps the slot busy: the worker still has it
+                self._put_back(job, now)
+        worker.load = LONG
+
+    # ---- the session's log: initializers, and what else must have run before ----
+
+    def _log(self, session: Session, now: float, _session: bytes, position: int, name: Name) -> None:
+        if position == len(session.log):
+            session.log.append(name)
+
+    def _unfit(self, worker: Worker, now: float, session_id: bytes, position: int, value: Value,
+               taken: list[int]) -> None:
+        """A log entry raised on a worker: it gets no more of the session; nobody left means a broken session."""
+        session = self.sessions.get(session_id)
+        if session is not None:
+            session.unfit.add(worker)
+        for token in numbers_in(taken):
+            job = worker.inbox.get(token)
+            self._unassign(worker, token)
+            if job is not None and job.token == token and job.state == State.RUNNING:
+                self._put_back(job, now)
+        self._refresh(worker)
+        if session is not None and session.tried <= session.unfit and session.broken is None:
+            session.broken = value
+            self._send(session.peer, ("broken", value))
+            for number in list(session.jobs):
+                self._release(session, number, State.CANCELLED)
+
+    # ---- endings ----
+
+    def _died(self, node: Node, now: float, worker_id: bytes, token: int, cause: dict[str, Any]) -> None:
+        """A node's word on the death of its worker is final, and its cell's token says who is to blame."""
+        slot, generation = worker_id[:16], worker_id[16:]
+        self._dead[slot] = max(self._dead.get(slot, b""), generation)
+        worker = self.workers.get(worker_id)
+        if worker is not None:
+            self._lose(worker, now, token, cause)
+
+    def _lose(self, worker: Worker, now: float, token: int | None, cause: dict[str, Any]) -> None:
+        """Remove a worker. `token` is what its cell showed; None: nobody could read it, the oldest is charged."""
+        if self.workers.get(worker.id) is not worker:
+            return
+        del self.workers[worker.id]
+        self._leaving.discard(worker)
+        if worker.node:
+            worker.node.workers.pop(worker.id, None)
+        if token is None and not cause.get("planned"):
+            token = next(iter(worker.inbox), 0)
+        for selection in worker.selections:
+            selection.members.discard(worker)
+            selection.idle.pop(worker, None)
+            selection.roomy.pop(worker, None)
+        worker.selections = []
+        for attempt, job in [*worker.inbox.items(), *worker.delivering.items()]:
+            was_running = attempt in worker.inbox
+            self._unassign(worker, attempt)
+            if job is not None and job.token == attempt and job.state == State.RUNNING:
+                self._put_back(job, now, charged=was_running and attempt == token, cause=cause)
+        for name in worker.claims:
+            self._claims.pop(name, None)
+        for session in self.sessions.values():
+            session.unfit.discard(worker)
+            session.tried.discard(worker)
+        self._deny_pulls(worker)
+        if worker.peer is not None:
+            self._peers.pop(worker.peer, None)
+            self._closes.append(worker.peer)
+            worker.peer = None
+        self.counters["workers lost"] += 1
+        self._tell_clients()
+
+    def _give_up_worker(self, worker: Worker, now: float) -> None:
+        """A closed connection that did not come back, unless its node says that the process lives."""
+        if worker.peer is None and worker.lost_at is not None and now >= worker.lost_at + T_GONE:
+            if worker.node and worker.node.peer is not None:
+                self._arm(now + T_GONE, self._give_up_worker, worker)
+            else:
+                self._lose(worker, now, None, {"what": "its host went away"})
+
+    def _give_up_node(self, node: Node, now: float) -> None:
+        """A node that stays away vouches for nobody; workers with a live connection speak for themselves."""
+        if node.peer is None and node.lost_at is not None and now >= node.lost_at + T_GONE and not node.workers:
+            self.nodes.pop(node.id, None)
+
+    def _exchange_beats(self, node: Node, now: float) -> None:
+        """Beat once a second; a host of which no connection carried a byte for T_DEAD is dead."""
+        if self.nodes.get(node.id) is not node:
+            return
+        if now - node.heard_at >= T_DEAD:
+            return self._lose_node(node, now, {"what": f"its host was silent for {T_DEAD:g} s"})
+        self._send(node.peer, ("beat",))
+        self._arm(now + T_BEAT, self._exchange_beats, node)
+        self._give_up_node(node, now)
+
+    def _lose_node(self, node: Node, now: float, cause: dict[str, Any]) -> None:
+        self.nodes.pop(node.id, None)
+        for worker in list(node.workers.values()):
+            self._lose(worker, now, None, cause)
+        if node.peer is not None:
+            self._peers.pop(node.peer, None)
+            self._closes.append(node.peer)
+            node.peer = None
+
+    def _beat(self, node: Node, now: float) -> None:
+        """Nothing to do: that it was received says all."""
+
+    def _expire(self, session: Session, now: float) -> None:
+        if session.peer is None and session.lost_at is not None and now >= session.lost_at + T_LEASE:
+            self._end_session(session, now)
+
+    def _end_session(self, session: Session, now: float) -> None:
+        """Forget a client and all that hung on it."""
+        if self.sessions.pop(session.id, None) is None:
+            return
+        for number in list(session.jobs):
+            self._release(session, number, State.CANCELLED)
+        for worker in self.workers.values():
+            if session.id in worker.positions:
+                self._leave(worker, session.id)
+        self._deny_pulls(session)
+        if session.peer is not None:
+            self._peers.pop(session.peer, None)
+            self._closes.append(session.peer)
+
+    def _leave(self, worker: Worker, session_id: bytes) -> None:
+        del worker.positions[session_id]
+        worker.has = {name for name in worker.has if name[0] != session_id}
+        self._send(worker.peer, ("leave", session_id))
+
+    def _leave_strangers(self, worker: Worker, now: float) -> None:
+        """What a worker announced of sessions that have not returned for a lease it need not keep."""
+        for session_id in [id for id in worker.positions if id not in self.sessions]:
+            self._leave(worker, session_id)
+
+    def _retire(self, who: Worker | Node, now: float, reason: str) -> None:
+        """A planned exit of a worker, or of all of a node's: nothing new, what has not begun comes back."""
+        for worker in [who] if isinstance(who, Worker) else list(who.workers.values()):
+            worker.draining = True
+            self._leaving.add(worker)
+            if worker.inbox and not worker.recalled:
+                self._recall(worker, now)
+            self._refresh(worker)
+
+    def _kill(self, session: Session, now: float, numbers: list[int], reason: str) -> None:
+        """End jobs by force: the node of a running one reads the cell, and kills only what is still at it."""
+        for number in numbers_in(numbers):
+            job = session.jobs.get(number)
+            if job is None or job.delivering or job.verdict:
+                continue
+            if job.state == State.RUNNING and job.worker and job.worker.node:
+                job.killed = reason
+                self._send(job.worker.node.peer, ("kill", [job.token], reason))
+                self._send(job.worker.peer, ("recall", [job.token]))
+            else:
+                if job.queued:
+                    self._bury(job)
+                self._fail(job, KILLED, {"reason": reason}, None)
+
+    def _over(self, node: Node, now: float, token: int) -> None:
+        """The attempt to be killed was over: its outcome is on its way, or the worker hands it back."""
+
+    # ---- ranges: relayed as they come, to whoever asked ----
+
+    def _owner(self, name: Name) -> Session | Worker | None:
+        return self.sessions.get(name[0]) or self.workers.get(name[0])
+
+    def _pull(self, reader: Session | Worker, now: float, name: Name, offset: int, length: int) -> None:
+        """Ask a value's creator for a range. Who else asks for it meanwhile shares the answer."""
+        owner = self._owner(name)
+        if owner is None:
+            return self._send(reader.peer, ("gone", name))
+        readers = owner.waiting_pulls.setdefault((name, offset, length), [])
+        if reader.peer not in readers:
+            readers.append(reader.peer)
+        if len(readers) == 1:
+            self._send(owner.peer, ("pull", name, offset, length))
+
+    def _range(self, owner: Session | Worker, now: float, name: Name, offset: int, digest: bytes,
+               body: Any = b"") -> None:
+        for peer in owner.waiting_pulls.pop((name, offset, len(body)), ()):
+            self._send(peer, ("range", name, offset, digest, body))
+
+    def _gone(self, owner: Session | Worker, now: float, name: Name) -> None:
+        self._deny_pulls(owner, name)
+
+    def _deny_pulls(self, owner: Session | Worker, name: Name | None = None) -> None:
+        for key in [k for k in owner.waiting_pulls if name is None or k[0] == name]:
+            for peer in owner.waiting_pulls.pop(key):
+                self._send(peer, ("gone", key[0]))
+
+    def _ask_owner_again(self, owner: Session | Worker) -> None:
+        """After the owner's reconnection: what was asked on the old connection is asked again."""
+        for name, offset, length in owner.waiting_pulls:
+            self._send(owner.peer, ("pull", name, offset, length))
+
+    # ---- looking ----
+
+    def _credit(self) -> int:
+        return max(CREDIT_JOBS, 4 * WINDOW_JOBS * len(self.workers))
+
+    def _connected_workers(self) -> int:
+        return sum(worker.peer is not None for worker in self.workers.values())
+
+    def _worker_list(self) -> list[dict[str, Any]]:
+        return [{"name": w.name, "node": w.node.name if w.node else "", "device": w.device, "tags": sorted(w.tags)}
+                for w in self.workers.values()]
+
+    def _tell_clients(self) -> None:
+        workers, credit = self._worker_list(), self._credit()
+        for session in self.sessions.values():
+            self._send(session.peer, ("workers", workers, credit))
+
+    def _ask(self, session: Session, now: float, number: int, what: str, about: Any) -> None:
+        """Answer a question of a client: `info` is the snapshot."""
+        answer = self.snapshot(now) if what == "info" else None
+        self._send(session.peer, ("answer", number, answer))
+
+    def snapshot(self, now: float) -> dict[str, Any]:
+        """Return what `status --json` prints: nodes, workers, counts of jobs, objects."""
+        states: collections.Counter[str] = collections.Counter()
+        for session in self.sessions.values():
+            states.update(job.state for job in session.jobs.values())
+        return {
+            "schema": 1, **self.about,
+            "nodes": [{"name": n.name, "connected": n.peer is not None, "workers": len(n.workers),
+                       "silent_s": round(max(0.0, now - n.heard_at), 1),
+                       **{k: n.info[k] for k in ("host", "pid", "python") if k in n.info}}
+                      for n in self.nodes.values()],
+            "workers": [{"name": w.name, "node": w.node.name if w.node else "", "device": w.device, "pid": w.pid,
+                         "tags": sorted(w.tags), "connected": w.peer is not None, "finished": w.finished,
+                         "state": "draining" if w.draining else "busy" if w.inbox else "idle",
+                         "jobs": [job.name or f"job {job.number}" for job in list(w.inbox.values())[:3] if job]}
+                        for w in self.workers.values()],
+            "jobs": {**{s: states[s] for s in (State.WAITING, State.READY, State.RUNNING, State.FAILED)},
+                     **{k: self.counters[k] for k in ("accepted", "delivered", "cancelled")}},
+            "clients": [{"name": s.name, "connected": s.peer is not None, "jobs": len(s.jobs)}
+                        for s in self.sessions.values()],
+            "objects": {"count": sum(len(s.objects) for s in self.sessions.values()),
+                        "bytes": sum(len(d or b"") for s in self.sessions.values() for _, d in s.objects.values())},
+        }
+
+    def story(self, job: Job) -> str:
+        """Return the recent history of a job in words, for logs and failed checks."""
+        where = job.worker.name if job.worker else "nowhere"
+        return (f"job {job.number} {job.name!r}: {' > '.join(['...', *job.history, job.state])}, token {job.token} "
+                f"on {where}, attempts {job.attempts}, deaths {job.deaths}")
+
+    def check(self) -> None:
+        """Assert every invariant; the only step that walks everything. For tests, and after a stumble."""
+        queued = [entry[2] for queue in self._queues.values() for entry in queue.heap if entry[2].queued]
+        assert len(queued) == len(set(map(id, queued))), "a job is queued twice"
+        for session in self.sessions.values():
+            for number, job in session.jobs.items():
+                self._check_job(session, number, job)
+            load = sum(job is not None and job.session is session for w in self.workers.values()
+                       for job in w.inbox.values())
+            assert session.load == load == sum(session.workers.values()), "a session's load is miscounted"
+        for worker in self.workers.values():
+            self._check_worker(worker)
+        self._check_conservation()
+
+    def _check_job(self, session: Session, number: int, job: Job) -> None:
+        story = self.story(job)
+        assert job.session is session and job.number == number, story
+        assert job.state in (State.WAITING, State.READY, State.RUNNING, State.FAILED), story
+        assert job.queued == (job.state == State.READY), story
+        assert (job.verdict is not None) == (job.state == State.FAILED), story
+        assert job.deaths <= job.max_deaths + 1, story
+        holders = [w for w in self.workers.values()
+                   if w.inbox.get(job.token) is job or w.delivering.get(job.token) is job]
+        if job.state == State.RUNNING:
+            assert holders == [job.worker], f"{story}: held by {[w.name for w in holders]}"
+        else:
+            assert not holders, story
+
+    def _check_worker(self, worker: Worker) -> None:
+        assert not set(worker.inbox) & set(worker.delivering), worker.name
+        for token, job in worker.delivering.items():
+            assert job.token == token and job.delivering and job.state == State.RUNNING, self.story(job)
+        for selection in worker.selections:
+            assert worker in selection.members
+            assert (worker in selection.idle) == (worker.peer is not None and not worker.inbox
+                                                  and not worker.draining and not worker.recalled), worker.name
+
+    def _check_conservation(self) -> None:
+        """No ready job beside a worker that could take it; and no job lost count of."""
+        for queue in self._queues.values():
+            job = self._head(queue)
+            if job is not None:
+                assert self._room_for(job, queue) is None, f"an eligible worker idles beside {self.story(job)}"
+        alive = sum(len(session.jobs) for session in self.sessions.values())
+        ended = self.counters["delivered"] + self.counters["cancelled"]
+        assert self.counters["accepted"] == alive + ended, "jobs went missing"
+
+
+# ==================================================================================================================
+# 5 server
+#
+# The shell round the scheduler: sockets, threads, the clock. One lock guards the scheduler; under it a batch is fed
+# and its actions are appended to the peers' outboxes, outside it they are written. Lock order: scheduler, then
+# outbox; no other nesting. Threads: the doorkeeper (strangers), the ticker (time), the flusher (stalled peers), and
+# one reader per peer that proved it knows the secret.
+# ==================================================================================================================
+
+GUESTS = 1024               # strangers at a time; beyond it a random one is dropped, never is accept() held up
+GUESTS_PER_SOURCE = 64      # of one address, loopback exempt
+PEERS = 4096                # authenticated connections, a thread each
+
+
+class _Guest:
+    """A socket that has proved nothing yet: it gets no thread, and never more than 64 + 32 bytes of memory."""
+
+    def __init__(self, sock: socket.socket, source: str) -> None:
+        self.sock, self.source = sock, source
+        self.deadline = time.monotonic() + HANDSHAKE_SECONDS
+        self.data = b""
+        self.role, self.identity = "", b""
+        self.keys: SessionKeys | None = None    # derived from step 1; step 3 is awaited
+
+
+class Doorkeeper:
+    """The one thread that talks to strangers. It answers nothing until 64 right bytes have arrived."""
+
+    def __init__(self, listener: socket.socket, secret: Secret | Ticket, instance: bytes,
+                 admit: Callable[[socket.socket, str, bytes, SessionKeys], None]) -> None:
+        self._listener, self._secret, self._instance, self._admit = listener, secret, instance, admit
+        self._guests: dict[socket.socket, _Guest] = {}
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._stopping = False
+        self._spoken: dict[str, float] = {}         # when a source was last written of in the log
+        self._thread = threading.Thread(target=self._run, name="minipool-doorkeeper", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close the door and send the guests away."""
+        self._stopping = True
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            for key, _ in self._selector.select(0.2):       # also how soon stop() and a deadline are noticed
+                if key.fileobj is self._listener:
+                    self._welcome_guests()
+                elif key.fileobj in self._guests:           # else it was dismissed a moment ago, to make room
+                    self._hear(self._guests[key.fileobj])   # type: ignore[index]
+            now = time.monotonic()
+            for guest in [g for g in self._guests.values() if g.deadline < now]:
+                self._dismiss(guest, "was silent")
+        for guest in list(self._guests.values()):
+            self._dismiss(guest)
+        self._selector.close()
+        self._listener.close()
+
+    def _welcome_guests(self) -> None:
+        for _ in range(64):
+            try:
+                sock, source = self._listener.accept()
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    log.warning("the server cannot accept a connection: %s", error)
+                    time.sleep(0.05)        # out of descriptors: do not spin, they may come back
+                return
+            sock.setblocking(False)
+            guest = _Guest(sock, source[0])
+            if len(self._guests) >= GUESTS:
+                self._dismiss(random.choice(list(self._guests.values())), "made room")
+            same = sum(g.source == guest.source for g in self._guests.values()) if self._guests else 0
+            if same >= GUESTS_PER_SOURCE and not guest.source.startswith(("127.", "::1")):
+                sock.close()
+                continue
+            self._guests[sock] = guest
+            self._selector.register(sock, selectors.EVENT_READ)
+
+    def _hear(self, guest: _Guest) -> None:
+        """Take what a stranger says; every step is of a known size, any misfit is a quiet close."""
+        wanted = 32 if guest.keys else _FIRST.size
+        try:
+            data = guest.sock.recv(wanted - len(guest.data))
+            if not data:
+                return self._dismiss(guest)
+            guest.data += data
+            if not guest.keys and guest.data[:8] != MAGIC[:len(guest.data)]:
+                return self._dismiss(guest, _looks_like(guest.data))
+            if len(guest.data) == wanted:
+                (self._judge if guest.keys else self._answer)(guest)
+        except (BlockingIOError, InterruptedError):
+            return
+        except (OSError, Malformed) as error:
+            self._dismiss(guest, str(error))
+
+    def _answer(self, guest: _Guest) -> None:
+        """Step 2 of the handshake."""
+        first, guest.data = guest.data, b""
+        guest.role, guest.identity, version = read_first_hello(first)
+        second = second_hello(self._instance)
+        guest.sock.sendall(second)
+        if version != PROTOCOL:         # the dialer reads our version in it, and names both
+            return self._dismiss(guest, f"speaks protocol {version}")
+        key = self._secret.role_key(guest.role, self._instance, guest.identity)
+        guest.keys = SessionKeys.derive(key, first, second)
+
+    def _judge(self, guest: _Guest) -> None:
+        """Steps 3 and 4: the dialer's proof, then ours or a refusal."""
+        assert guest.keys
+        if not hmac.compare_digest(guest.data, guest.keys.prove_dialer()):
+            guest.sock.sendall(REFUSED)
+            return self._dismiss(guest, "has another secret")
+        guest.sock.sendall(guest.keys.prove_server(guest.data))
+        self._selector.unregister(guest.sock)
+        del self._guests[guest.sock]
+        self._admit(guest.sock, guest.role, guest.identity, guest.keys)
+
+    def _dismiss(self, guest: _Guest, why: str = "") -> None:
+        self._selector.unregister(guest.sock)
+        del self._guests[guest.sock]
+        guest.sock.close()
+        now = time.monotonic()
+        if why and now - self._spoken.get(guest.source, -60) > 10:      # one line per source and 10 s
+            self._spoken[guest.source] = now
+            if len(self._spoken) > 10_000:
+                self._spoken.clear()
+            log.info("a stranger at %s %s: turned away", guest.source, why)
+
+
+def _looks_like(data: bytes) -> str:
+    if data[:1] == b"\x16":
+        return "speaks TLS (this port is plain: leave out tls, or serve with --tls)"
+    if data.split(b" ")[0] in (b"GET", b"POST", b"HEAD", b"PUT", b"OPTIONS"):
+        return "speaks HTTP (this is not the status page's port)"
+    return "does not speak minipool"
+
+
+class Server:
+    """The pool's switch: `start()`, `stop()`, `wait()`, or a `with` block.
+
+    `host` and `port` say where to listen (`port=0`: a free one); `secret` is text, by default what `find_secret`
+    finds, else a new one in this user's secret file. `address` can be dialled, also after host="0.0.0.0".
+    Raises OSError if the port is in use, ValueError for a weak password on a port that is not loopback.
+    """
+
+    def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, secret: str | None = None,
+                 status_port: int | None = None, tls: bool = False, max_value: int = 64 << 30,
+                 embedded: bool = False) -> None:
+        if status_port is not None or tls:
+            raise NotImplementedError("status_port= and tls= are not there yet")
+        self._host, self._port = host, port
+        self._secret = find_secret(secret, make=True)
+        if self._secret.is_weak and not _is_loopback(host):
+            raise ValueError("a password of under 12 characters is for loopback only: use a longer one, or "
+                             "leave it out and let the server make a secret")
+        self.max_value = max_value
+        self.failure: BaseException | None = None       # a broken invariant, which stops the server
+        self._embedded = embedded
+        self._lock = threading.Lock()
+        self._clock = threading.Condition(self._lock)   # wakes the ticker when a deadline comes nearer
+        self._planned = 0.0                             # until when the ticker sleeps; guarded by _lock
+        self._connections: dict[int, Connection] = {}   # by peer; guarded by _lock
+        self._peer_numbers = itertools.count(1)
+        self._stopping = threading.Event()
+        self._scheduler: Scheduler | None = None
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def address(self) -> str:
+        """host:port that a client can dial."""
+        host = self._host
+        if host in ("0.0.0.0", "::", ""):
+            host = _own_address() if host != "::" else socket.gethostname()
+        return format_address(host, self._port)
+
+    @property
+    def secret(self) -> str:
+        """The secret as text, to hand to clients and nodes."""
+        return self._secret.text
+
+    def start(self) -> Server:
+        """Listen, and start the threads."""
+        listener = _listen(self._host, self._port)
+        self._port = listener.getsockname()[1]
+        instance = secrets.token_bytes(16)
+        self._secret.role_key("client", instance)       # a password is stretched once, here
+        about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
+        self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, max_value=self.max_value,
+                                    adopting=not self._embedded, about=about)
+        self._flusher = Flusher("server")
+        self._ticker = threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)
+        self._ticker.start()
+        self._doorkeeper = Doorkeeper(listener, self._secret, instance, self._admit)
+        return self
+
+    def stop(self) -> None:
+        """Close the port and every connection; nothing that a living client or worker holds is lost."""
+        if self._scheduler is None or self._stopping.is_set():
+            return
+        self._stopping.set()
+        self._doorkeeper.stop()
+        with self._lock:
+            self._clock.notify_all()
+            connections = list(self._connections.values())
+        for connection in connections:
+            connection.close()
+        for thread in [self._ticker, *self._threads]:
+            if thread is not threading.current_thread():
+                thread.join(2)
+        self._flusher.stop()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the server is stopped; False if `timeout` seconds passed first."""
+        return self._stopping.wait(timeout)
+
+    def __enter__(self) -> Server:
+        return self.start() if self._scheduler is None else self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    # ---- threads ----
+
+    def _admit(self, sock: socket.socket, role: str, identity: bytes, keys: SessionKeys) -> None:
+        """Give a peer that proved itself its thread; called by the doorkeeper."""
+        if len(self._connections) >= PEERS:
+            log.warning("%d peers are connected, which is the limit: one more was turned away", PEERS)
+            return sock.close()
+        connection = Connection(Plain(sock), keys.down, keys.up, role, self._flusher)
+        peer = next(self._peer_numbers)
+        with self._lock:
+            self._connections[peer] = connection
+        thread = threading.Thread(target=self._serve_peer, args=(peer, connection, identity),
+                                  name=f"minipool-peer-{peer}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:            # out of threads: this peer has to come again, the others do not notice
+            return self._forget_peer(peer, connection)
+        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+
+    def _serve_peer(self, peer: int, connection: Connection, identity: bytes) -> None:
+        try:
+            opening = connection.receive()
+            refusal = check_announcement(opening[0], connection.remote, identity)
+            if refusal:
+                connection.post([refusal])
+                connection.flush()
+                return
+            messages = opening
+            while not self._stopping.is_set():
+                if log.isEnabledFor(logging.DEBUG):
+                    log.debug("< %d %s", peer, ", ".join(map(brief, messages)))
+                self._perform(lambda scheduler, now, batch=messages: scheduler.receive(peer, batch, now))
+                messages = connection.receive()
+        except (OSError, EOFError):
+            pass
+        except Malformed as error:
+            log.warning("%s %d sent what no honest peer sends (%s): closed", connection.remote, peer, error)
+        except Exception:
+            self._stumbled()
+        finally:
+            self._forget_peer(peer, connection)
+
+    def _forget_peer(self, peer: int, connection: Connection) -> None:
+        with self._lock:
+            self._connections.pop(peer, None)
+        connection.dispose()
+        with contextlib.suppress(Exception):
+            self._perform(lambda scheduler, now: scheduler.disconnected(peer, now))
+
+    def _perform(self, step: Callable[[Scheduler, float], Actions]) -> None:
+        """Feed the scheduler and do what it asks: append under the lock, write outside it."""
+        assert self._scheduler
+        touched: list[Connection] = []
+        with self._lock:
+            actions = step(self._scheduler, time.monotonic())
+            for peer, messages in actions.sends.items():
+                connection = self._connections.get(peer)
+                if connection:
+                    self._post(connection, messages)
+                    touched.append(connection)
+            closing = [self._connections[p] for p in actions.closes if p in self._connections]
+            deadline = self._scheduler.deadline
+            if deadline is not None and deadline < self._planned:
+                self._clock.notify()
+        for connection in touched:
+            connection.flush()
+        for connection in closing:
+            connection.close()
+
+    @staticmethod
+    def _post(connection: Connection, messages: list[Message]) -> None:
+        if any(message[0] == "range" for message in messages):
+            for message in messages:
+                if message[0] == "range":
+                    connection.post_range(message[:4], message[4])
+            messages = [message for message in messages if message[0] != "range"]
+        connection.post(messages)
+
+    def _tick(self) -> None:
+        assert self._scheduler
+        while not self._stopping.is_set():
+            with self._lock:
+                deadline = self._scheduler.deadline
+                now = time.monotonic()
+                self._planned = now + 60 if deadline is None else deadline
+                if self._planned > now and not self._stopping.is_set():
+                    self._clock.wait(self._planned - now)
+                self._planned = 0.0
+                due = (self._scheduler.deadline or now + 60) <= time.monotonic()
+            if due and not self._stopping.is_set():
+                try:
+                    self._perform(lambda scheduler, now: scheduler.tick(now))
+                except Exception:
+                    self._stumbled()
+
+    def _stumbled(self) -> None:
+        """A bug of ours: go on if all invariants hold, else stop loudly; the peers can rebuild everything."""
+        log.exception("the server stumbled")
+        try:
+            with self._lock:
+                assert self._scheduler
+                self._scheduler.check()
+        except Exception as error:
+            log.critical("an invariant of the scheduler is broken (%s): the server stops", error)
+            self.failure = error
+            threading.Thread(target=self.stop, name="minipool-stop").start()
+
+
+def check_announcement(message: Message, role: str, identity: bytes) -> Message | None:
+    """Raise Malformed unless a connection's first message is its role's announcement; return a refusal, or None."""
+    info = message[1] if len(message) > 1 else None
+    if message[0] != role or type(info) is not dict:
+        raise Malformed(f"a {role} begins with its announcement")
+    required: dict[str, type] = {"python": str}
+    required |= {"client": {"session": bytes}, "node": {"id": bytes, "name": str},
+                 "worker": {"id": bytes, "node": bytes, "device": str, "slot": int, "pid": int}}[role]
+    for field, kind in required.items():
+        if type(info.get(field)) is not kind:
+            raise Malformed(f"a {role}'s announcement lacks {field!r}")
+    if role == "worker":
+        if info["id"] != identity:
+            raise Malformed("a worker announces another worker's identity")
+        for attempt in message[2]:
+            if type(attempt) is not tuple or len(attempt) != 3 or type(attempt[0]) is not int:
+                raise Malformed("a worker lists its attempts as (token, job, kind)")
+            check_name(attempt[1])
+    if info["python"] != PYTHON:
+        return ("refuse", "VersionMismatch", f"the server runs Python {PYTHON}, this {role} {info['python']}: "
+                "functions travel as byte code, so all members of a pool need the same minor version")
+    return None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)      # a restart finds its port free
+        listener.bind((host, port))
+        listener.listen(1024)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _own_address() -> str:
+    """Return this machine's address as others see it: the one a datagram to elsewhere would come from."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("192.0.2.1", 9))      # a documentation address: nothing is sent
+        return str(sock.getsockname()[0])
+    return socket.gethostname()
+
+
+def secret_path() -> str:
+    """Return where this user's secret is kept."""
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return os.path.join(base, "minipool", "secret")
+
+
+def find_secret(secret: str | None = None, path: str | None = None, *, make: bool = False) -> Secret:
+    """Return the secret: given, `path`, MINIPOOL_SECRET_FILE, MINIPOOL_SECRET, or this user's file, in this order.
+
+    A source that is named and fails is fatal, never skipped. Raises Refused if there is none at all, unless `make`:
+    then a new one is written to this user's file.
+    """
+    if secret is not None:
+        return Secret(secret)
+    path = path or os.environ.get("MINIPOOL_SECRET_FILE")
+    if path:
+        return _read_secret(path)
+    if os.environ.get("MINIPOOL_SECRET"):
+        return Secret(os.environ["MINIPOOL_SECRET"])
+    if os.path.lexists(secret_path()):
+        return _read_secret(secret_path())
+    if not make:
+        raise Refused("no secret found: give secret= (--secret-file on the command line), set MINIPOOL_SECRET_FILE or "
+                      f"MINIPOOL_SECRET, or start the server as this user, which makes {secret_path()}")
+    return _make_secret(secret_path())
+
+
+def _read_secret(path: str) -> Secret:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except OSError as error:
+        raise Refused(f"the secret file {path} cannot be read: {error.strerror}") from None
+    with os.fdopen(descriptor) as file:
+        status = os.fstat(file.fileno())
+        if status.st_uid not in (os.getuid(), 0):
+            raise Refused(f"the secret file {path} belongs to another user")
+        if status.st_mode & 0o077:
+            raise Refused(f"others can read the secret file {path}: run chmod 600 {path}")
+        return Secret(file.read())
+
+
+def _make_secret(path: str) -> Secret:
+    made = Secret.new()
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    draft = f"{path}.{secrets.token_hex(8)}"
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(made.text + "\n")
+        os.link(draft, path)                    # appears whole or not at all
+    except FileExistsError:                     # another process of ours was faster
+        return _read_secret(path)
+    finally:
+        os.unlink(draft)
+    return made
+
+
+def is_server_running(address: str | None = None) -> bool:
+    """Return whether a minipool server answers at `address` (default: this machine's port 8899)."""
+    host, port = parse_address(address or f"127.0.0.1:{DEFAULT_PORT}")
+    try:
+        with socket.create_connection((host, port), timeout=2) as sock:
+            sock.sendall(first_hello("client"))
+            return _read_exactly(sock, _SECOND.size).startswith(MAGIC)
+    except OSError:
+        return False
+
+
+# ==================================================================================================================
+# 6 values
+#
+# Functions, arguments and outcomes as bytes. `Functions` (client) pickles each function once, and again when
+# something that it names became another object; the module-level functions below it are what those pickles call in
+# a worker. The server never comes here, and cloudpickle is imported with the first pickle, not before.
+#
+# Plain cloudpickle gives every pickle a private copy of the globals, so what an initializer stores is not there for
+# the next job. Here all by-value functions of one client module share one real module object per worker process and
+# session. Each name in it has a version, raised by the client when it binds another object; a worker sets a name
+# only if the version is newer than its own. So a worker's own `global model; model = ...` outlives later pickles,
+# and a redefined helper arrives. Only bindings are compared: a list changed in place is not sent again.
+# ==================================================================================================================
+
+_PicklerBase: Any = pickle.Pickler if TYPE_CHECKING else object
+ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})  # nothing in them can refer to anything
+OUT_OF_BAND = 32 * 1024  # bytes; below, copying into the pickle is cheaper than a buffer of its own
+MAX_ENTRIES, MAX_BYTES = 1000, 32 << 20  # pickled functions kept at the client: far more than a program has
+_MISSING: Any = object()
+_NEVER = ("minipool", "minipool_worker", "cloudpickle")  # there on every worker, though often under the cwd
+_HEADER = ("__name__", "__package__", "__file__", "__path__")
+_OWN = frozenset({*_HEADER, "__doc__", "__builtins__", "__spec__", "__loader__", "__cached__"})  # never set by name
+
+
+def _cloudpickle() -> Any:
+    import cloudpickle.cloudpickle  # type: ignore[import-untyped]
+
+    return cloudpickle.cloudpickle
+
+
+
+# ---- both halves: classes ----
+# cloudpickle knows a by-value class again by an id, but sets all its attributes anew with every pickle. That undoes
+# what a job stored in the class and, on the way back, rebuilds the client's own class. So a class has a version, raised
+# only by the process that made it; the others set attributes only if the version is newer than theirs.
+
+_versions = itertools.count(1)
+_classes: weakref.WeakKeyDictionary[type, tuple[int, bool]] = weakref.WeakKeyDictionary()  # version, made elsewhere?
+_snapshots: dict[int, tuple[type, int, tuple[Any, ...]]] = {}  # class, version, names and values of its dictionary;
+# strong, since values refer to their class in any case, hence bounded
+
+
+def _class_version(cls: type) -> int:
+    """Return the version of `cls`, raised if it is ours and one of its attributes became another object."""
+    now, own = cls.__dict__, _snapshots.get(id(cls))
+    same = own and own[0] is cls and len(own[2]) == 2 * len(now)
+    if own and same and all(map(operator.is_, itertools.chain(now, now.values()), own[2])):
+        return own[1]
+    version, foreign = _classes.get(cls, (0, False))
+    if foreign:
+        return version
+    while len(_snapshots) >= MAX_ENTRIES:  # a forgotten class only costs a newer version
+        _snapshots.pop(next(iter(_snapshots)), None)
+    version = next(_versions)
+    _classes[cls], _snapshots[id(cls)] = (version, False), (cls, version, (*now, *now.values()))
+    return version
+
+
+def _set_class(cls: type, state: tuple[Any, Any, int]) -> None:
+    version, foreign = _classes.get(cls, (0, True))
+    if foreign and state[2] > version:
+        _cloudpickle()._class_setstate(cls, state[:2])
+        _classes[cls] = state[2], True
+
+
+class _ByValue(_PicklerBase):
+    """cloudpickle's pickler with versioned classes: enough for results; `_FunctionPickler` adds shared modules."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return self._versioned(obj, super().reducer_override(obj))
+
+    def _versioned(self, cls: type, reduced: Any) -> Any:
+        if not isinstance(reduced, tuple) or len(reduced) != 6 or not isinstance(cls, type):
+            return reduced
+        return *reduced[:2], (*reduced[2], _class_version(cls)), None, None, _set_class
+
+
+@functools.cache
+def _pickler(mixin: type) -> Any:
+    return type(mixin.__name__, (mixin, _cloudpickle().Pickler), {})
+
+
+def _keep_large(buffers: list[Any]) -> Callable[[pickle.PickleBuffer], bool]:
+    """Return the buffer callback: large buffers go to `buffers`, writable ones as copies: a payload is a snapshot."""
+    def keep(buffer: pickle.PickleBuffer) -> bool:
+        view = buffer.raw()
+        if view.nbytes >= OUT_OF_BAND:
+            buffers.append(view if view.readonly else bytes(view))
+        return view.nbytes < OUT_OF_BAND  # true: into the pickle
+    return keep
+
+
+# ---- client half ----
+
+_local: dict[str, bool] = {}  # module name -> travels by value; files do not move while a program runs
+
+
+def travels_by_value(name: str) -> bool:
+    """Tell whether a worker cannot be expected to import module `name`: the user's own files and made-up modules."""
+    module: Any = sys.modules.get(name)
+    if name in ("__main__", "__mp_main__") or module is None:
+        return True
+    if name not in _local:
+        _local[name] = name.partition(".")[0] not in _NEVER and _is_users(module)
+    return _local[name]
+
+
+def _is_users(module: types.ModuleType) -> bool:
+    import importlib.machinery
+    import sysconfig
+
+    file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+    if file is None:
+        return getattr(module, "__spec__", None) is None  # made by hand; built-in modules have a spec
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    homes = [os.getcwd(), *([os.path.dirname(os.path.realpath(main))] if main else [])]
+    installed = [sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()]
+    home, system = (tuple(os.path.join(os.path.realpath(f), "") for f in folders) for folders in (homes, installed))
+    path = os.path.realpath(file)
+    return (path.startswith(home) and not path.startswith(system)
+            and not {"site-packages", "dist-packages"} & set(path.split(os.sep))
+            and not path.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES)))
+
+
+def _imports(module: types.ModuleType) -> bool:
+    return sys.modules.get(module.__name__) is module and not travels_by_value(module.__name__)
+
+
+class _Module:
+    """One globals dictionary of the client; in a pickle it stands for the worker's module object."""
+
+    def __init__(self, space: dict[str, Any], serial: int) -> None:
+        name = str(space.get("__name__", "?"))
+        self.space = space
+        self.key = name, serial  # two dictionaries may bear one name: notebooks, exec
+        self.header = {k: space[k] for k in _HEADER if k in space}
+        self.names: dict[str, tuple[Any, int]] = {}  # what was sent: object and version
+        self.left_out: dict[str, Any] = {}  # what could not be pickled, as long as it is that object
+        # A wrapper made by a library's decorator has the library's globals: the worker imports them, locks and all.
+        self.importable = getattr(sys.modules.get(name), "__dict__", None) is space and not travels_by_value(name)
+
+
+class _Slot:
+    """One name to be set in a module at the worker. A soft one, met while a module is filled, may be left out."""
+
+    def __init__(self, module: _Module, name: str, binding: tuple[Any, int], soft: bool) -> None:
+        self.module, self.name, (self.value, self.version), self.soft = module, name, binding, soft
+
+
+class _SlotEnd:
+    """Pickled as the last argument of a slot: it tells the pickler that the slot's value is through."""
+
+
+class _FunctionPickler(_ByValue):
+    """Collects, while it pickles, everything that the validity of the pickle depends on."""
+
+    def __init__(self, owner: Functions, file: io.BytesIO, buffers: list[Any] | None = None) -> None:
+        super().__init__(file, 5, buffer_callback=None if buffers is None else _keep_large(buffers))
+        self.owner, self.path, self.filled = owner, list[_Slot](), set[int]()
+        self.functions, self.cells, self.classes, self.sizes = list[Any](), list[Any](), list[Any](), list[Any]()
+        self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        if self.owner.reference_types and isinstance(obj, self.owner.reference_types):
+            return self.owner.on_reference(obj)
+        if kind in _OURS:
+            return _OURS[kind](self, obj)
+        if isinstance(obj, types.ModuleType) and not _imports(obj):
+            return self._reduce_module(obj)
+        if kind is types.FunctionType and obj.__module__ and travels_by_value(obj.__module__):
+            return self._dynamic_function_reduce(obj)
+        if issubclass(kind, type):
+            return self._reduce_class(obj)
+        if kind in _BY_NAME and travels_by_value(obj.__module__):
+            return _BY_NAME[kind](obj)
+        bound = self.owner.bound.get(id(obj))
+        return super().reducer_override(obj) if bound is None else self._reduce_bound(obj, *bound)
+
+    def _dynamic_function_reduce(self, fn: Any) -> Any:
+        _, (code, _, *new), (attributes, slots), *_ = super()._dynamic_function_reduce(fn)  # type: ignore[misc]
+        self.functions.append((fn, code, fn.__defaults__, fn.__kwdefaults__))
+        self.cells += [(cell, _contents(cell)) for cell in fn.__closure__ or ()]
+        module = self.owner.module(fn.__globals__)
+        named = () if module.importable else self._slots(module, _cloudpickle()._extract_code_globals(code))
+        slots["__globals__"] = {}  # the named slots ride where cloudpickle has what is to be loaded and thrown away
+        slots["_cloudpickle_submodules"] = slots["_cloudpickle_submodules"], named
+        return _make_function, (module, code, *new), (attributes, slots), None, None, _cloudpickle()._function_setstate
+
+    def _slots(self, module: _Module, names: Any, filling: bool = False) -> list[_Slot]:
+        soft = filling or bool(self.path and self.path[-1].soft)
+        bindings = [(name, self.owner.binding(module, name)) for name in names if name not in _OWN]
+        for name, (value, _) in bindings:
+            self.names[id(module), name] = module.space.get, name, value
+        if soft and not filling and id(module) in self.filled:
+            return []  # the module's own slots bring all its names; so the depth does not grow with the call graph
+        return [_Slot(module, name, binding, soft) for name, binding in bindings if binding[0] is not _MISSING
+                and not (soft and module.left_out.get(name, _MISSING) is binding[0])]
+
+    def _reduce_module(self, obj: types.ModuleType) -> Any:
+        module = self.owner.module(vars(obj))
+        self.filled.add(id(module))
+        self.sizes.append((module.space, len(module.space)))
+        slots = self._slots(module, list(module.space), filling=True)
+        return getattr, (module, "module"), slots, None, None, operator.is_  # a setter that does nothing
+
+    def _reduce_class(self, cls: type) -> Any:
+        known = cls in _cloudpickle()._BUILTIN_TYPE_NAMES
+        if known or not isinstance(cls.__module__, str) or not travels_by_value(cls.__module__):
+            reduced = super().reducer_override(cls)
+        else:
+            reduced = self._versioned(cls, _cloudpickle()._dynamic_class_reduce(cls))
+        if reduced is not NotImplemented and len(reduced) == 6:
+            self.classes.append((cls, reduced[2][2]))
+        return reduced
+
+    def _reduce_bound(self, obj: Any, module: _Module, name: str) -> Any:
+        """Keep `def f(x=MISSING): return x is MISSING` true: a global without state is one object per worker."""
+        value, version = module.names[name]
+        plain = type(obj).__reduce_ex__ is object.__reduce_ex__ and type(obj).__reduce__ is object.__reduce__
+        plain = plain and value is obj and type(obj) not in self.dispatch_table
+        if plain and not any((new := obj.__reduce_ex__(5))[2:]):
+            return _sentinel, (module, name, version, *new[:2])
+        return super().reducer_override(obj)
+
+    def _reduce_slot(self, slot: _Slot) -> Any:
+        self.path.append(slot)
+        value = slot.value
+        if slot.soft and isinstance(value, types.ModuleType) and _imports(value):
+            # A library that the worker lacks costs only that name.
+            return _set_import, (slot.module, slot.name, slot.version, value.__name__, _SlotEnd())
+        return _set_name, (slot.module, slot.name, slot.version, value, _SlotEnd())
+
+    def _reduce_end(self, end: _SlotEnd) -> Any:
+        self.path.pop()
+        return int, ()
+
+
+_OURS: dict[type, Callable[[Any, Any], Any]] = {
+    _Module: lambda pickler, module: (_shared, (pickler.owner.session, module.key, module.header, module.importable)),
+    _Slot: _FunctionPickler._reduce_slot, _SlotEnd: _FunctionPickler._reduce_end}
+
+
+# What pickles as a name of its module, though the worker has no such module to import.
+_BY_NAME: dict[type, Callable[[Any], Any]] = {
+    type(functools.lru_cache(int)): lambda f: (_recached, (f.__wrapped__, f.cache_parameters())),
+    TypeVar: lambda t: (_cloudpickle()._make_typevar, _cloudpickle()._decompose_typevar(t))}
+
+
+class Entry:
+    """One pickled function: its number, digest and bytes."""
+
+    __slots__ = ("alive", "blob", "digest", "number", "used")
+
+    def __init__(self, number: int, digest: bytes, blob: bytes) -> None:
+        self.number, self.digest, self.blob = number, digest, blob
+        self.used = False  # again, since the hand of the eviction clock last passed
+        self.alive = True  # false once evicted
+
+
+class _Known:
+    """A function object, its entry and all that must still be the same for the entry to stand for it."""
+
+    __slots__ = ("cells", "classes", "entry", "functions", "names", "ref", "sizes")
+
+    def __init__(self, fn: Any, entry: Entry, seen: _FunctionPickler, forget: Callable[[Any], Any]) -> None:
+        self.ref, self.entry = weakref.ref(fn, forget), entry
+        # None stands for the function itself: the record must not keep a lambda and what it captured alive.
+        self.functions = [(None if f is fn else f, *parts) for f, *parts in seen.functions]
+        self.cells, self.names, self.classes, self.sizes = seen.cells, [*seen.names.values()], seen.classes, seen.sizes
+
+    def holds(self, fn: Any) -> bool:
+        """Tell whether the pickle is still valid; on the path of every submit, hence plain loops, cheapest first."""
+        for f, code, defaults, kwdefaults in self.functions:
+            f = fn if f is None else f
+            if f.__code__ is not code or f.__defaults__ is not defaults or f.__kwdefaults__ is not kwdefaults:
+                return False
+        for get, name, value in self.names:
+            if get(name, _MISSING) is not value:
+                return False
+        for cell, value in self.cells:
+            if _contents(cell) is not value:
+                return False
+        return (not self.sizes or all(len(space) == size for space, size in self.sizes)) and (
+            not self.classes or all(_class_version(cls) == version for cls, version in self.classes))
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty: a local function that is not bound yet
+        return _MISSING
+
+
+def _cacheable(fn: Any) -> bool:
+    """Tell whether all state of `fn` is in sight; methods of instances, partials and callables may change unseen."""
+    if isinstance(fn, types.BuiltinFunctionType):
+        return isinstance(fn.__self__, types.ModuleType)
+    return isinstance(fn, (types.FunctionType, type))
+
+
+class Functions:
+    """The pickles of one session, made and kept by the client; every method may be called by any thread."""
+
+    def __init__(self, session: bytes, next_number: Callable[[], int],
+                 on_evict: Callable[[Entry], None] = lambda entry: None,
+                 reference_types: tuple[type, ...] = (),
+                 on_reference: Callable[[Any], Any] = lambda obj: NotImplemented) -> None:
+        self.session, self.reference_types = session, reference_types
+        self.on_reference = on_reference  # returns what stands for the object in the pickle, as __reduce__ does
+        self.bound: dict[int, tuple[_Module, str]] = {}  # id of an object -> the first global name it was sent under
+        self._next_number, self._on_evict = next_number, on_evict
+        # Reentrant: a finalizer that submits may run inside. It guards all below; hot reads go without.
+        self._lock = threading.RLock()
+        self._modules: dict[int, _Module] = {}
+        self._entries: dict[bytes, Entry] = {}  # in the order in which the eviction clock visits them
+        self._size = 0  # bytes in _entries
+        self._known: dict[int, _Known] = {}  # id of a function -> its record; a weak reference's callback removes it
+
+    def function(self, fn: Any) -> Entry:
+        """Return the entry of `fn`, pickled at most once while all that it names stays the same.
+
+        Equal pickles share one entry. Raises `pickle.PicklingError`, which names what cannot travel.
+        """
+        known = self._known.get(id(fn))
+        if known is not None and known.entry.alive and known.ref() is fn and known.holds(fn):
+            known.entry.used = True
+            return known.entry
+        try:
+            blob, seen = self._dump(fn)
+        except Exception as error:
+            raise _explain(self, f"function {name_of(fn)}()", fn, error) from error
+        return self._enter(fn, blob, seen)
+
+    def dumps_call(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+                   *more: Any) -> tuple[bytes, list[Any]]:
+        """Return the pickle of (args, kwargs, *more) and its large buffers; `fn` only serves the error message."""
+        if not more and all(type(a) in ATOMS for a in args) and all(type(a) in ATOMS for a in kwargs.values()):
+            return pickle.dumps((args, kwargs), 5), []  # a seventh of the price
+        buffers: list[Any] = []
+        try:
+            return self._dump((args, kwargs, *more), buffers)[0], buffers
+        except Exception as error:
+            for label, value in _arguments(fn, args, kwargs):
+                if not self.picklable(value):
+                    raise _explain(self, f"argument {label} of {name_of(fn)}()", value, error) from error
+            raise pickle.PicklingError(f"cannot pickle the arguments of {name_of(fn)}(): {error}") from error
+
+    def picklable(self, value: Any) -> bool:
+        try:
+            self._dump(value)
+        except Exception:  # user code may raise anything while it is pickled
+            return False
+        return True
+
+    def module(self, space: dict[str, Any]) -> _Module:
+        """Return the record of a globals dictionary; kept for good, since its names' versions must never fall."""
+        with self._lock:
+            if id(space) not in self._modules:
+                self._modules[id(space)] = _Module(space, len(self._modules))
+            return self._modules[id(space)]
+
+    def binding(self, module: _Module, name: str) -> tuple[Any, int]:
+        """Return object and version of a global name, the version raised if it binds another object by now."""
+        with self._lock:
+            value = module.space.get(name, _MISSING)
+            old, version = module.names.get(name, (_MISSING, 0))
+            if value is not _MISSING and value is not old:
+                if self.bound.get(id(old)) == (module, name):
+                    del self.bound[id(old)]
+                self.bound.setdefault(id(value), (module, name))
+                version += 1
+                module.names[name] = value, version
+            return value, version
+
+    def _dump(self, value: Any, buffers: list[Any] | None = None) -> tuple[bytes, _FunctionPickler]:
+        while True:  # each turn leaves one more unpicklable name out of a module
+            file = io.BytesIO()
+            pickler = _pickler(_FunctionPickler)(self, file, buffers)
+            try:
+                pickler.dump(value)
+                return file.getvalue(), pickler
+            except Exception as error:
+                slot = pickler.path[-1] if pickler.path else None
+                if slot is None or not slot.soft or isinstance(error.__cause__ or error, RecursionError):
+                    raise
+                slot.module.left_out[slot.name] = slot.value
+                if buffers:
+                    buffers.clear()
+
+    def _enter(self, fn: Any, blob: bytes, seen: _FunctionPickler) -> Entry:
+        digest, gone = hashlib.sha256(blob).digest(), list[Entry]()
+        with self._lock:
+            entry = self._entries.get(digest)
+            if entry is None:
+                entry = self._entries[digest] = Entry(self._next_number(), digest, blob)
+                self._size += len(blob)
+                gone = self._evict(entry)
+            else:
+                entry.used = True
+            if _cacheable(fn):
+                key, known = id(fn), self._known
+                while len(known) >= 4 * MAX_ENTRIES:
+                    known.pop(next(iter(list(known))), None)
+                known[key] = _Known(fn, entry, seen, lambda ref: [known.pop(key, None)])
+        for old in gone:
+            self._on_evict(old)
+        return entry
+
+    def _evict(self, newest: Entry) -> list[Entry]:
+        """Drop entries not used since the last visit: a clock, for to move an entry at each use would need the lock."""
+        gone = []
+        while len(self._entries) > MAX_ENTRIES or (self._size > MAX_BYTES and len(self._entries) > 1):
+            digest = next(iter(self._entries))
+            entry = self._entries.pop(digest)
+            if entry.used or entry is newest:
+                entry.used, self._entries[digest] = False, entry
+            else:
+                entry.alive, self._size = False, self._size - len(entry.blob)
+                gone.append(entry)
+        return gone
+
+
+def name_of(fn: Any) -> str:
+    """Return what to call a function in logs and errors."""
+    fn = getattr(fn, "func", fn)        # of a partial
+    return getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None) or type(fn).__name__
+
+
+def _arguments(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    import inspect
+
+    try:
+        parameters = [p for p in inspect.signature(fn).parameters.values() if p.kind < p.VAR_POSITIONAL]
+    except (TypeError, ValueError):  # many builtins do not tell
+        parameters = []
+    for i, value in enumerate(args):
+        yield repr(parameters[i].name) if i < len(parameters) else str(i), value
+    yield from ((repr(name), value) for name, value in kwargs.items())
+
+
+def _explain(functions: Functions, what: str, value: Any, error: Exception) -> pickle.PicklingError:
+    """Return an error that says where the culprit sits, found by pickling the parts of what failed, level by level."""
+    if isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError):
+        return pickle.PicklingError(f"cannot pickle {what}: its objects are nested too deeply")
+    where = ""
+    for _ in range(8):  # levels; a culprit deeper than that is named by what holds it
+        parts = itertools.islice(_parts(value), 1000)
+        label, part = next(((label, part) for label, part in parts if not functions.picklable(part)), ("", None))
+        if not label:
+            break
+        where, value = where + label, part
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    return pickle.PicklingError(f"cannot pickle {what}: {where.strip() or 'it'} is a {kind} ({error})")
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what pickling `value` would descend into, each with the words that follow the path so far."""
+    value = getattr(value, "__func__", value)
+    if isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=False)
+        yield from ((f" captured variable '{name}'", _contents(cell)) for name, cell in cells)
+        names = _cloudpickle()._extract_code_globals(value.__code__)
+        yield from ((f" global '{name}'", value.__globals__[name]) for name in names if name in value.__globals__)
+        yield from ((f" default {i}", default) for i, default in enumerate(value.__defaults__ or ()))
+    elif isinstance(value, dict):
+        yield from ((f"[{key!r:.40}]", part) for key, part in list(value.items()))
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from ((f"[{i}]", part) for i, part in enumerate(value))
+    elif not isinstance(value, types.ModuleType):
+        yield from ((f".{name}", part) for name, part in list(getattr(value, "__dict__", {}).items()))
+        slots = getattr(type(value), "__slots__", ())
+        yield from ((f".{name}", getattr(value, name, None)) for name in ([slots] if isinstance(slots, str) else slots))
+
+
+# ---- worker half: what the pickles call ----
+
+class _Shared:
+    """One client module at this worker process."""
+
+    def __init__(self, name: str, header: dict[str, Any]) -> None:
+        self.module = types.ModuleType(name)  # its __dict__ is the functions' globals
+        self.versions: dict[str, int] = {}
+        self.sentinels: dict[tuple[str, int], Any] = {}
+        vars(self.module).update(header, __builtins__=__builtins__)
+
+
+_shared_modules: dict[bytes, dict[tuple[str, int], _Shared]] = {}  # by session and module; forget_session() drops them
+_shared_lock = threading.RLock()  # jobs may load in several threads
+
+
+def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any], importable: bool) -> _Shared:
+    with _shared_lock:
+        modules = _shared_modules.setdefault(session, {})
+        if key not in modules:
+            modules[key] = _Shared(key[0], header)
+            if importable:
+                import importlib
+                modules[key].module = importlib.import_module(key[0])
+        return modules[key]
+
+
+def _make_function(shared: _Shared, code: types.CodeType, *rest: Any) -> types.FunctionType:
+    return types.FunctionType(code, vars(shared.module), *rest)
+
+
+def _recached(fn: Any, parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(fn)
+
+
+def _set_name(shared: _Shared, name: str, version: int, value: Any, end: int) -> None:
+    with _shared_lock:
+        if version > shared.versions.get(name, 0):
+            shared.versions[name] = version
+            vars(shared.module)[name] = value
+
+
+def _set_import(shared: _Shared, name: str, version: int, module: str, end: int) -> None:
+    import importlib
+    try:
+        _set_name(shared, name, version, importlib.import_module(module), end)
+    except ImportError:  # only jobs that use it fail, with NameError
+        pass
+
+
+def _sentinel(shared: _Shared, name: str, version: int, make: Any, args: Any) -> Any:
+    with _shared_lock:
+        if (name, version) not in shared.sentinels:
+            shared.sentinels[name, version] = make(*args)
+        return shared.sentinels[name, version]
+
+
+def forget_session(session: bytes) -> None:
+    """Drop the modules of a session that is over."""
+    with _shared_lock:
+        _shared_modules.pop(session, None)
+
+
+# ---- both halves: values ----
+# A value as it travels is a pickle, or, when it has large buffers (arrays), a table and the pickle and the buffers,
+# each where it can be read without being copied: b"\0", the number of segments, their lengths, then the segments.
+
+_ALIGN = 64         # so that arrays lie as well in the received buffer as where they came from
+
+
+def pack(data: bytes, buffers: Sequence[Any] = ()) -> bytes | Blob:
+    """Return a pickle with its buffers as bytes if it may ride inside a message, else as a Blob to be pulled."""
+    if not buffers:
+        return data if len(data) <= INLINE else Blob([data])
+    segments = [memoryview(data), *(memoryview(buffer).cast("B") for buffer in buffers)]
+    table = struct.pack(f"!cI{len(segments)}Q", b"\0", len(segments), *(len(s) for s in segments))
+    parts: list[Any] = []
+    for segment in (table, *segments):
+        parts += [segment, bytes(-len(segment) % _ALIGN)]
+    blob = Blob([part for part in parts if len(part)])
+    return blob if blob.size > INLINE else blob.read(0, blob.size)
+
+
+def decode_value(data: Any) -> Any:
+    """Return the value that pack()ed bytes stand for. The one place where bytes of users are opened."""
+    if data[:1] != b"\0":
+        return pickle.loads(data)
+    view = memoryview(data)
+    count = struct.unpack_from("!I", view, 1)[0]
+    lengths = (5 + 8 * count, *struct.unpack_from(f"!{count}Q", view, 5))
+    starts = itertools.accumulate((length + -length % _ALIGN for length in lengths), initial=0)
+    _, pickled, *buffers = [view[start:start + length] for start, length in zip(starts, lengths, strict=False)]
+    return pickle.loads(pickled, buffers=buffers)
+
+
+def encode_value(value: Any) -> bytes | Blob:
+    """Return a job's result as it travels. Raises pickle.PicklingError naming the type."""
+    if type(value) in ATOMS:
+        return pack(pickle.dumps(value, 5))
+    file, buffers = io.BytesIO(), list[Any]()
+    try:
+        _pickler(_ByValue)(file, 5, buffer_callback=_keep_large(buffers)).dump(value)
+    except Exception as error:
+        raise pickle.PicklingError(f"cannot pickle the result, a {type(value).__qualname__}: {error}") from error
+    return pack(file.getvalue(), buffers)
+
+
+def encode_exception(error: BaseException, where: str) -> bytes | Blob:
+    """Return a job's exception as it travels: itself if it is known to load again, and its text in any case.
+
+    Many exceptions pickle well and fail at loading, because __init__ wants more than `args` holds.
+    """
+    pickled = None
+    frames = error.__traceback__.tb_next if error.__traceback__ else None       # without the worker's own frame
+    with contextlib.suppress(BaseException):
+        file = io.BytesIO()
+        _pickler(_ByValue)(file, 5).dump(error)
+        if type(pickle.loads(file.getvalue())) is type(error):
+            pickled = file.getvalue()
+    try:
+        text = "".join(traceback.format_exception(type(error), error, frames))
+        words = str(error)
+    except BaseException:           # an exception whose __str__ raises
+        text, words = f"{type(error).__qualname__} (its text cannot be shown)", ""
+    return pack(pickle.dumps((pickled, type(error).__qualname__, words, text, where), 5))
+
+
+class _RemoteTraceback(Exception):
+    """The remote traceback, as the cause of a job's exception."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+def decode_failure(status: str, value: Any) -> BaseException:
+    """Return the exception that a job's failure is at the client."""
+    if isinstance(value, BaseException):
+        return value            # made here: the server was lost
+    if status != RAISED:
+        return _verdict(status, value)
+    pickled, type_name, words, text, where = decode_value(value)
+    error: BaseException
+    try:
+        error = pickle.loads(pickled) if pickled else RemoteError(type_name, words, text)
+    except BaseException:           # its class is not here
+        error = RemoteError(type_name, words, text)
+    error.__cause__ = _RemoteTraceback(text)
+    error.add_note(f"raised by {where}")
+    return error
+
+
+def _verdict(status: str, evidence: dict[str, Any]) -> BaseException:
+    """Return the exception for a job that ended without its worker's word."""
+    job, worker = evidence.get("job") or "the job", evidence.get("worker")
+    if status == KILLED:
+        return JobKilled(f"{job} was ended: {evidence.get('reason')}")
+    tail = evidence.get("stderr")
+    return WorkerDied(
+        f"{job} took down {evidence.get('deaths')} worker{'s' * (evidence.get('deaths') != 1)} in "
+        f"{evidence.get('attempts')} attempts; the last, {worker} on {evidence.get('device')}, {evidence.get('what')}"
+        + (f"; it printed last:\n{tail}" if tail else ""), **evidence)
+
+
+# ==================================================================================================================
+# 7 client
+#
+# Future and Executor: real subclasses of concurrent.futures'. A Client is one connection with all that waits on it;
+# executors are views of it that carry options. Threads: the peer's I/O thread and flusher, and one for callbacks.
+# No user code and no user bytes on the I/O thread: an outcome stays bytes until somebody asks for it, and is decoded
+# in the thread that asks.
+# ==================================================================================================================
+
+CREDIT_BYTES = 32 << 20     # of inline payloads that a client may have at the server
+URGENT_SHARE = 2            # 1/this of the credit is kept for jobs above the lowest priority that is out
+
+as_completed = concurrent.futures.as_completed
+wait = concurrent.futures.wait
+
+_PENDING, _RUNNING = concurrent.futures._base.PENDING, concurrent.futures._base.RUNNING
+_CANCELLED, _FINISHED = concurrent.futures._base.CANCELLED, concurrent.futures._base.FINISHED
+
+
+class JobInfo(NamedTuple):
+    """What a job can know of itself."""
+    id: str
+    name: str
+    attempt: int
+    worker: str
+    device: str
+
+
+_running = threading.local()        # .job: a function that returns the JobInfo, in a thread that runs a job
+
+
+def current_job() -> JobInfo | None:
+    """Return id, name, attempt, worker and device of the job that this thread runs; None outside a job."""
+    describe = getattr(_running, "job", None)
+    return describe() if describe else None
+
+
+def job_id(name: Name) -> str:
+    """Return a job's name as text."""
+    return f"{name[0][:4].hex()}-{name[1]}"
+
+
+class Future(concurrent.futures.Future):    # type: ignore[type-arg]
+    """A job's outcome: a concurrent.futures.Future that also knows `id`, `name`, `worker` and `attempts`."""
+
+    def __init__(self, client: Client, number: int, view: Executor) -> None:
+        super().__init__()
+        self.worker: str | None = None          # who runs or ran it; None before it begins
+        self.attempts = 0
+        self._client, self._number, self._view = client, number, view
+        self._call: _Call | None = None         # what it takes to send it; dropped with the outcome
+        self._raw: tuple[str, Any] | None = None        # an outcome that nobody has looked at yet
+
+    @property
+    def id(self) -> str:
+        """The job's name as text, as in logs and in the job's MINIPOOL_JOB."""
+        return job_id((self._client.session, self._number))
+
+    @property
+    def key(self) -> None:
+        """The identity given by `options(key=)`; None here."""
+        return None
+
+    def cancel(self) -> bool:
+        """Cancel the job unless it began; what arrives later for it is dropped. Never blocks on the network."""
+        with self._condition:
+            if not super().cancel():
+                return False
+            if self._state == _CANCELLED:
+                self.set_running_or_notify_cancel()     # wait() and as_completed() hear of it
+                self._client.cancelled(self)
+        return True
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return the job's value or raise its exception; TimeoutError after `timeout` seconds, which stops nothing."""
+        try:
+            super().result(timeout)
+            self._decode()
+            return super().result(0)
+        finally:
+            self = None     # type: ignore[assignment]  # an exception's frames must not keep the future
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return the job's exception, None if it has a value; TimeoutError after `timeout` seconds."""
+        super().exception(timeout)
+        self._decode()
+        return super().exception(0)
+
+    def _get_snapshot(self) -> Any:         # asyncio reads this from Python 3.14 on
+        if self._state == _FINISHED:
+            self._decode()
+        return super()._get_snapshot()      # type: ignore[misc]
+
+    def __await__(self) -> Any:
+        import asyncio
+        return asyncio.wrap_future(self).__await__()
+
+    def _decode(self) -> None:
+        """Turn the outcome's bytes into its value or exception, once, in the thread that asks."""
+        raw = self._raw
+        if raw is None:
+            return
+        value, error = None, None
+        try:
+            value, error = (decode_value(raw[1]), None) if raw[0] == OK else (None, decode_failure(*raw))
+        except BaseException as problem:    # a value that does not unpickle costs this future only
+            error = problem
+        with self._condition:
+            if self._raw is not None:
+                self._result, self._exception, self._raw = value, error, None
+
+    # ---- for the client only ----
+
+    def _begin(self, worker: str, attempts: int) -> None:
+        self.worker, self.attempts = worker, attempts
+        with self._condition:
+            if self._state == _PENDING:
+                self._state = _RUNNING
+
+    def _settle(self, status: str, value: Any) -> None:
+        """End the future, unless it was cancelled; waiters wake, callbacks go to their thread."""
+        with self._condition:
+            if self._state not in (_PENDING, _RUNNING):
+                return
+            self._raw, self._state = (status, value), _FINISHED
+            for waiter in self._waiters:
+                (waiter.add_result if status == OK else waiter.add_exception)(self)
+            self._condition.notify_all()
+        self._invoke_callbacks()
+
+    def _invoke_callbacks(self) -> None:
+        if self._done_callbacks:
+            if threading.current_thread() is self._client.peer.thread:
+                self._client.later(super()._invoke_callbacks)
+            else:
+                super()._invoke_callbacks()
+
+
+class _Call(NamedTuple):
+    """What it takes to send a job, and to send it again."""
+    fn: Entry
+    payload: bytes | Blob
+    log: int
+    priority: float
+    options: dict[str, Any] | None
+
+
+class Client:
+    """One connection to a server, and everything that waits on it. Executors are its views."""
+
+    def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None,
+                 connect_timeout: float, reconnect_timeout: float) -> None:
+        self.session = secrets.token_bytes(16)
+        self.lock = threading.RLock()
+        self.numbers = itertools.count(1)               # of jobs and objects alike
+        self.functions = Functions(self.session, lambda: next(self.numbers), self._evicted)
+        self.workers: list[dict[str, Any]] = []
+        self.max_value = 64 << 30
+        self._name, self._max_workers, self._reconnect_timeout = name, max_workers, reconnect_timeout
+        # all below is guarded by lock
+        self._changed = threading.Condition(self.lock)  # a future ended, a worker came or went, an answer came
+        self.unfinished: dict[int, Future] = {}         # every future without an outcome
+        self._sent: dict[int, Future] = {}              # those the server has
+        self._sent_bytes = 0
+        self._backlog: list[tuple[float, int]] = []     # a heap of those it has not: (-priority, number)
+        self._lowest = 0.0                              # priority among the sent
+        self._known_objects: set[int] = set()           # what the server has of ours, on this connection
+        self._log: list[tuple[Name, bytes | Blob]] = []     # what every worker must have run before our jobs
+        self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
+        self._answers: dict[int, Any] = {}
+        self._credit = CREDIT_JOBS
+        self._seen = 0                                  # workers that the last server had
+        self._lives = 0                                 # welcomes so far
+        self.broken: BaseException | None = None
+        self.closing = self.closed = False
+        self._callbacks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._callback_thread = threading.Thread(target=self._run_callbacks, name="minipool-callbacks", daemon=True)
+        self.peer = Peer("client", address, secret, lock=self.lock, announce=self._announce, on_batch=self._on_batch,
+                         on_lost=self._on_lost, on_idle=self._flush_delivered, name="client")
+        self._callback_thread.start()
+        self.peer.start()
+        self._connect(connect_timeout)
+        _clients.add(self)
+
+    def _connect(self, timeout: float) -> None:
+        """Wait for the first welcome."""
+        give_up = time.monotonic() + timeout
+        with self._changed:
+            while not self._lives:
+                trouble, left = self.peer.trouble, give_up - time.monotonic()
+                if isinstance(trouble, Refused | VersionMismatch) or left <= 0:
+                    break
+                self._changed.wait(left)
+            if self._lives:
+                return
+        self.close()
+        if isinstance(trouble, Refused | VersionMismatch):
+            raise trouble
+        raise ServerLost(f"no minipool server at {format_address(*self.peer.address)} within {timeout:g} s "
+                         f"({trouble}): start one there with `minipool serve`, or check the address")
+
+    # ---- jobs ----
+
+    def submit(self, view: Executor, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+               options: dict[str, Any]) -> Future:
+        """Take a snapshot of the call, and send it or queue it here."""
+        if not callable(fn):
+            raise TypeError(f"submit() needs something callable, not {type(fn).__name__}")
+        entry = self.functions.function(fn)
+        retry_on = options.get("retry_on", (Exception,)) if options.get("retries") else None
+        payload = pack(*self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ())))
+        if isinstance(payload, Blob) and payload.size > self.max_value:
+            raise TooLarge(f"the arguments of {name_of(fn)}() take {payload.size} bytes; the server allows "
+                           f"{self.max_value} (serve --max-value)")
+        wire = self._wire_options(options, fn)
+        with self.lock:
+            self._refuse_if_over()
+            number = next(self.numbers)
+            future = Future(self, number, view)
+            future.name = wire.get("name", "")      # type: ignore[attr-defined]
+            future._call = _Call(entry, payload, len(self._log), wire.get("priority", 0), wire or None)
+            self.unfinished[number] = future
+            heapq.heappush(self._backlog, (-future._call.priority, number))
+            self._send_backlog()
+            connection, busy = self.peer.connection, len(self._sent) > 2 * len(self.workers)
+        if connection:      # few jobs out: go now; many: go on submitting while the flusher makes batches
+            (connection.hand_to_flusher if busy else connection.flush)()
+        return future
+
+    def _wire_options(self, options: dict[str, Any], fn: Any) -> dict[str, Any]:
+        """Return the options that the server needs to know."""
+        wire = {name: options[name] for name in ("priority", "retries", "max_deaths") if options.get(name) is not None}
+        on = options.get("on") or options.get("prefer")
+        if on:
+            wire["on"] = list(on)
+            if not options.get("on"):
+                wire["soft"] = True
+        wire["name"] = options.get("name") or name_of(fn)
+        return wire
+
+    def _refuse_if_over(self) -> None:
+        if self.broken is not None:
+            raise type(self.broken)(*self.broken.args) from self.broken.__cause__
+        if self.closing:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+    def _send_backlog(self) -> None:
+        """Send what the credit allows, most urgent first. Holds the lock; somebody flushes."""
+        connection = self.peer.connection
+        if not connection or not self._lives or not self._welcomed:
+            return
+        if not self._sent:
+            self._lowest = float("inf")
+        messages: list[Message] = []
+        while self._backlog:
+            priority, number = -self._backlog[0][0], self._backlog[0][1]
+            future = self.unfinished.get(number)
+            if future is None or number in self._sent:
+                heapq.heappop(self._backlog)        # cancelled here
+                continue
+            share = 1 if priority > self._lowest else URGENT_SHARE
+            if self._sent and (len(self._sent) >= self._credit // share or self._sent_bytes >= CREDIT_BYTES // share):
+                break
+            heapq.heappop(self._backlog)
+            self._lowest = min(self._lowest, priority)
+            self._send_job(future, messages, False)
+        if messages:
+            connection.post(messages)
+
+    def _send_job(self, future: Future, messages: list[Message], again: bool) -> None:
+        """Add the messages that send one job, with its function if this server has not got it."""
+        call = future._call
+        assert call
+        self._sent[future._number] = future
+        self._put(call.fn.number, call.fn.blob, messages)
+        payload: Value
+        if isinstance(call.payload, Blob):
+            payload = ((self.session, future._number), call.payload.size)
+            self.peer.values[payload[0]] = call.payload
+        else:
+            payload = call.payload
+            self._sent_bytes += len(payload)
+        options = {**(call.options or {}), "again": True} if again else call.options
+        messages.append(("submit", future._number, (self.session, call.fn.number), payload, call.log, options))
+
+    def _put(self, number: int, data: bytes | Blob, messages: list[Message]) -> None:
+        """Add what makes an object known to the server: its bytes if small, else its size."""
+        if number in self._known_objects:
+            return
+        self._known_objects.add(number)
+        name = (self.session, number)
+        if isinstance(data, bytes) and len(data) <= INLINE:
+            messages.append(("put", name, len(data), data))
+        else:
+            blob = data if isinstance(data, Blob) else Blob([data])
+            self.peer.values[name] = blob
+            messages.append(("put", name, blob.size, None))
+
+    def _evicted(self, entry: Entry) -> None:
+        """A function's pickle left the cache: nobody will ask for it again, unless a job is still out with it."""
+        with self.lock:
+            if any(f._call and f._call.fn is entry for f in self.unfinished.values()):
+                return      # it stays until the session ends: rare, and harmless
+            if entry.number in self._known_objects:
+                self._known_objects.discard(entry.number)
+                self.peer.values.pop((self.session, entry.number), None)
+                self.peer.send(("drop", [(self.session, entry.number)]))
+
+    def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Append a call that every worker must have made before it begins a job submitted from now on."""
+        data = pack(*self.functions.dumps_call(fn, args, kwargs, fn))
+        with self.lock:
+            self._log.append(((self.session, next(self.numbers)), data))
+            if self._welcomed:
+                self._post_log(len(self._log) - 1)
+        self.peer.send()
+
+    def _post_log(self, known: int) -> None:
+        messages: list[Message] = []
+        for position, (name, data) in enumerate(self._log[known:], known):
+            self._put(name[1], data, messages)
+            messages.append(("log", self.session, position, name))
+        if self.peer.connection:
+            self.peer.connection.post(messages)
+
+    def cancelled(self, future: Future) -> None:
+        """A future was cancelled here: that decides it, and the server is told."""
+        with self.lock:
+            was_sent = future._number in self._sent
+            self._retire(future)
+            if was_sent:
+                self.peer.send(("cancel", [future._number]))
+
+    def kill(self, futures: Iterable[Future], reason: str) -> None:
+        """End running jobs by force; those that have not begun fail with JobKilled too."""
+        with self.lock:
+            numbers = [f._number for f in futures if f._number in self.unfinished]
+            waiting = [n for n in numbers if n not in self._sent]
+            for number in waiting:
+                self._finish(self.unfinished[number], KILLED, {"reason": reason})
+            if numbers:
+                self.peer.send(("kill", [n for n in numbers if n in self._sent], reason))
+
+    # ---- the I/O thread ----
+
+    _welcomed = False       # the server has settled what we hold: jobs may be sent
+
+    def _announce(self) -> list[Message]:
+        self._known_objects.clear()     # a put may have been lost with the old connection: each is sent again at need
+        info = {"session": self.session, "name": self._name, "python": PYTHON, "max_workers": self._max_workers,
+                "workers_seen": self._seen}
+        return [("client", info, list(self._sent))]
+
+    def _on_lost(self) -> None:
+        with self._changed:
+            self._welcomed = False
+            self._changed.notify_all()
+            lost_for = time.monotonic() - (self.peer.lost_at or time.monotonic())
+            if self._lives and not self.closed and lost_for > self._reconnect_timeout:
+                self._break(ServerLost(f"the server at {format_address(*self.peer.address)} was gone for "
+                                       f"{lost_for:.0f} s ({self.peer.trouble})"))
+
+    def _on_batch(self, messages: list[Message]) -> None:
+        with self.lock:
+            for message in messages:
+                if message[0] == "done":        # the hot one
+                    self._on_done(*message[1:])
+                else:
+                    getattr(self, f"_on_{message[0]}")(*message[1:])
+            self._send_backlog()
+            connection = self.peer.connection
+        if connection and connection.waiting:
+            self._flush_delivered()
+            connection.flush()
+
+    def _flush_delivered(self) -> bool:
+        """Post the acknowledgements that wait; True if there were some."""
+        with self.lock:
+            connection, numbers = self.peer.connection, self._delivered
+            if connection and numbers:
+                self._delivered = []
+                connection.post([("delivered", numbers)])
+            return bool(connection and connection.waiting)
+
+    def _on_welcome(self, info: dict[str, Any]) -> None:
+        self._lives += 1
+        self._welcomed = True
+        self.max_value = info["max_value"]
+        self._on_workers(info["workers"], info["credit"])
+        self._post_log(info["log"])
+
+    def _on_refuse(self, error: str, text: str) -> None:
+        kinds: dict[str, type[MinipoolError]] = {"VersionMismatch": VersionMismatch, "Refused": Refused}
+        self.peer.trouble = kinds.get(error, Refused)(text)
+        self._changed.notify_all()
+
+    def _on_missing(self, numbers: list[int]) -> None:
+        """The server does not know these (it is a new one, or they were lost on the way): send them again."""
+        messages: list[Message] = []
+        for number in numbers:
+            future = self._sent.get(number)
+            if future is not None:
+                self._send_job(future, messages, True)
+        if self.peer.connection:
+            self.peer.connection.post(messages)
+
+    def _on_began(self, number: int, worker: str, attempts: int) -> None:
+        future = self._sent.get(number)
+        if future is not None:
+            future._begin(worker, attempts)
+
+    def _on_done(self, number: int, status: str, value: Any, worker: str, attempts: int) -> None:
+        future = self._sent.get(number)
+        if future is None:
+            self._delivered.append(number)      # told twice: the first acknowledgement was lost
+            return
+        future.worker, future.attempts = worker, attempts
+        if type(value) is tuple:
+            self.peer.pull(value[0], value[1], lambda data: self._pulled(future, status, data))
+        else:
+            self._finish(future, status, value)
+
+    def _pulled(self, future: Future, status: str, data: Any) -> None:
+        """A large outcome is here; or its holder is lost, and the job runs again by itself."""
+        if data is not None:
+            with self.lock:
+                self._finish(future, status, data)
+                self._send_backlog()
+            self.peer.send()
+
+    def _finish(self, future: Future, status: str, value: Any) -> None:
+        if future._number in self._sent:
+            self._delivered.append(future._number)
+        self._retire(future)
+        future._settle(status, value)
+
+    def _retire(self, future: Future) -> None:
+        """Forget a job that has ended: nothing is kept that it alone needed."""
+        self.unfinished.pop(future._number, None)
+        call, future._call = future._call, None
+        if self._sent.pop(future._number, None) and call:
+            if isinstance(call.payload, Blob):
+                self.peer.values.pop((self.session, future._number), None)
+            else:
+                self._sent_bytes -= len(call.payload)
+        if not self.unfinished:
+            self._changed.notify_all()
+            if self.closing:
+                self.later(self.close)
+
+    def _on_broken(self, value: Value) -> None:
+        cause = decode_failure(RAISED, value) if isinstance(value, bytes) else None
+        error = concurrent.futures.BrokenExecutor(
+            "the initializer raised on every worker that tried it, so no job of this executor can run")
+        error.__cause__ = cause
+        self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        """Fail everything that waits, each future with an exception of its own."""
+        self.broken = error
+        for future in list(self.unfinished.values()):
+            self._retire(future)
+            future._settle(DIED, error)
+
+    def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
+        self.workers, self._credit = workers, credit
+        self._seen = max(self._seen, len(workers))
+        self._changed.notify_all()
+
+    def _on_answer(self, number: int, value: Any) -> None:
+        self._answers[number] = value
+        self._changed.notify_all()
+
+    def _on_bye(self, reason: str) -> None:
+        log.info("the server said goodbye: %s", reason)
+
+    def ask(self, what: str, about: Any = None, timeout: float | None = None) -> Any:
+        """Ask the server a question; return its answer, or raise TimeoutError."""
+        give_up = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            number = next(self.numbers)
+            while number not in self._answers:
+                self.peer.send(("ask", number, what, about))        # again after a second: it may have been lost
+                left = 1.0 if give_up is None else min(1.0, give_up - time.monotonic())
+                if left <= 0 or self.closed:
+                    raise TimeoutError(f"the server did not answer {what!r} within {timeout:g} s")
+                self._changed.wait_for(lambda: number in self._answers or self.closed, left)
+            return self._answers.pop(number)
+
+    # ---- callbacks and the end ----
+
+    def later(self, callback: Callable[[], None]) -> None:
+        """Run something on the callback thread."""
+        self._callbacks.put(callback)
+
+    def _run_callbacks(self) -> None:
+        while True:
+            callback = self._callbacks.get()
+            if callback is None:
+                return
+            try:
+                callback()
+            except Exception:
+                log.exception("a callback raised")
+            del callback                # it may hold the last reference to a future and its value
+
+    def wait_idle(self, timeout: float | None = None) -> bool:
+        """Block until no future is unfinished."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self.unfinished, timeout)
+
+    def finish(self) -> None:
+        """Close once everything has ended, without waiting for it."""
+        with self.lock:
+            self.closing = True
+            if not self.unfinished and not self.closed:
+                self.later(self.close)
+
+    def close(self) -> None:
+        """End the connection and the threads."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closing = self.closed = True
+            self._flush_delivered()
+            for future in list(self.unfinished.values()):
+                future.cancel()
+            self._changed.notify_all()
+        self.peer.stop(("bye", "the client has finished"))
+        self._callbacks.put(None)
+        if self._callback_thread is not threading.current_thread():
+            self._callback_thread.join(10)
+        _clients.discard(self)
+
+
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()       # those that are open
+
+
+def _finish_all() -> None:
+    """At interpreter exit: as in the standard library, pending work is waited for."""
+    for client in list(_clients):
+        client.wait_idle()
+        client.close()
+
+
+def _forget_all() -> None:
+    """In the child of a fork: the connections belong to the parent, and no thread of theirs is here."""
+    for client in list(_clients):
+        client.lock = threading.RLock()
+        client.closing = True
+        client.broken = RuntimeError("this executor belongs to the parent process: a fork must open its own")
+        connection, client.peer.connection = client.peer.connection, None
+        if connection:
+            connection.abandon()
+    _clients.clear()
+
+
+getattr(threading, "_register_atexit", atexit.register)(_finish_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
+
+
+class ChildProcess:
+    """A child that serves an embedded pool or a node: told what to do by one line, ended by the end of its stdin."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        ours, theirs = socket.socketpair()
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "minipool_worker.py")
+        with theirs:        # a session of its own: Ctrl-C in the terminal is for the client alone
+            self._process = subprocess.Popen([sys.executable, script, "_child"], stdin=theirs, start_new_session=True)
+        self._line = ours
+        try:
+            ours.sendall(json.dumps(job).encode() + b"\n")
+            ours.settimeout(job.get("connect_timeout") or 60)
+            self.answer: dict[str, Any] = self._read_answer()
+        except BaseException:
+            self.stop()
+            raise
+        ours.settimeout(None)
+
+    def _read_answer(self) -> dict[str, Any]:
+        line = b""
+        while not line.endswith(b"\n"):
+            try:
+                data = self._line.recv(65536)
+            except TimeoutError:
+                raise ServerLost("no server answered in time") from None
+            if not data:
+                raise ServerLost(f"the child process ended with exit code {self._process.wait(5)}")
+            line += data
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            kinds = {kind.__name__: kind for kind in (ServerLost, Refused, VersionMismatch, OSError)}
+            raise kinds.get(answer["error"], ValueError)(answer["text"])
+        return answer
+
+    def stop(self) -> None:
+        """End the child, and with it its workers."""
+        self._line.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the child has ended."""
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+
+_OPTIONS = {"retries", "retry_on", "priority", "on", "prefer", "name", "max_deaths", "weak", "timeout"}
+_said: set[str] = set()         # sentences for stderr that this process has had
+
+
+class Executor(concurrent.futures.Executor):
+    """A concurrent.futures.Executor over a pool of workers: `submit`, `map`, `shutdown`, `with`.
+
+    `address`: "host", "host:port", "[::1]:port"; "local" is an embedded pool of this machine, closed with the
+    executor; None is MINIPOOL_ADDRESS, and "local" where that is not set. An int in its place is `max_workers`, which
+    bounds how many workers are used (embedded: how many are started). `initializer(*initargs)` runs once per worker
+    before this executor's first job there, on late and respawned workers too. Seconds: `connect_timeout` for the
+    first connection, `reconnect_timeout` for outages that are ridden out.
+
+    Raises ServerLost, Refused, VersionMismatch; ValueError and TypeError for bad arguments.
+    """
+
+    def __init__(self, address: str | int | None = None, *, secret: str | None = None,
+                 max_workers: int | None = None, initializer: Callable[..., object] | None = None,
+                 initargs: tuple[Any, ...] = (), max_tasks_per_child: int | None = None, name: str | None = None,
+                 tls: bool = False, connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
+        if isinstance(address, int) and not isinstance(address, bool):
+            address, max_workers = None, address
+        self._check_arguments(address, max_workers, initializer, max_tasks_per_child, tls)
+        self._options: dict[str, Any] = {}
+        self._parent: Executor | None = None
+        self._view_closed = False
+        self._child: ChildProcess | None = None
+        where = address or os.environ.get("MINIPOOL_ADDRESS") or "local"
+        if where == "local":
+            self._child, key = self._embed(max_workers, max_tasks_per_child)
+            where = self._child.answer["address"]
+            self._planned = len(self._child.answer["devices"])
+        else:
+            key, self._planned = find_secret(secret), 1
+        try:
+            self._client = Client(parse_address(where), key, name=name or os.path.basename(sys.argv[0] or "python"),
+                                  max_workers=None if self._child else max_workers, connect_timeout=connect_timeout,
+                                  reconnect_timeout=reconnect_timeout)
+        except BaseException:
+            if self._child:
+                self._child.stop()
+            raise
+        if initializer is not None:
+            self._client.add_to_log(initializer, tuple(initargs), {})
+        if address is None and self._child:
+            self._say_embedded()
+        # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
+        self._finalizer = weakref.finalize(self, _let_go, self._client, self._child)
+        self._finalizer.atexit = False
+
+    @staticmethod
+    def _check_arguments(address: Any, max_workers: Any, initializer: Any, max_tasks: Any, tls: bool) -> None:
+        if address is not None and not isinstance(address, str):
+            raise TypeError(f"address is text such as 'host:port', not {type(address).__name__}")
+        if max_workers is not None and (not isinstance(max_workers, int) or isinstance(max_workers, bool)):
+            raise TypeError(f"max_workers is an int, not {type(max_workers).__name__}")
+        if max_workers is not None and max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if max_tasks is not None and (not isinstance(max_tasks, int) or max_tasks <= 0):
+            raise ValueError("max_tasks_per_child must be >= 1")
+        if tls:
+            raise NotImplementedError("tls= is not there yet")
+
+    @staticmethod
+    def _embed(workers: int | None, max_tasks: int | None) -> tuple[ChildProcess, Secret]:
+        """Start the private child that serves this machine, with a throw-away secret."""
+        secret = Secret.new()
+        options = {"name": "local", "workers": workers, "max_tasks": max_tasks, "sys_path": _absolute_path()}
+        return ChildProcess({"serve": True, "secret": secret.text, "options": options}), secret
+
+    def _say_embedded(self) -> None:
+        """Say once per process what was started, so that nobody believes to be on a cluster."""
+        if "embedded" in _said:
+            return
+        _said.add("embedded")
+        devices = collections.Counter(self._child.answer["devices"] if self._child else ())
+        text = ", ".join(f"{n} worker{'s' * (n > 1)} on {device}" for device, n in devices.items())
+        line = (f"minipool: embedded pool, {text}, {os.cpu_count()} cores (max_workers= for more, MINIPOOL_ADDRESS= "
+                "for a server)")
+        if is_server_running():
+            warnings.warn(f"{line}; a server runs on this machine's port {DEFAULT_PORT}: "
+                          f"Executor('127.0.0.1') would use it", RuntimeWarning, stacklevel=3)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    # ---- the standard interface ----
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        """Return a Future of fn(*args, **kwargs), which runs on one worker. Every keyword reaches `fn`.
+
+        Arguments are copied now; changing them later changes nothing. Raises pickle.PicklingError naming what cannot
+        be pickled, TooLarge, RuntimeError after shutdown, BrokenExecutor after a failed initializer.
+        """
+        if self._view_closed:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if "timeout" in self._options:
+            raise TypeError("options(timeout=) is for calls that wait; a limit on a job's run time is job_timeout")
+        return self._client.submit(self, fn, args, kwargs, self._options)
+
+    def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None,  # type: ignore
+            chunksize: int = 1, buffersize: int | None = None) -> Iterator[Any]:
+        """Return an iterator of fn's results in the order of the input, as in the newest standard library.
+
+        `timeout` seconds count from this call; `chunksize` inputs travel as one job; `buffersize` bounds how many
+        results wait unread, and makes the input lazy.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and not isinstance(buffersize, int):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
+        if chunksize == 1:
+            return _results(self, fn, calls, deadline, buffersize)
+        chunks = ((chunk,) for chunk in iter(lambda: tuple(itertools.islice(calls, chunksize)), ()))
+        return itertools.chain.from_iterable(_results(self, _Chunk(fn), chunks, deadline, buffersize))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more jobs; wait for those there are, or cancel what has not begun. Of a view: this view only."""
+        self._view_closed = True
+        client = self._client
+        mine = [f for f in list(client.unfinished.values()) if self._parent is None or f._view is self]
+        if cancel_futures:
+            for future in mine:
+                future.cancel()
+        if self._parent is not None:
+            if wait:
+                concurrent.futures.wait(mine)
+        elif wait:
+            with client.lock:
+                client.closing = True
+            client.wait_idle()
+            self._finalizer.detach()
+            client.close()
+            if self._child:
+                self._child.stop()
+        else:
+            self._finalizer()
+
+    def terminate_workers(self) -> None:
+        """End this executor's running jobs by force (they raise JobKilled), cancel the rest, shut down."""
+        self.kill_workers()
+
+    def kill_workers(self) -> None:
+        """End this executor's running jobs by force (they raise JobKilled), cancel the rest, shut down."""
+        with self._client.lock:
+            futures = list(self._client.unfinished.values())
+            for future in futures:
+                future.cancel()
+            self._client.kill(futures, "kill_workers() was called")
+        self.shutdown(wait=True)
+
+    # ---- beyond it ----
+
+    def options(self, **options: Any) -> Executor:
+        """Return a light view of this executor whose jobs carry these options; views nest.
+
+        `retries` runs a job again that many times on exceptions (of the types in `retry_on`); `priority`: larger
+        first; `on`: only on these workers, nodes or tags, `prefer`: there if there is one; `name` for logs;
+        `max_deaths`: workers it may take down; `weak`; `timeout`. Raises TypeError for an unknown option.
+        """
+        unknown = set(options) - _OPTIONS
+        if unknown:
+            raise TypeError(f"options() got unknown {', '.join(sorted(unknown))}; known are {', '.join(sorted(_OPTIONS))}")
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view._options = {**self._options, **_checked(options)}
+        view._parent, view._view_closed = self, False
+        self._check_on(view._options.get("on"))
+        return view
+
+    def _check_on(self, on: frozenset[str] | None) -> None:
+        """A name of no worker is an error in an embedded pool, which cannot grow, and a warning elsewhere."""
+        if not on:
+            return
+        with self._client._changed:
+            self._client._changed.wait_for(lambda: len(self._client.workers) >= self._planned, 10)
+            known = {tag for worker in self._client.workers for tag in worker["tags"]}
+        if not on & known:
+            text = f"on={sorted(on)} names no worker, node or tag; there are {', '.join(sorted(known)) or 'none yet'}"
+            if self._child:
+                raise ValueError(text)
+            warnings.warn(f"{text}: such jobs wait until one joins", RuntimeWarning, stacklevel=3)
+
+    def kill(self, target: Future) -> None:
+        """End the running job of a future by ending its worker's process; the future raises JobKilled."""
+        if not isinstance(target, Future):
+            raise TypeError(f"kill() takes a future of this executor, not {type(target).__name__}")
+        self._client.kill([target], "kill() was called")
+
+    def info(self) -> dict[str, Any]:
+        """Return one snapshot of the pool: what `minipool status --json` prints."""
+        answer: dict[str, Any] = self._client.ask("info", timeout=self._options.get("timeout", 30))
+        return answer
+
+    @property
+    def size(self) -> int:
+        """How many workers there are now, at least 1; third-party libraries size their batches by it."""
+        return max(1, self._planned if self._child else len(self._client.workers))
+
+    _max_workers = size
+
+    def __repr__(self) -> str:
+        devices = ", ".join(sorted({worker["device"] for worker in self._client.workers})) or "no device yet"
+        where = "embedded" if self._child else format_address(*self._client.peer.address)
+        return f"<minipool.Executor {where}, {len(self._client.workers)} workers on {devices}>"
+
+
+def _let_go(client: Client, child: ChildProcess | None) -> None:
+    """Close a dropped executor once its jobs have ended."""
+    client.finish()
+    if child:
+        threading.Thread(target=lambda: (client._callback_thread.join(), child.stop()), name="minipool-let-go",
+                         daemon=True).start()
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with their values checked and `on` and `prefer` as sets of names."""
+    for name in ("retries", "max_deaths"):
+        value = options.get(name, 0)
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} is an int of 0 or more, not {value!r}")
+    if not isinstance(options.get("priority", 0), int | float) or options.get("priority", 0) != options.get("priority", 0):
+        raise ValueError(f"priority is a number, not {options['priority']!r}")
+    checked = dict(options)
+    for name in ("on", "prefer"):
+        if options.get(name) is not None:
+            names = [options[name]] if isinstance(options[name], str) else list(options[name])
+            if not names or not all(isinstance(n, str) for n in names):
+                raise TypeError(f"{name}= takes the name of a worker, node or tag, or a list of them")
+            checked[name] = frozenset(names)
+    retry_on = options.get("retry_on")
+    if retry_on is not None:
+        types_ = retry_on if isinstance(retry_on, tuple | list) else (retry_on,)
+        if not all(isinstance(t, type) and issubclass(t, BaseException) for t in types_):
+            raise TypeError("retry_on= takes an exception type, or a list of them")
+        checked["retry_on"] = tuple(types_)
+    return checked
+
+
+def _absolute_path() -> list[str]:
+    """Return this program's sys.path, as a child in another folder would need it."""
+    return list(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
+
+
+class _Chunk:
+    """Several calls of one function as one job: what `map(chunksize=)` sends."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self.__name__ = name_of(fn)
+
+    def __call__(self, chunk: tuple[tuple[Any, ...], ...]) -> list[Any]:
+        return [self.fn(*args) for args in chunk]
+
+
+def _results(executor: Executor, fn: Callable[..., Any], calls: Iterator[tuple[Any, ...]], deadline: float | None,
+             buffersize: int | None) -> Iterator[Any]:
+    """Submit now, as far as the buffer goes; return the iterator over the results."""
+    first = calls if buffersize is None else itertools.islice(calls, buffersize)
+    futures = collections.deque(executor.submit(fn, *args) for args in first)
+
+    def results() -> Iterator[Any]:
+        try:
+            while futures:
+                if buffersize is not None:
+                    futures.extend(executor.submit(fn, *args) for args in itertools.islice(calls, 1))
+                yield _result_or_cancel(futures.popleft(), deadline)
+        finally:
+            for future in futures:
+                future.cancel()
+    return results()
+
+
+def _result_or_cancel(future: Future, deadline: float | None) -> Any:
+    try:
+        return future.result(None if deadline is None else deadline - time.monotonic())
+    finally:
+        future.cancel()
+        del future      # the caller's frame must not keep the value
+
+
+# ==================================================================================================================
+# 8 CLI
+#
+# serve, status, versions, secret. What a person asked for goes to stdout, everything else to stderr. A mistake of
+# the user's is one sentence, never a traceback; the exit code says what kind it was.
+# ==================================================================================================================
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_REFUSED, EXIT_VERSIONS, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+EXIT_BROKEN = 70        # an invariant of the scheduler is broken: the server stopped itself
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Log to stderr, as MINIPOOL_LOG or -v says."""
+    level = (os.environ.get("MINIPOOL_LOG") or ("debug" if verbose else "info")).upper()
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger().setLevel(level if level in logging.getLevelNamesMapping() else "INFO")
+
+
+def run_command(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Run a command; turn what can go wrong into a sentence and an exit code."""
+    try:
+        return command(options)
+    except Refused as error:
+        code, text = EXIT_REFUSED, str(error)
+    except VersionMismatch as error:
+        code, text = EXIT_VERSIONS, str(error)
+    except ServerLost as error:
+        code, text = EXIT_UNREACHABLE, str(error)
+    except KeyboardInterrupt:
+        code, text = EXIT_INTERRUPTED, "interrupted"
+    except (MinipoolError, OSError, ValueError) as error:
+        code, text = EXIT_FAILED, str(error)
+    print(f"minipool: {text}", file=sys.stderr)
+    return code
+
+
+def _serve(options: argparse.Namespace) -> int:
+    """Run a server until a signal ends it."""
+    path = options.secret_file
+    server = Server(options.host, options.port, max_value=options.max_value,
+                    secret=find_secret(path=path, make=True).text)
+    try:
+        server.start()
+    except OSError as error:
+        raise OSError(f"cannot listen on {format_address(options.host, options.port)}: {error.strerror or error}"
+                      ) from None
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    node = None
+    try:
+        _print_lines(server, options)
+        if options.with_node:
+            from minipool_worker import Node
+            node = Node(server.address, secret=server.secret).start()
+        while not stop.wait(0.5) and not server.wait(0):
+            pass
+    finally:
+        if node:
+            node.stop()
+        server.stop()
+    return EXIT_BROKEN if server.failure else EXIT_OK
+
+
+def _print_lines(server: Server, options: argparse.Namespace) -> None:
+    """Print the exact lines to paste for workers and clients."""
+    address, loopback = server.address, _is_loopback(options.host)
+    source = options.secret_file or os.environ.get("MINIPOOL_SECRET_FILE")
+    source = source or ("MINIPOOL_SECRET" if os.environ.get("MINIPOOL_SECRET") else secret_path())
+    prefix = "" if loopback else f"MINIPOOL_SECRET={server.secret if sys.stdout.isatty() else '...'} "
+    if loopback and options.secret_file:
+        prefix = f"MINIPOOL_SECRET_FILE={options.secret_file} "
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "minipool_worker.py")
+    worker = "minipool-worker" if "site-packages" in script else f"python {os.path.basename(script)}"
+    lines = [f"minipool {__version__} server on {address} (Python {PYTHON}); the secret is from {source}",
+             f"  workers:  {prefix}{worker} connect {address}",
+             f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}",
+             f"  status:   {prefix}python minipool.py status --address {address}        stop: Ctrl-C"]
+    if not loopback:
+        lines.append("  traffic is authenticated but not encrypted: use it in a network you trust, or a tunnel"
+                     + ("" if sys.stdout.isatty() else "; `minipool secret` prints the secret"))
+    print("\n".join(lines), flush=True)
+
+
+def _client_for(options: argparse.Namespace) -> Client:
+    address = options.address or os.environ.get("MINIPOOL_ADDRESS") or f"127.0.0.1:{DEFAULT_PORT}"
+    return Client(parse_address(address), find_secret(path=options.secret_file), name="minipool status",
+                  max_workers=None, connect_timeout=5, reconnect_timeout=5)
+
+
+def _status(options: argparse.Namespace) -> int:
+    """Print one snapshot of the pool."""
+    client = _client_for(options)
+    try:
+        info = client.ask("info", timeout=10)
+    except TimeoutError as error:
+        raise ServerLost(str(error)) from None
+    finally:
+        client.close()
+    print(json.dumps(info, indent=2) if options.json else _describe(info))
+    return EXIT_OK
+
+
+def _describe(info: dict[str, Any]) -> str:
+    jobs = info["jobs"]
+    lines = [f"server {info['address']} (Python {info['python']}): {len(info['nodes'])} nodes, "
+             f"{len(info['workers'])} workers",
+             "jobs   " + ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered"))]
+    width = max((len(w["name"]) for w in info["workers"]), default=0)
+    lines += [f"  {w['name']:{width}}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
+              f"{w['finished']} finished  {', '.join(w['jobs'])}" for w in info["workers"]]
+    return "\n".join(lines)
+
+
+def _versions(options: argparse.Namespace) -> int:
+    """Print the versions that must agree between the members of a pool."""
+    import importlib.metadata
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+    rows = {"minipool": __version__, "protocol": str(PROTOCOL), "python": sys.version.split()[0],
+            "cloudpickle": version("cloudpickle"), "nvidia-ml-py": version("nvidia-ml-py")}
+    print("\n".join(f"{name:13} {value}" for name, value in rows.items()))
+    return EXIT_OK
+
+
+def _secret(options: argparse.Namespace) -> int:
+    """Print the secret that clients and nodes of this user would use."""
+    print(find_secret(path=options.secret_file).text)
+    return EXIT_OK
+
+
+def _size(text: str) -> int:
+    """Read a size such as 64G."""
+    units = {"K": 10, "M": 20, "G": 30, "T": 40}
+    number, unit = (text[:-1], text[-1].upper()) if text and text[-1].upper() in units else (text, "")
+    try:
+        return int(float(number) * (1 << units.get(unit, 0)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 64G") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minipool", description="A pool of GPU workers across machines.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--secret-file", metavar="F", help="file that holds the pool's secret")
+    common.add_argument("-v", "--verbose", action="store_true", help="log every message")
+    serve = commands.add_parser("serve", parents=[common], help="run the server")
+    serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: loopback only)")
+    serve.add_argument("--port", type=int, default=DEFAULT_PORT, help="default: %(default)s; 0: a free one")
+    serve.add_argument("--max-value", type=_size, default=64 << 30, metavar="SIZE", help="largest value, e.g. 64G")
+    serve.add_argument("--with-node", action="store_true", help="use this machine's devices too")
+    status = commands.add_parser("status", parents=[common], help="show nodes, workers and jobs")
+    status.add_argument("--address", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then this machine")
+    status.add_argument("--json", action="store_true", help="one JSON object")
+    commands.add_parser("versions", parents=[common], help="show what must agree between machines")
+    commands.add_parser("secret", parents=[common], help="print the secret")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    options = _parser().parse_args(arguments)
+    set_up_logging(options.verbose)
+    command = {"serve": _serve, "status": _status, "versions": _versions, "secret": _secret}[options.command]
+    return run_command(command, options)
+
+
+if __name__ == "__main__":
+    from minipool import main as _main      # one copy of every class, not two
+    raise SystemExit(_main())

@@ -1,0 +1,1113 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["cloudpickle>=3", "nvidia-ml-py>=12"]
+# ///
+"""The worker's half of minipool: a node process that supervises, and one worker process per device.
+
+    python minipool_worker.py connect HOST          # one worker per visible GPU; one per core where there is none
+
+    with minipool_worker.Node("head:8899") as node: # the same inside a program
+        node.wait()
+
+    +- node (this host; never runs user code) ----------+        +- worker (one process, one device) -------+
+    |  finds devices, spawns a worker for each slot     | spawn  |  main thread: runs jobs, one at a time   |
+    |  watches: pidfd -> reads the cell -> tells server | =====> |  I/O thread: talks to the server         |
+    |  kills by the cell's word, respawns               |  cell  |  inbox, functions, outcomes not yet      |
+    |  beats the heart for the host, collects output    | <----- |  acknowledged                            |
+    +---------------------------------------------------+        +------------------------------------------+
+
+The *cell* is shared memory in which a worker's main thread writes the token of the attempt it executes, before and
+after user code. It tells the node whom to blame for a death, and makes a kill hit the right attempt or nothing.
+
+Sections: 1 devices, 2 worker, 3 node, 4 CLI.
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import faulthandler
+import heapq
+import importlib
+import itertools
+import json
+import logging
+import multiprocessing
+import multiprocessing.process
+import os
+import pickle
+import re
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import minipool
+from minipool import INLINE, KILLED, OK, PYTHON, RAISED, Blob, Message, Name, Peer, Secret, Ticket, Value
+
+__all__ = ["Node", "is_node_running", "find_slots"]
+
+_log = logging.getLogger("minipool.node")
+
+
+# ==================================================================================================================
+# 1 devices
+#
+# Which workers this node starts, and what each one sees. A *slot* is one worker process to be: its device, and the
+# variables that show it that device alone. The mask (CUDA_VISIBLE_DEVICES) is obeyed, never translated: Slurm, MIG
+# and containers have decided what is ours. NVML (`pynvml`) ignores the mask and may be missing, old or half broken,
+# so all it says is optional: it lists devices where no mask is set, and names them. Nothing here starts anything.
+# ==================================================================================================================
+
+_MASK, _ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
+_AMD = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")  # torch says "cuda" to AMD's devices too
+# Thread pools are sized by the whole machine, and JAX and TensorFlow take most of a GPU's memory: bad for neighbours.
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "NUMBA_NUM_THREADS",
+            "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS")
+_SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+# A node started under torchrun or Slurm would lend every worker one stale rank; users' code never needs the secret.
+_REMOVED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR",
+            "MASTER_PORT", "MINIPOOL_SECRET", "MINIPOOL_SECRET_FILE")
+
+
+class NoDevice(minipool.MinipoolError, ValueError):
+    """What was asked for is not on this node; the message is one sentence that says what is."""
+
+
+class Slot(NamedTuple):
+    device: str  # what a person and torch read: "cuda:0", its place on the node, or "cpu"
+    label: str  # what `connect` prints: "cuda:0 NVIDIA A100 GPU-1a2b3c4d"
+    token: str  # this device in the mask variable, handed to the child verbatim; "" for a CPU worker
+    env: dict[str, str | None]  # to set in the child's environment; None: to remove
+    lock: str | None  # names the physical device for the one-node-per-device lock; None for a CPU worker
+
+
+class _Gpu(NamedTuple):
+    token: str
+    uuid: str | None = None
+    name: str | None = None
+    usable: bool = True  # False: it is lost, or CUDA sees its MIG instances in its place
+
+
+def visible_devices(mask: str | None) -> list[str] | None:
+    """Return the devices that a value of CUDA_VISIBLE_DEVICES shows, in order; None (all of them) when it is unset.
+
+    The driver's rules, as torch tested them: the first entry that is no device ends the list, a repeated one empties
+    it, numbers are read like strtoul ("1gpu2" is 1), UUIDs may be prefixes and do not mix with numbers.
+    """
+    if mask is None:
+        return None
+    kind = mask[:4] if mask.startswith(("GPU-", "MIG-")) else ""
+    tokens: list[str] = []
+    for entry in mask.split(","):
+        number = None if kind else re.match(r"\s*\+?([0-9]+)", entry)
+        token = str(int(number[1])) if number else entry
+        if token in tokens:
+            return []
+        if not number and not (kind and entry.startswith(kind)):
+            break
+        tokens.append(token)
+    return tokens
+
+
+def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers: int | None = None,
+               devices: str | Iterable[str] | None = None, device_env: str | None = None,
+               environ: Mapping[str, str] = os.environ, cores: int | None = None) -> list[Slot]:
+    """Return the workers to start: GPUs first, then CPU workers; raise NoDevice when there would be none.
+
+    `gpus` selects by place or UUID prefix among those found ("" or "none": NVML is not even asked); `devices` with
+    `device_env` lists another vendor's. CPU workers stand in, one per core, for want of a device; a number adds some.
+    """
+    if (devices is None) != (device_env is None):
+        raise NoDevice("--devices and --device-env go together: which devices, and the variable that selects one.")
+    variable = device_env or _MASK
+    gpus = gpus and ("" if gpus.strip() == "none" else gpus.strip())
+    found = [] if gpus == "" else _nvidia(environ) if devices is None else [_Gpu(token) for token in _listed(devices)]
+    chosen = _select([_gpu_slot(place, gpu, variable) for place, gpu in enumerate(found)], gpus)
+    cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cpus = cpu_workers if cpu_workers is not None else 0 if chosen else cores
+    hidden: dict[str, str | None] = {_MASK: "", variable: ""}  # else a preprocessing job opens a context on GPU 0
+    slots = [slot for slot in chosen for _ in range(workers_per_gpu)] + [Slot("cpu", "cpu", "", hidden, None)] * cpus
+    if not slots:
+        raise NoDevice("No GPU is used and no CPU worker is asked for: there is no worker to start.")
+    # PCI order makes CUDA count as NVML and nvidia-smi do; CUDA's own default is fastest first.
+    defaults = {_ORDER: "PCI_BUS_ID", **dict.fromkeys(_THREADS, str(max(1, cores // len(slots))))}
+    defaults |= _SHARING if workers_per_gpu > 1 else {}
+    common = {**dict.fromkeys(_REMOVED), **{name: value for name, value in defaults.items() if name not in environ}}
+    return [slot._replace(env={**common, **slot.env}) for slot in slots]
+
+
+def _gpu_slot(place: int, gpu: _Gpu, variable: str) -> Slot:
+    device = f"{'cuda' if variable in (_MASK, *_AMD) else 'device'}:{place}"
+    setting = f"{variable}={gpu.token}"
+    label = " ".join(filter(None, [device, gpu.name, gpu.uuid[:12] if gpu.uuid else setting]))
+    return Slot(device, label, gpu.token, {variable: gpu.token}, gpu.uuid or setting)
+
+
+def _listed(names: str | Iterable[str]) -> list[str]:
+    parts = names.split(",") if isinstance(names, str) else names
+    return list(dict.fromkeys(part.strip() for part in parts if part.strip()))  # named twice is meant once
+
+
+def _select(found: list[Slot], gpus: str | None) -> list[Slot]:
+    """Return the slots that `--gpus` names. A number is a place among those found, as it is for torch."""
+    if gpus is None or (gpus == "all" and found):
+        return found
+    chosen: list[Slot] = []
+    for name in _listed(gpus):
+        fits = [slot for place, slot in enumerate(found) if name in (str(place), slot.device) or not name.isdecimal()
+                and any(known.startswith(name) for known in (slot.token, slot.lock or ""))]
+        if len(fits) != 1:
+            here = ", ".join(slot.label for slot in found) or "no GPU at all"
+            raise NoDevice(f"--gpus {gpus}: {name!r} is {'several' if fits else 'none'} of those found here: {here}.")
+        chosen += fits
+    return chosen
+
+
+def _nvidia(environ: Mapping[str, str]) -> list[_Gpu]:
+    """Return the NVIDIA devices this node may use: those of the mask, or without a mask all that NVML knows."""
+    tokens = visible_devices(environ.get(_MASK))
+    if tokens == []:
+        return []
+    try:
+        gpus = _enumerate(by_index=environ.get(_ORDER, "PCI_BUS_ID") == "PCI_BUS_ID")
+    except Exception as error:  # not only NVMLError: a foreign binding may fail in any way
+        _log.warning("NVML does not answer (%s: %s): %s%s", type(error).__name__, error,
+                     f"{_MASK} is taken as it is" if tokens else "no NVIDIA GPU is used",
+                     f"; for AMD GPUs give --devices 0,1,... --device-env {_AMD[0]}" if {*_AMD} & {*environ} else "")
+        return [_Gpu(token) for token in tokens or ()]
+    return _masked(tokens, gpus) if tokens else [gpu for gpu in gpus if gpu.usable]
+
+
+def _masked(tokens: list[str], gpus: list[_Gpu]) -> list[_Gpu]:
+    """Add what NVML knows to the tokens of a mask; as in CUDA, one that surely is not there ends the list."""
+    # NVML cannot rule a token out where CUDA counts otherwise or where a UUID was not told; MIG has old spellings.
+    certain = any(gpu.token.isdecimal() for gpu in gpus) and all(gpu.uuid for gpu in gpus)
+    shown: list[_Gpu] = []
+    for token in tokens:
+        fits = [gpu for gpu in gpus if gpu.token == token or (gpu.uuid or "").startswith(token)]
+        if len(fits) != 1 and certain and not token.startswith("MIG-"):
+            break
+        gpu = fits[0]._replace(token=token) if len(fits) == 1 else _Gpu(token)
+        if gpu.uuid and gpu.uuid in [other.uuid for other in shown]:
+            return []  # two prefixes of one UUID: a repeated device
+        shown.append(gpu)
+    return shown
+
+
+def _ask(nvml: Any, query: str, *arguments: Any) -> Any:
+    """Return the answer to one query, or None: each may be unsupported on this device, driver or binding."""
+    answer = None
+    with contextlib.suppress(Exception):  # whatever it is, only this answer is missing
+        answer = None if None in arguments else getattr(nvml, f"nvmlDeviceGet{query}")(*arguments)
+    return answer.decode() if isinstance(answer, bytes) else answer  # older bindings return bytes
+
+
+def _enumerate(by_index: bool) -> list[_Gpu]:
+    """Return the node's GPUs, each followed by its MIG instances; by number, since many programs `int()` the mask."""
+    nvml = importlib.import_module("pynvml")  # late: the rest of the node works without it
+    nvml.nvmlInit()
+    gpus = []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        handle = _ask(nvml, "HandleByIndex", index)
+        uuid, name = _ask(nvml, "UUID", handle), _ask(nvml, "Name", handle)
+        mig = (_ask(nvml, "MigMode", handle) or [0])[0] == 1  # the mode now; the second is that after a reset
+        token = str(index) if by_index or not uuid else uuid
+        gpus.append(_Gpu(token, uuid, name, usable=handle is not None and not mig))
+        for place in range(_ask(nvml, "MaxMigDeviceCount", handle) or 0 if mig else 0):
+            part = _ask(nvml, "MigDeviceHandleByIndex", handle, place)  # None: an empty place
+            if part_uuid := _ask(nvml, "UUID", part):
+                gpus.append(_Gpu(part_uuid, part_uuid, _ask(nvml, "Name", part) or name))
+    return gpus
+
+
+def read_gauges(slots: Iterable[Slot]) -> list[dict[str, Any]]:
+    """Return one reading per device of `slots`: percent, bytes, degrees Celsius, watts; None for what is not told."""
+    devices = {slot.lock: slot.device for slot in slots if slot.lock}
+    nvml, gauges = sys.modules.get("pynvml"), []  # find_slots has initialised it, where it could
+    for lock, device in devices.items():
+        handle = _ask(nvml, "HandleByUUID", lock.encode())  # bytes suit old bindings and new ones
+        memory, rates = _ask(nvml, "MemoryInfo", handle), _ask(nvml, "UtilizationRates", handle)
+        gauges.append({"device": device, "utilisation": getattr(rates, "gpu", None),
+                       "memory_used": getattr(memory, "used", None), "memory_total": getattr(memory, "total", None),
+                       "temperature": _ask(nvml, "Temperature", handle, 0),  # 0: the sensor on the chip
+                       "power": (_ask(nvml, "PowerUsage", handle) or 0) / 1000 or None})  # it tells milliwatts
+    return gauges
+
+
+# ==================================================================================================================
+# 2 worker
+#
+# One process, one device. The main thread runs user code and nothing else runs any; the I/O thread (of the Peer)
+# reads messages, keeps the inbox in the queue's order and answers what needs no user code. A worker keeps every
+# outcome until the server says that its client has it, and survives a lost connection: it finishes what it has
+# begun, begins nothing, and announces all that it holds when it is back.
+# ==================================================================================================================
+
+class Attempt:
+    """One attempt at a job, from its arrival until its outcome is made."""
+    __slots__ = ("token", "job", "fn", "payload", "log", "options", "missing")
+
+    def __init__(self, token: int, job: Name, fn: Name, payload: Value, log: int, options: dict[str, Any] | None):
+        self.token, self.job, self.fn, self.payload, self.log = token, job, fn, payload, log
+        self.options = options or {}
+        self.missing: set[Name] = set()         # objects that are still on their way
+
+
+class SessionState:
+    """What this worker knows of one client: its log, and how far it was applied."""
+
+    def __init__(self) -> None:
+        self.log: list[Name] = []
+        self.applied = 0
+        self.unfit = False                      # an entry raised: nothing of this client runs here
+
+
+class Worker:
+    """The worker process: `run()` is its main thread's life."""
+
+    def __init__(self, setup: dict[str, Any], cell: Any) -> None:
+        self.id: bytes = setup["id"]
+        self.device: str = setup["device"]
+        self._setup, self._cell = setup, cell
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)    # the main thread waits here
+        # all below is guarded by _lock
+        self._inbox: list[tuple[float, int, Attempt]] = []      # a heap, in the order of the server's queue
+        self._waiting: dict[int, Attempt] = {}          # attempts with something missing, by token
+        self._begun: Attempt | None = None
+        self._outcomes: dict[int, tuple[Name, Message]] = {}    # by token: job, and the message that tells it
+        self._objects: dict[Name, Any] = {}             # small or pulled objects, as bytes
+        self._functions: dict[Name, Any] = {}           # those that were opened; for the main thread
+        self._sessions: dict[bytes, SessionState] = {}
+        self._welcomed = False                          # the server has settled what we hold: jobs may begin
+        self._leaving = ""                              # why no new job is begun
+        self._dismissed = False                         # the server let us go
+        self._done_jobs = 0
+        self._read_at = time.monotonic()                # when the I/O thread last saw the socket empty
+        self.peer = Peer("worker", setup["address"], Ticket(setup["key"]), lock=self._lock, identity=self.id,
+                         announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, name="worker")
+
+    # ---- the main thread ----
+
+    def run(self) -> None:
+        """Take what is next and execute it, until the server lets us go."""
+        self.peer.start()
+        while True:
+            attempt = self._next()
+            if attempt is None:
+                break
+            self._execute(attempt)
+            limit = self._setup.get("max_tasks")
+            if limit and self._done_jobs >= limit and not self._leaving:
+                self.leave("it has run as many jobs as it may")
+        self.peer.stop(("bye", self._leaving))
+
+    def leave(self, why: str) -> None:
+        """Begin the one planned exit: take nothing new, hand back what has not begun, deliver every outcome."""
+        with self._lock:
+            self._leaving = why
+            self.peer.send(("retire", why))
+
+    def _next(self) -> Attempt | None:
+        """Wait for the attempt to begin next, and mark it begun; None: it is time to go."""
+        self._catch_up()
+        with self._wake:
+            while not (self._inbox and self._welcomed and not self._leaving):
+                if self._dismissed:
+                    return None
+                self._wake.wait()
+            attempt = heapq.heappop(self._inbox)[2]
+            self._begun = attempt
+            self._cell[0] = attempt.token
+            return attempt
+
+    def _catch_up(self) -> None:
+        """After half a second of not listening (a job held the GIL), hear first what was said meanwhile: a recall.
+
+        The I/O thread does the reading; this thread lets it, for as long as the socket has something.
+        """
+        if time.monotonic() - self._read_at < 0.5:
+            return
+        give_up = time.monotonic() + 1
+        connection = self.peer.connection
+        while connection and not connection.closed and time.monotonic() < give_up and connection.has_input(0):
+            time.sleep(0.001)
+        time.sleep(0.001)           # what was read a moment ago is being handled
+        self._read_at = time.monotonic()
+
+    def _execute(self, attempt: Attempt) -> None:
+        """Run one attempt: outcome or failure are encoded inside the same try, the cell is set all the while."""
+        if attempt.options.get("say"):
+            self.peer.send(("started", attempt.token))
+        began = time.perf_counter()
+        retry, retry_on = False, None
+        try:
+            if not self._apply_log(attempt):
+                return
+            fn = self._function(attempt.fn)
+            args, kwargs, retry_on = self._open_payload(attempt)
+            os.environ["MINIPOOL_JOB"] = minipool.job_id(attempt.job)
+            minipool._running.job = lambda: self._describe(attempt)
+            status, value = OK, minipool.encode_value(fn(*args, **kwargs))
+        except BaseException as error:          # SystemExit and KeyboardInterrupt too: the job's, not the worker's
+            status, value = RAISED, minipool.encode_exception(error, f"worker {self._name} on {self.device}")
+            with contextlib.suppress(Exception):
+                retry = bool(retry_on and isinstance(error, retry_on))
+        self._finish(attempt, status, value, time.perf_counter() - began, retry)
+
+    def _describe(self, attempt: Attempt) -> minipool.JobInfo:
+        options = attempt.options
+        return minipool.JobInfo(minipool.job_id(attempt.job), options.get("name", ""), options.get("attempt", 1),
+                                self._name, self.device)
+
+    def _finish(self, attempt: Attempt, status: str, value: bytes | Blob, seconds: float, retry: bool) -> None:
+        """Keep the outcome and tell it; a lone one goes at once, one of many leaves with the next ones."""
+        with self._lock:
+            told: Value
+            if isinstance(value, Blob):
+                name = (self.id, attempt.token)
+                self.peer.values[name] = value
+                told = (name, value.size)
+            else:
+                told = value
+            message = ("finished", attempt.token, status, told, seconds, retry)
+            self._outcomes[attempt.token] = (attempt.job, message)
+            self._begun = None
+            self._cell[0] = 0
+            self._cell[1] += 1
+            self._done_jobs += 1
+            more = bool(self._inbox)
+            connection = self.peer.connection
+            if connection:
+                connection.post([message])
+        if connection:
+            (connection.hand_to_flusher if more else connection.flush)()
+
+    def _apply_log(self, attempt: Attempt) -> bool:
+        """Run the entries of the session's log that this worker has not run; False if one raised, now or before."""
+        state = self._sessions[attempt.job[0]]
+        while state.applied < attempt.log and not state.unfit:
+            position = state.applied
+            try:
+                args, kwargs, fn = minipool.decode_value(self._objects[state.log[position]])
+                fn(*args, **kwargs)
+                state.applied += 1
+            except BaseException as error:
+                state.unfit = True
+                value = minipool.encode_exception(error, f"worker {self._name} on {self.device}")
+                self._give_up(attempt, position, value if isinstance(value, bytes) else b"")
+        return not state.unfit
+
+    def _give_up(self, attempt: Attempt, position: int, value: bytes) -> None:
+        """A log entry raised: hand back all that this session has here."""
+        session = attempt.job[0]
+        with self._lock:
+            self._begun = None
+            self._cell[0] = 0
+            taken = self._take_out([a.token for a in self._held() if a.job[0] == session])
+            self.peer.send(("unfit", session, position, value, [attempt.token, *taken]))
+
+    def _function(self, name: Name) -> Any:
+        fn = self._functions.get(name)
+        if fn is None:
+            fn = self._functions[name] = minipool.decode_value(self._objects[name])
+        return fn
+
+    def _open_payload(self, attempt: Attempt) -> tuple[Any, Any, Any]:
+        """Return args, kwargs, and the exception types to retry on."""
+        payload = attempt.payload
+        if isinstance(payload, tuple):
+            with self._lock:
+                payload = self._objects.pop(payload[0])
+        call = minipool.decode_value(payload)
+        return call if len(call) == 3 else (*call, None)
+
+    # ---- the I/O thread ----
+
+    def _announce(self) -> list[Message]:
+        """Return the announcement: this is all I hold."""
+        attempts = [(token, job, "outcome") for token, (job, _) in self._outcomes.items()]
+        attempts += [(a.token, a.job, "inbox") for a in self._held()]
+        if self._begun:
+            attempts.append((self._begun.token, self._begun.job, "begun"))
+        pulling = set(self.peer._pulls)
+        info = {key: self._setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
+        info |= {"pid": os.getpid(), "python": PYTHON, "has": [n for n in self._objects if n not in pulling],
+                 "positions": {session: len(state.log) for session, state in self._sessions.items()}}
+        return [("worker", info, attempts)]
+
+    def _on_lost(self) -> None:
+        with self._lock:
+            self._welcomed = False
+        if isinstance(self.peer.trouble, minipool.VersionMismatch):
+            os._exit(5)
+
+    def _on_batch(self, messages: list[Message]) -> None:
+        with self._wake:
+            for message in messages:
+                getattr(self, f"_on_{message[0]}")(*message[1:])
+            self._read_at = time.monotonic()
+            self._wake.notify()
+        connection = self.peer.connection
+        if connection:
+            connection.flush()
+
+    def _on_welcome(self, info: dict[str, Any]) -> None:
+        self._welcomed = True
+        self._name = os.environ["MINIPOOL_WORKER"] = info["name"]
+        self._setup["node_name"] = info["node_name"]
+
+    def _on_run(self, token: int, job: Name, fn: Name, payload: Value, log: int,
+                options: dict[str, Any] | None) -> None:
+        attempt = Attempt(token, job, fn, payload, log, options)
+        state = self._sessions.get(job[0])
+        if state is None:
+            state = self._sessions[job[0]] = SessionState()
+        if fn not in self._objects:
+            attempt.missing.add(fn)
+        if state.applied < log:
+            attempt.missing.update(name for name in state.log[state.applied:log] if name not in self._objects)
+        if type(payload) is tuple:
+            attempt.missing.add(payload[0])
+            self.peer.pull(payload[0], payload[1], lambda data: self._arrived(payload[0], data))
+        if attempt.missing:
+            self._waiting[token] = attempt
+        else:
+            self._enqueue(attempt)
+
+    def _enqueue(self, attempt: Attempt) -> None:
+        heapq.heappush(self._inbox, (-attempt.options.get("priority", 0), attempt.token, attempt))
+
+    def _on_put(self, name: Name, size: int, data: bytes | None) -> None:
+        if data is not None:
+            self._objects[name] = data
+        elif name not in self._objects:
+            self.peer.pull(name, size, lambda buffer: self._arrived(name, buffer))
+
+    def _arrived(self, name: Name, data: Any) -> None:
+        """A pulled object is here, or nobody holds it: then what needs it goes back."""
+        with self._wake:
+            if data is not None:
+                self._objects[name] = data
+            for attempt in [a for a in self._waiting.values() if name in a.missing]:
+                attempt.missing.discard(name)
+                if data is None:
+                    del self._waiting[attempt.token]
+                    self.peer.send(("recalled", [], [attempt.token]))
+                elif not attempt.missing:
+                    self._enqueue(self._waiting.pop(attempt.token))
+            self._wake.notify()
+
+    def _on_log(self, session: bytes, position: int, name: Name) -> None:
+        state = self._sessions.setdefault(session, SessionState())
+        if position == len(state.log):
+            state.log.append(name)
+
+    def _held(self) -> list[Attempt]:
+        return [entry[2] for entry in self._inbox] + list(self._waiting.values())
+
+    def _take_out(self, tokens: Iterable[int]) -> list[int]:
+        """Remove from the inbox those of `tokens` that have not begun; return them."""
+        wanted = set(tokens)
+        taken = [attempt.token for attempt in self._held() if attempt.token in wanted]
+        if taken:
+            self._inbox = [entry for entry in self._inbox if entry[2].token not in wanted]
+            heapq.heapify(self._inbox)
+            for token in taken:
+                attempt = self._waiting.pop(token, None)
+                if attempt and isinstance(attempt.payload, tuple):
+                    self.peer.forget_pull(attempt.payload[0])
+        return taken
+
+    def _on_recall(self, tokens: list[int]) -> None:
+        self.peer.send(("recalled", tokens, self._take_out(tokens)))
+
+    def _on_forget(self, tokens: list[int]) -> None:
+        self._take_out(tokens)
+        for token in tokens:
+            if self._outcomes.pop(token, None):
+                self.peer.values.pop((self.id, token), None)
+
+    def _on_resend(self, tokens: list[int]) -> None:
+        self.peer.send(*(self._outcomes[token][1] for token in tokens if token in self._outcomes))
+
+    def _on_drop(self, names: list[Name]) -> None:
+        for name in names:
+            self._objects.pop(name, None)
+            self._functions.pop(name, None)
+
+    def _on_leave(self, session: bytes) -> None:
+        self._sessions.pop(session, None)
+        self._on_drop([name for name in self._objects if name[0] == session])
+        minipool.forget_session(session)
+
+    def _on_bye(self, reason: str) -> None:
+        self._dismissed = True
+
+    def _on_refuse(self, error: str, text: str) -> None:
+        _log.error("the server turned this worker away: %s", text)
+        os._exit(5)
+
+
+def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> None:
+    """Be a worker process: called by multiprocessing in a fresh interpreter whose mask is already set."""
+    os.setsid()                         # one group per worker: killing it takes grandchildren along
+    _die_with_parent()
+    for descriptor in (1, 2):           # what jobs print goes to the node, which never lets it block for long
+        os.dup2(output.fileno(), descriptor)
+    output.close()
+    sys.stdout.reconfigure(line_buffering=True)     # type: ignore[union-attr]
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the node's business
+    logging.basicConfig(level=setup["log_level"], format="%(name)s: %(message)s")
+    sys.path[:] = list(dict.fromkeys([*sys.path, *setup["sys_path"]]))
+    worker = Worker(setup, cell)
+    threading.Thread(target=_watch_node, args=(worker, life), name="minipool-parent", daemon=True).start()
+    worker.run()
+
+
+def _watch_node(worker: Worker, life: Any) -> None:
+    """Take fresh tickets from the node's pipe; at its end the node is dead, and this process group goes with it."""
+    with contextlib.suppress(OSError, EOFError):
+        while True:
+            worker.peer.key = Ticket(life.recv_bytes())
+    os.killpg(0, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel for a death signal: the backstop for a worker whose threads cannot run (a held GIL)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+
+
+# ==================================================================================================================
+# 3 node
+#
+# The supervisor of one host. It never runs user code, so its heartbeat is honest. Its main thread does all: it
+# spawns (the death signal is tied to the thread that forks), waits on pidfds, output pipes and its own wake-up
+# pipe, kills, respawns, beats. The Peer's I/O thread only hands it the server's words.
+# ==================================================================================================================
+
+BEAT_SECONDS = 1.0
+DRAIN_SECONDS = 30.0        # that running jobs may take after SIGTERM
+TAIL_LINES = 20             # of a worker's last output, for the error that tells of its death
+
+
+class Child:
+    """One worker process, as its node sees it."""
+
+    def __init__(self, place: int, slot: Slot, generation: int) -> None:
+        self.place, self.slot, self.generation = place, slot, generation
+        self.process: Any = None
+        self.cell: Any = None                       # [token it executes, jobs it has finished]
+        self.life: Any = None                       # our end of the pipe whose end of file it dies of
+        self.output: Any = None                     # our end of its stdout and stderr
+        self.pidfd = -1
+        self.id = b""
+        self.started_at = time.monotonic()
+        self.killed = ""                            # why we killed it
+        self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+        self.rest = b""                             # of a line not complete yet
+
+
+class Supervisor:
+    """The node process: finds slots, keeps a worker in each, tells the server of every death."""
+
+    def __init__(self, address: tuple[str, int], secret: Secret, slots: list[Slot], options: dict[str, Any],
+                 lifeline: socket.socket | None = None) -> None:
+        self.id = secrets.token_bytes(12)
+        self.slots, self.secret, self.options = slots, secret, options
+        self.name: str = options.get("name") or socket.gethostname().split(".")[0]
+        self.failure: BaseException | None = None
+        self._lifeline = lifeline                       # end of file: whoever started us is gone, or wants us to go
+        self._context = multiprocessing.get_context("spawn")
+        self._children: dict[int, Child] = {}           # by place
+        self._generations = [itertools.count(1) for _ in slots]
+        self._respawn_at: dict[int, float] = {}         # by place
+        self._deaths: dict[int, list[float]] = collections.defaultdict(list)    # by place, without a success between
+        self._unreported: collections.deque[Message] = collections.deque(maxlen=1000)
+        self._words: collections.deque[Message] = collections.deque()           # of the server, for the main thread
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain_wake)
+        if lifeline is not None:
+            self._selector.register(lifeline, selectors.EVENT_READ, self._check_lifeline)
+        self._beat_at = 0.0
+        self._stop_at: float | None = None              # when patience with running jobs ends
+        self._instance = b""
+        self.on_welcome: Any = lambda: None
+        self.peer = Peer("node", address, secret, lock=threading.RLock(), announce=self._announce, name="node",
+                         on_batch=self._on_batch, on_lost=self._wake)
+
+    def run(self) -> None:
+        """Supervise until told to stop; returns when every worker is gone. Call in the process's main thread."""
+        _hide_main()
+        self.peer.start()
+        try:
+            while self._stop_at is None or (self._children and time.monotonic() < self._stop_at):
+                for key, _ in self._selector.select(self._pause()):
+                    key.data()
+                while self._words:
+                    word = self._words.popleft()
+                    getattr(self, f"_on_{word[0]}")(*word[1:])
+                self._respawn()
+                self._beat()
+                self._check_trouble()
+        finally:
+            for child in list(self._children.values()):
+                self._kill_group(child)
+            for child in list(self._children.values()):
+                child.process.join(5)
+                self._bury(child)
+            self.peer.stop(("bye", "the node stopped"))
+
+    def stop(self, patience: float = 0.0) -> None:
+        """Let running jobs end for `patience` seconds, take no new ones, then go. A second call does not wait."""
+        if self._stop_at is None and patience:
+            self._stop_at = time.monotonic() + patience
+            self.peer.send(("retire", "its node is leaving"))
+            _log.info("draining: running jobs have %g s to end", patience)
+        else:
+            self._stop_at = 0.0
+        self._wake()
+
+    def _pause(self) -> float:
+        due = [self._beat_at, *self._respawn_at.values()]
+        return max(0.0, min(0.5, min(due) - time.monotonic()))
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"!")
+
+    def _drain_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+
+    def _check_lifeline(self) -> None:
+        assert self._lifeline
+        try:
+            alive = bool(self._lifeline.recv(4096))
+        except OSError:
+            alive = False
+        if not alive:
+            self._selector.unregister(self._lifeline)
+            self._stop_at = 0.0
+
+    def _check_trouble(self) -> None:
+        """A refusal ends a node only before its first welcome: later it may be forged, or a mistake being mended."""
+        trouble = self.peer.trouble
+        if not self._instance and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
+            self.failure, self._stop_at = trouble, 0.0
+
+    # ---- talking ----
+
+    def _announce(self) -> list[Message]:
+        info = {"id": self.id, "name": self.name, "python": PYTHON, "host": socket.gethostname(), "pid": os.getpid(),
+                "slots": [slot.label for slot in self.slots]}
+        return [("node", info), *self._unreported]      # deaths are told again: the server may be a new one
+
+    def _on_batch(self, messages: list[Message]) -> None:
+        self._words.extend(message for message in messages if message[0] != "beat")
+        self._wake()
+
+    def _on_welcome(self, info: dict[str, Any]) -> None:
+        """The first welcome starts the workers; a later one may be of a new server, with new tickets."""
+        self.name = info["name"]
+        if self.peer.instance != self._instance:
+            first, self._instance = not self._instance, self.peer.instance
+            for child in self._children.values():
+                with contextlib.suppress(OSError):
+                    child.life.send_bytes(self._ticket(child.id))
+            if first:
+                self._respawn_at = dict.fromkeys(range(len(self.slots)), 0.0)
+        self.on_welcome()
+
+    def _on_refuse(self, error: str, text: str) -> None:
+        self.failure, self._stop_at = getattr(minipool, error, minipool.Refused)(text), 0.0
+
+    def _on_bye(self, reason: str) -> None:
+        _log.info("the server said goodbye: %s", reason)
+
+    def _ticket(self, worker_id: bytes) -> bytes:
+        return self.secret.role_key("worker", self._instance, worker_id)
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now >= self._beat_at:
+            self._beat_at = now + BEAT_SECONDS
+            self.peer.send(("beat",))
+
+    def _tell(self, message: Message) -> None:
+        with self.peer.lock:
+            self._unreported.append(message)
+            self.peer.send(message)
+
+    # ---- birth ----
+
+    def _respawn(self) -> None:
+        now = time.monotonic()
+        for place, when in list(self._respawn_at.items()):
+            if when <= now and self._stop_at is None:
+                del self._respawn_at[place]
+                self._spawn(place)
+
+    def _spawn(self, place: int) -> None:
+        """Start the worker of one slot. The mask is set before its interpreter starts, by what it inherits."""
+        slot = self.slots[place]
+        child = Child(place, slot, next(self._generations[place]))
+        child.id = self.id + place.to_bytes(4, "big") + child.generation.to_bytes(4, "big")
+        child.cell = self._context.RawArray(ctypes.c_uint64, 2)
+        life, child.life = self._context.Pipe(duplex=False)
+        child.output, output = self._context.Pipe(duplex=False)
+        device = "cuda:0" if slot.device.startswith("cuda") else slot.device    # it sees this one only
+        setup = {"id": child.id, "node": self.id, "node_name": self.name, "slot": place, "device": device,
+                 "address": self.peer.address, "key": self._ticket(child.id), "tags": self.options.get("tags") or [],
+                 "max_tasks": self.options.get("max_tasks"), "sys_path": self.options.get("sys_path") or [],
+                 "log_level": logging.getLogger().level}
+        child.process = self._context.Process(target=_worker_main, args=(setup, child.cell, life, output),
+                                              name=f"minipool-worker-{place}", daemon=False)
+        with _environment(slot.env):
+            child.process.start()
+        life.close()
+        output.close()
+        self._children[place] = child
+        child.pidfd = _pidfd(child.process)
+        self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._on_death(child))
+        os.set_blocking(child.output.fileno(), False)
+        self._selector.register(child.output.fileno(), selectors.EVENT_READ, lambda: self._read_output(child))
+
+    # ---- death ----
+
+    def _on_death(self, child: Child) -> None:
+        """A worker process is no more: say so, with the cell's word on whom to blame, and start another."""
+        self._kill_group(child)             # grandchildren that stayed in the group
+        child.process.join(5)
+        self._bury(child)
+        token, successes = child.cell[0], child.cell[1]
+        cause = self._cause(child, child.process.exitcode)
+        self._tell(("died", child.id, token, cause))
+        if self._stop_at is None:
+            if not cause.get("planned"):
+                _log.warning("worker %d on %s %s", child.place, child.slot.device, cause["what"])
+            self._respawn_at[child.place] = time.monotonic() + self._back_off(child, bool(successes))
+
+    def _cause(self, child: Child, exitcode: int | None) -> dict[str, Any]:
+        """Return the cause of a death in words and numbers."""
+        code = exitcode or 0
+        if child.killed:
+            what = f"was killed: {child.killed}"
+        elif code < 0:
+            name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+            what = f"died of {name}" + (", perhaps the kernel's out-of-memory killer" if code == -9 else "")
+        else:
+            what = f"exited with code {code}"
+        return {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0}
+
+    def _back_off(self, child: Child, succeeded: bool) -> float:
+        """Return how long to wait: at once, but a slot that dies five times in a minute without a success rests."""
+        now = time.monotonic()
+        recent = [t for t in self._deaths[child.place] if now - t < 60]
+        self._deaths[child.place] = [] if succeeded else [*recent, now]
+        excess = len(self._deaths[child.place]) - 5
+        return 0.0 if excess < 0 else min(60.0, 2.0 ** excess)
+
+    def _bury(self, child: Child) -> None:
+        if self._children.get(child.place) is child:
+            del self._children[child.place]
+        self._selector.unregister(child.pidfd)
+        if child.pidfd != child.process.sentinel:
+            os.close(child.pidfd)
+        self._read_output(child)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(child.output.fileno())
+        child.output.close()
+        child.life.close()
+
+    def _kill_group(self, child: Child) -> None:
+        for kill in (os.killpg, os.kill):       # the group exists once the child has called setsid
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(child.process.pid, signal.SIGKILL)
+
+    def _on_kill(self, tokens: list[int], reason: str) -> None:
+        """End attempts by force: stop the process, read the cell, and kill it only if it is still at that attempt."""
+        for token in tokens:
+            child = next((c for c in self._children.values() if c.cell[0] == token), None)
+            if child is not None and _freeze(child.process.pid) and child.cell[0] == token:
+                child.killed = reason
+                self._kill_group(child)
+            else:
+                if child is not None:
+                    os.kill(child.process.pid, signal.SIGCONT)
+                self.peer.send(("over", token))
+
+    # ---- output ----
+
+    def _read_output(self, child: Child) -> None:
+        """Take what a worker printed: it never blocks on us, we keep its tail and pass it on with its name before it."""
+        try:
+            data = os.read(child.output.fileno(), 64 * 1024)
+        except (BlockingIOError, OSError):
+            return
+        if not data:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(child.output.fileno())
+            return
+        *lines, child.rest = (child.rest + data).split(b"\n")
+        child.rest = child.rest[-8192:]
+        texts = [line[:2000].decode(errors="replace") for line in lines]
+        child.tail.extend(texts)
+        with contextlib.suppress(OSError, ValueError):
+            for text in texts:
+                print(f"[{self.name}-{child.place}] {text}", flush=False)
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str | None]) -> Any:
+    """Set variables (None: remove them) for what is started meanwhile; multiprocessing has no env=."""
+    before = {name: os.environ.get(name) for name in changes}
+    try:
+        for pairs in (changes,):
+            _set_variables(pairs)
+        yield
+    finally:
+        _set_variables(before)
+
+
+def _set_variables(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _pidfd(process: Any) -> int:
+    """Return a descriptor that is readable when the process is dead; the sentinel may lie while a grandchild lives."""
+    with contextlib.suppress(OSError, AttributeError):
+        return os.pidfd_open(process.pid)
+    return int(process.sentinel)
+
+
+def _freeze(pid: int) -> bool:
+    """Stop a process and wait until it stands still; False if it is dead."""
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        state = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    except (ProcessLookupError, ChildProcessError):
+        return False
+    return state is not None and state.si_code == os.CLD_STOPPED
+
+
+def _hide_main() -> None:
+    """Keep multiprocessing from importing this process's main module a second time in each worker."""
+    main = sys.modules["__main__"]
+    main.__spec__ = None
+    if hasattr(main, "__file__"):
+        del main.__file__
+
+
+class Node:
+    """A node inside a program: a handle on a child process that supervises this machine's workers.
+
+    `address` and `secret` as in `Executor`; the rest is named as the flags of `connect`: `name`, `gpus`,
+    `workers_per_gpu`, `cpu_workers`, `devices`, `device_env`, `tags`, `max_tasks`. `start()` returns when the server
+    has welcomed it. Raises ServerLost, Refused, VersionMismatch, or ValueError for devices that are not there.
+    """
+
+    def __init__(self, address: str | None = None, *, secret: str | None = None, tls: bool = False,
+                 connect_timeout: float = 10.0, **options: Any) -> None:
+        self._job = {"serve": False, "connect_timeout": connect_timeout, "options": options,
+                     "address": address or os.environ.get("MINIPOOL_ADDRESS") or f"127.0.0.1:{minipool.DEFAULT_PORT}",
+                     "secret": minipool.find_secret(secret).text}
+        self.child: minipool.ChildProcess | None = None
+
+    def start(self) -> Node:
+        """Start the child process and wait for its welcome."""
+        self.child = minipool.ChildProcess(self._job)
+        return self
+
+    def stop(self) -> None:
+        """End the workers and the node at once; their jobs run again elsewhere."""
+        if self.child:
+            self.child.stop()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the node has ended; False if `timeout` seconds passed first."""
+        return self.child is None or self.child.wait(timeout)
+
+    def __enter__(self) -> Node:
+        return self if self.child else self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+
+def is_node_running() -> bool:
+    """Return whether a node of this user runs on this machine."""
+    folder = _runtime_folder()
+    for entry in os.listdir(folder):
+        if entry.startswith("node-"):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int(entry[5:]), 0)
+                return True
+    return False
+
+
+def _runtime_folder() -> str:
+    folder = os.path.join(os.environ.get("XDG_RUNTIME_DIR") or "/tmp", f"minipool-{os.getuid()}")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _registered() -> Any:
+    """Leave a note that a node of this user runs, as long as it does."""
+    path = os.path.join(_runtime_folder(), f"node-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+# ==================================================================================================================
+# 4 CLI
+# ==================================================================================================================
+
+def _slots_from(options: Mapping[str, Any]) -> list[Slot]:
+    names = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env")
+    return find_slots(**{name: options[name] for name in names if options.get(name) is not None})
+
+
+def child_main(lifeline: socket.socket) -> int:
+    """Be the child of a Node or of an embedded pool: one line of JSON in, one out, and end of file ends it all."""
+    job = json.loads(_read_line(lifeline))
+    options = job["options"]
+    server = None
+    try:
+        slots = _deal(_slots_from(options), options.get("workers"))
+        address = job.get("address")
+        if job["serve"]:
+            server = minipool.Server(port=0, secret=job["secret"], embedded=True).start()
+            address = server.address
+        supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), slots, options, lifeline)
+        answer = {"address": address, "devices": [slot.device for slot in slots], "labels": [s.label for s in slots]}
+        supervisor.on_welcome = lambda: (lifeline.sendall(json.dumps(answer).encode() + b"\n"),
+                                         setattr(supervisor, "on_welcome", lambda: None))
+        with _registered():
+            supervisor.run()
+        if supervisor.failure:
+            raise supervisor.failure
+    except (OSError, ValueError, minipool.MinipoolError) as error:
+        with contextlib.suppress(OSError):
+            lifeline.sendall(json.dumps({"error": type(error).__name__, "text": str(error)}).encode() + b"\n")
+        return 1
+    finally:
+        if server:
+            server.stop()
+    return 0
+
+
+def _deal(slots: list[Slot], workers: int | None) -> list[Slot]:
+    """Return exactly `workers` slots, dealt over the devices in turn; all of them for None."""
+    return slots if workers is None else [slots[i % len(slots)] for i in range(workers)]
+
+
+def _read_line(sock: socket.socket) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        data = sock.recv(65536)
+        if not data:
+            raise SystemExit(1)
+        line += data
+    return line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minipool-worker", description="Join this machine's devices to a pool.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="connect")
+    connect = commands.add_parser("connect", help="join a pool: one worker per visible GPU")
+    connect.add_argument("address", nargs="?", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then 127.0.0.1")
+    connect.add_argument("--secret-file", metavar="F", help="file that holds the pool's secret")
+    connect.add_argument("--name", help="this node's name (default: the host's)")
+    connect.add_argument("--gpus", metavar="LIST", help='e.g. 0,2 or GPU-1a2b; "" for none (default: all visible)')
+    connect.add_argument("--workers-per-gpu", type=_positive, default=1, metavar="N")
+    connect.add_argument("--cpu-workers", type=_count, metavar="N", help="default: one per core where there is no GPU")
+    connect.add_argument("--devices", metavar="LIST", help="other vendors' devices, with --device-env")
+    connect.add_argument("--device-env", metavar="VAR", help="the variable that selects one, e.g. HIP_VISIBLE_DEVICES")
+    connect.add_argument("--tag", action="append", dest="tags", metavar="T", default=[], help="a word for `on=`")
+    connect.add_argument("--max-tasks", type=_positive, metavar="N", help="renew a worker after N jobs")
+    connect.add_argument("-v", "--verbose", action="store_true")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return number
+
+
+def _connect(options: argparse.Namespace) -> int:
+    """Run a node in this process until a signal or the server's refusal ends it."""
+    address = options.address or os.environ.get("MINIPOOL_ADDRESS") or f"127.0.0.1:{minipool.DEFAULT_PORT}"
+    slots = _slots_from(vars(options))
+    supervisor = Supervisor(minipool.parse_address(address), minipool.find_secret(path=options.secret_file), slots,
+                            vars(options))
+
+    def say() -> None:
+        print(f"connected to {address} as {supervisor.name}: {len(slots)} worker{'s' * (len(slots) > 1)}: "
+              f"{', '.join(slot.label for slot in slots)}; Python {PYTHON}", file=sys.stderr, flush=True)
+
+    def on_signal(number: int, _frame: Any) -> None:
+        supervisor.stop(0.0 if supervisor._stop_at else DRAIN_SECONDS)
+
+    supervisor.on_welcome = say
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    waiting = threading.Timer(3, lambda: supervisor._instance or print(
+        f"waiting for a server at {address}: {supervisor.peer.trouble}", file=sys.stderr, flush=True))
+    waiting.daemon = True
+    waiting.start()
+    with _registered():
+        supervisor.run()
+    waiting.cancel()
+    if supervisor.failure:
+        raise supervisor.failure
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["_child"]:
+        return child_main(socket.socket(fileno=os.dup(0)))
+    options = _parser().parse_args(arguments)
+    minipool.set_up_logging(options.verbose)
+    return minipool.run_command(_connect, options)
+
+
+if __name__ == "__main__":
+    from minipool_worker import main as _main      # one copy of every class, not two
+    raise SystemExit(_main())

@@ -1,0 +1,67 @@
+"""The examples do what they promise: run as programs, from a folder that is not the project's, embedded."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROW = re.compile(r"^ *(0\.\d{4}|1\.0000)  +0\.\d{4}  (rbf|poly) +\S+ +\S+ +\d+\.\d\d$", re.MULTILINE)
+
+
+def run_example(name, folder, *, hidden=()):
+    """Run an example in `folder` with `--quick`; the modules in `hidden` cannot be imported by it."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MINIPOOL_")}
+    for module in hidden:
+        (folder / f"{module}.py").write_text(f"raise ModuleNotFoundError('No module named {module}')\n")
+    if hidden:
+        environment["PYTHONPATH"] = str(folder)
+    command = [sys.executable, str(EXAMPLES / name), "--quick"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def needs(module):
+    # Asked without importing it: PyTorch would take seconds and hundreds of MB, in this process, for nothing.
+    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"{module} is not installed")
+
+
+@needs("sklearn")
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+class TestSweep:
+    def test_the_table_lists_every_setting_best_first(self, tmp_path):
+        done = run_example("sweep.py", tmp_path)
+        assert done.returncode == 0, done.stderr
+        accuracies = [float(row[0]) for row in ROW.findall(done.stdout)]
+        assert len(accuracies) == 4
+        assert accuracies == sorted(accuracies, reverse=True)
+        assert accuracies[0] > 0.9
+        assert "4 settings" in done.stdout
+
+    def test_without_tqdm_a_line_counts_the_settings(self, tmp_path):
+        done = run_example("sweep.py", tmp_path, hidden=["tqdm"])
+        assert done.returncode == 0, done.stderr
+        assert "4 of 4 settings" in done.stderr
+        assert len(ROW.findall(done.stdout)) == 4
+
+
+class TestInference:
+    @needs("torch")
+    @needs("sklearn")
+    @pytest.mark.slow
+    @pytest.mark.timeout(240)
+    def test_unseen_digits_are_recognised_and_the_rate_of_each_device_printed(self, tmp_path):
+        done = run_example("gpu_inference.py", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r" on (cpu|cuda:0 \(.+\)): [\d,]+ images, [\d,]+ images/s$", done.stdout, re.MULTILINE)
+        assert float(re.search(r"([\d.]+)% right", done.stdout)[1]) > 90
+
+    def test_without_pytorch_one_sentence_says_what_to_install(self, tmp_path):
+        done = run_example("gpu_inference.py", tmp_path, hidden=["torch"])
+        assert done.returncode == 1
+        assert "pip install torch" in done.stderr
+        assert "Traceback" not in done.stderr
