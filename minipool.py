@@ -212,6 +212,7 @@ class Kind(NamedTuple):
     numbers: tuple[int, ...]        # positions that must be finite and not negative
     names: tuple[int, ...]          # positions that hold a Name
     values: tuple[int, ...]         # positions that hold a Value
+    lists: tuple[int, ...]          # positions that hold a list of numbers, or, called names, of Names
 
 
 CATALOGUE: dict[str, Kind] = {}
@@ -233,7 +234,8 @@ def _message(kind: str, senders: str, meaning: str, **fields: Any) -> None:
         frozenset(senders.split()), meaning, tuple(fields), tuple(frozenset(_FIELD_TYPES[k]) for k in kinds),
         tuple(i for i, k in enumerate(kinds, 1) if k in (int, float)),
         tuple(i for i, k in enumerate(kinds, 1) if k == "name"),
-        tuple(i for i, k in enumerate(kinds, 1) if k == "value"))
+        tuple(i for i, k in enumerate(kinds, 1) if k == "value"),
+        tuple(i for i, f in enumerate(fields, 1) if f in ("numbers", "tokens", "asked", "taken", "names")))
 
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
@@ -314,6 +316,14 @@ def check_message(message: Any, sender: str) -> None:
     for i in kind.values:
         if type(message[i]) is tuple:
             _check_reference(message[i])
+    for i in kind.lists:
+        if kind.fields[i - 1] != "names":
+            numbers_in(message[i])
+        else:
+            for name in message[i]:
+                check_name(name)
+    if message[0] == "submit" and message[-1]:
+        _check_options(message[-1])
 
 
 def check_name(name: Any) -> None:
@@ -321,6 +331,16 @@ def check_name(name: Any) -> None:
     if (type(name) is not tuple or len(name) != 2 or type(name[0]) is not bytes or type(name[1]) is not int
             or not 0 <= name[1] < BIGGEST or len(name[0]) > 64):
         raise Malformed("a name is (creator, number)")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Check what the scheduler reads of a job's options; the rest is for the worker."""
+    for name, types in (("name", (str,)), ("priority", (int, float)), ("retries", (int,)), ("max_deaths", (int,)),
+                        ("on", (list, tuple, frozenset))):
+        if name in options and (not isinstance(options[name], types) or options[name] != options[name]):
+            raise Malformed(f"a job's option {name!r} is not what it should be")
+    if any(type(tag) is not str for tag in options.get("on", ())):
+        raise Malformed("a job's tags are not text")
 
 
 def _check_reference(value: tuple[Any, ...]) -> None:
@@ -381,7 +401,6 @@ _FIRST = struct.Struct("!8sBBB21s32s")
 _SECOND = struct.Struct("!8sBBB5s16s32s")
 _FRAME = struct.Struct("!II")
 _SEQUENCE = struct.Struct("!Q")
-_PREFIX = _FRAME.size + 32                           # header and tag: what is read before anything is allocated
 
 MAX_CONTROL = 1024 * 1024       # a batch aims at BATCH_BYTES; the rest is room for one announcement of everything
 BATCH_MESSAGES = 256            # with BATCH_BYTES: no step under the scheduler's lock takes more than about 3 ms
@@ -571,7 +590,7 @@ def decode_messages(control: bytes, sender: str) -> list[Message]:
 class Plain:
     """The seam between Connection and the socket: bytes out without blocking, bytes in.
 
-    A TLS seam has the same four methods over an SSLObject; Connection never sees the difference.
+    A TLS seam has the same methods over an SSLObject; Connection never sees the difference.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -588,6 +607,12 @@ class Plain:
     def receive_into(self, view: memoryview) -> int:
         """Block until bytes are there; return how many, 0 at the end of the stream."""
         return self.sock.recv_into(view)
+
+    def poll(self, event: int, seconds: float) -> bool:
+        """Wait until the socket can be read (select.POLLIN) or written (select.POLLOUT), or is broken."""
+        poll = select.poll()
+        poll.register(self.sock, event)
+        return bool(poll.poll(seconds * 1000))
 
     def shutdown(self) -> None:
         """Wake both ends; the descriptor stays until close()."""
@@ -619,26 +644,28 @@ def _tune(sock: socket.socket) -> None:
 class Connection:
     """Framed, authenticated messages over one socket.
 
-    One thread receives. Many threads send: they append to the outbox under `_lock` and whoever finds the *writer
+    One thread receives. Many threads send: they append to the outbox under `_lock`, and whoever finds the *writer
     role* free takes it. Draining, numbering, tagging and writing happen only while holding the role, so frames
     leave in the order of their numbers; the role is given back under the lock only if the outbox is empty at that
-    moment, so nothing is left behind. A thread never blocks in a write: what does not fit is left to the flusher
-    thread, and with it the role.
+    moment, so nothing is left behind. A borrowed thread never blocks: what the kernel does not take at once is left
+    to the connection's writer thread, and with it the role. That thread starts when it is first needed.
     """
 
-    def __init__(self, seam: Plain, send_key: bytes, receive_key: bytes, remote: str, flusher: Flusher) -> None:
+    def __init__(self, seam: Plain, send_key: bytes, receive_key: bytes, remote: str) -> None:
         self.remote = remote                    # the other end's role, proven by the handshake
-        self.frames_sent = self.bytes_sent = self.bytes_received = 0
-        self.destination: Callable[[Message, int], memoryview | None] | None = None     # where a range belongs
+        self.bytes_sent = self.bytes_received = 0
+        self.destination: Callable[[Message, int], memoryview | None] = lambda message, size: None    # of a range
         self._seam = seam
-        self._flusher = flusher
         # the outbox and the role; all guarded by _lock
         self._lock = threading.Lock()
         self._control: collections.deque[Message] = collections.deque()
-        self._ranges: collections.deque[tuple[Message, Any]] = collections.deque()
+        self._ranges: collections.deque[Message] = collections.deque()      # control messages overtake these
         self._writing = False                   # somebody holds the writer role
         self._closed = False
         self._disposed = False                  # the receiver is gone: who gives the role back closes the descriptor
+        self._writer: threading.Thread | None = None
+        self._passed = False                    # the role is on its way to the writer thread
+        self._handed = threading.Semaphore(0)   # released when it is, and at the end
         # only for the holder of the writer role
         self._send_key = send_key
         self._send_number = 0
@@ -647,71 +674,95 @@ class Connection:
         # only for the receiving thread
         self._receive_key = receive_key
         self._receive_number = 0
-        self._buffer = bytearray(64 * 1024)
-        self._start = self._end = 0             # what was received and not yet consumed lies between
+        self._scratch = memoryview(bytearray(64 * 1024))
+        self._pending = bytearray()             # received and not yet consumed
 
     # ---- sending ----
 
     def post(self, messages: Iterable[Message]) -> None:
         """Append messages to the outbox; a later flush() sends them. Cheap enough to call under other locks."""
         with self._lock:
-            self._control.extend(messages)
-
-    def post_range(self, message: Message, body: Any) -> None:
-        """Append a range; control messages overtake it."""
-        with self._lock:
-            self._ranges.append((message, body))
+            for message in messages:
+                (self._ranges if message[0] == "range" else self._control).append(message)
 
     def flush(self) -> None:
-        """Write what waits, as far as it goes without blocking; the flusher does the rest."""
+        """Write what waits, as far as it goes without blocking; the writer thread does the rest."""
+        if self._take_role():
+            self._write(BORROWED_FRAMES)
+
+    def hand_over(self) -> None:
+        """Let the writer thread write what waits: for a thread that goes on producing, so that batches grow."""
+        if self._take_role():
+            self._pass_role_on()
+
+    def _take_role(self) -> bool:
         with self._lock:
             if self._writing or self._closed or not (self._control or self._ranges):
-                return
+                return False
             self._writing = True
-        self.write(BORROWED_FRAMES)
+            return True
 
-    def hand_to_flusher(self) -> None:
-        """Let the flusher write what waits: for a thread that goes on producing, so that batches grow."""
+    def _pass_role_on(self) -> None:
+        self.start_writer()
         with self._lock:
-            if self._writing or self._closed or not (self._control or self._ranges):
-                return
-            self._writing = True
-        self._flusher.take(self)
+            if not self._closed:        # else the writer thread may be gone already
+                self._passed = True
+                return self._handed.release()
+        self._fail()
 
-    def write(self, frames: int) -> None:
-        """Write up to `frames` frames; the caller holds the writer role, and has not got it afterwards."""
+    def start_writer(self) -> None:
+        """Start the writer thread; early where it may be needed at interpreter shutdown, when none can start."""
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write_on, name=f"minipool-{self.remote}-writer", daemon=True)
+            self._writer.start()
+
+    def _write(self, frames: int) -> None:
+        """Write up to `frames` frames; the caller holds the role and has not got it afterwards."""
         try:
             while self._rest or self._next_frame():
-                if not self._push():
-                    return self._flusher.park(self)
-                frames -= 1
-                if not frames:
-                    return self._flusher.take(self)
+                if not self._push() or not (frames := frames - 1):
+                    return self._pass_role_on()
         except OSError as error:
-            log.debug("connection to %s: write failed: %s", self.remote, error)
-            self.close()
-            self._give_back_role()
+            log.debug("writing to the %s failed: %s", self.remote, error)
+            self._fail()
         except BaseException as error:      # a bug, or Ctrl-C: it must not leave a connection that looks alive
-            self.close()
-            self._give_back_role()
+            self._fail()
             if not isinstance(error, Exception):
                 raise
             log.exception("a frame to the %s cannot be written", self.remote)   # the borrowed thread is not to blame
 
+    def _write_on(self) -> None:
+        """The writer thread: whenever it is handed the role, write until nothing waits."""
+        while self._handed.acquire() and self._passed:
+            self._passed = False
+            try:
+                while self._rest or self._next_frame():
+                    while not self._push():
+                        self._seam.poll(select.POLLOUT, 60)
+            except Exception as error:
+                log.log(logging.DEBUG if isinstance(error, OSError) else logging.ERROR,
+                        "writing to the %s failed: %s", self.remote, error)
+                self._fail()
+
+    def _fail(self) -> None:
+        self.close()
+        self._rest = []
+        self._next_frame()          # gives the role back
+
     def _next_frame(self) -> bool:
-        """Encode the next frame into `_rest`; give the role back if nothing waits."""
+        """Encode the next frame into `_rest`; give the role back if nothing waits, or never will."""
         with self._lock:
             if self._closed or not (self._control or self._ranges):
                 self._writing = False
                 if self._disposed:
                     self._seam.close()
                 return False
+            body: Any = b""
             if self._control:
-                count = min(self._fit, len(self._control))
-                batch, body = [self._control.popleft() for _ in range(count)], b""
+                batch = [self._control.popleft() for _ in range(min(self._fit, len(self._control)))]
             else:
-                message, body = self._ranges.popleft()
-                batch = [message]
+                *message, body = self._ranges.popleft()
+                batch = [tuple(message)]
         self._encode_frame(batch, body)
         return True
 
@@ -729,9 +780,7 @@ class Connection:
         header = _FRAME.pack(len(control), len(body))
         tag = _hmac(self._send_key, _SEQUENCE.pack(self._send_number) + header + control)
         self._send_number += 1
-        self._rest = [memoryview(header + tag + control)]
-        if len(body):
-            self._rest.append(memoryview(body).cast("B"))
+        self._rest = [memoryview(header + tag + control), *([memoryview(body).cast("B")] if len(body) else ())]
 
     def _push(self) -> bool:
         """Send the rest of a frame; False if the kernel takes no more now."""
@@ -744,16 +793,7 @@ class Connection:
                 sent -= len(self._rest.pop(0))
             if sent:
                 self._rest[0] = self._rest[0][sent:]
-        self.frames_sent += 1
         return True
-
-    def _give_back_role(self) -> None:
-        with self._lock:
-            self._writing = False
-            self._control.clear()
-            self._ranges.clear()
-            if self._disposed:
-                self._seam.close()
 
     # ---- receiving ----
 
@@ -764,15 +804,12 @@ class Connection:
         what an honest peer sends. Lengths are bounded before anything is allocated, and nothing is looked into
         before its tag is verified.
         """
-        self._need(_PREFIX)
-        control_size, body_size = _FRAME.unpack_from(self._buffer, self._start)
+        prefix = self._take(_FRAME.size + 32)
+        header, tag = prefix[:_FRAME.size], prefix[_FRAME.size:]
+        control_size, body_size = _FRAME.unpack(header)
         if not 0 < control_size <= MAX_CONTROL or body_size > RANGE:
             raise Malformed("a frame's lengths are out of range")
-        self._need(_PREFIX + control_size)
-        view = memoryview(self._buffer)[self._start:self._start + _PREFIX + control_size]
-        header, tag, control = bytes(view[:_FRAME.size]), bytes(view[_FRAME.size:_PREFIX]), bytes(view[_PREFIX:])
-        view.release()
-        self._start += _PREFIX + control_size
+        control = self._take(control_size)
         expected = _hmac(self._receive_key, _SEQUENCE.pack(self._receive_number) + header + control)
         if not hmac.compare_digest(tag, expected):
             raise Malformed("a frame's tag does not verify")
@@ -786,46 +823,33 @@ class Connection:
 
     def has_input(self, seconds: float) -> bool:
         """Wait up to `seconds` for bytes; True if a receive() would find some."""
-        if self._end > self._start:
-            return True
-        poll = select.poll()
-        poll.register(self._seam.sock, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
+        return bool(self._pending) or self._seam.poll(select.POLLIN, seconds)
 
-    def _receive_body(self, message: Message, size: int) -> Any:
+    def _take(self, size: int) -> bytes:
+        """Receive until `size` bytes are there, and consume them."""
+        while len(self._pending) < size:
+            self._pending += self._scratch[:self._receive_into(self._scratch)]
+        taken = bytes(self._pending[:size])
+        del self._pending[:size]
+        return taken
+
+    def _receive_into(self, view: memoryview) -> int:
+        count = self._seam.receive_into(view)
+        if not count:
+            raise EOFError
+        self.bytes_received += count
+        return count
+
+    def _receive_body(self, message: Message, size: int) -> memoryview:
         """Receive a range's bytes where they will stay, if anybody here waits for them."""
-        target = self.destination(message, size) if self.destination else None
+        target = self.destination(message, size)
         view = memoryview(bytearray(size)) if target is None else target
-        have = min(size, self._end - self._start)
-        view[:have] = self._buffer[self._start:self._start + have]
-        self._start += have
+        have = min(size, len(self._pending))
+        view[:have] = self._pending[:have]
+        del self._pending[:have]
         while have < size:
-            count = self._seam.receive_into(view[have:])
-            if not count:
-                raise EOFError
-            have += count
-            self.bytes_received += count
+            have += self._receive_into(view[have:])
         return view
-
-    def _need(self, size: int) -> None:
-        """Receive until `size` bytes are in the buffer."""
-        if self._end - self._start >= size:
-            return
-        if self._start == self._end:
-            self._start = self._end = 0
-        if len(self._buffer) - self._start < size:
-            kept = self._buffer[self._start:self._end]
-            if size > len(self._buffer):
-                self._buffer = bytearray(size)
-            self._buffer[:len(kept)] = kept
-            self._start, self._end = 0, len(kept)
-        with memoryview(self._buffer) as view:
-            while self._end - self._start < size:
-                count = self._seam.receive_into(view[self._end:])
-                if not count:
-                    raise EOFError
-                self._end += count
-                self.bytes_received += count
 
     # ---- ending ----
 
@@ -836,16 +860,19 @@ class Connection:
 
     @property
     def waiting(self) -> int:
-        """Messages and ranges in the outbox, and the frame that is being written."""
-        return len(self._control) + len(self._ranges) + self._writing
+        """Messages and ranges in the outbox."""
+        return len(self._control) + len(self._ranges)
 
     def close(self) -> None:
-        """End the connection; its receiver wakes. The descriptor goes when nobody can be using it any more."""
+        """End the connection; its threads wake. The descriptor goes when nobody can be using it any more."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+            self._control.clear()
+            self._ranges.clear()
             self._seam.shutdown()
+        self._handed.release()
 
     def dispose(self) -> None:
         """Close, called by the receiving thread when it has finished: nobody reads from the descriptor any more."""
@@ -862,84 +889,6 @@ class Connection:
             os.close(self._seam.sock.detach())
 
 
-class Flusher:
-    """The one thread of a process that finishes what a write could not: it polls stalled connections.
-
-    A writer thread per connection would block instead of poll; one poller holds the same promise (no peer can
-    hold up another, nobody else ever blocks) with one thread for thousands of peers.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._ready: collections.deque[Connection] = collections.deque()    # appended by anybody, popped by the thread
-        self._new: collections.deque[Connection] = collections.deque()
-        self._parked: dict[int, Connection] = {}        # only for the thread: by descriptor, waiting for room
-        self._wake_lock = threading.Lock()              # nobody writes to a descriptor that stop() has given back
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name=f"minipool-{name}-flusher", daemon=True)
-        self._thread.start()
-
-    def take(self, connection: Connection) -> None:
-        """Take over the writer role of a connection and go on writing at once."""
-        self._ready.append(connection)
-        self._wake()
-
-    def park(self, connection: Connection) -> None:
-        """Take over the writer role of a connection and go on when its kernel buffer has room."""
-        self._new.append(connection)
-        if threading.current_thread() is not self._thread:
-            self._wake()
-
-    def stop(self) -> None:
-        """End the thread; what it had not written is lost with the connections."""
-        self._stopping = True
-        self._wake()
-        self._thread.join(5)
-        with self._wake_lock:
-            if self._wake_write >= 0 and not self._thread.is_alive():
-                os.close(self._wake_read)
-                os.close(self._wake_write)
-                self._wake_write = -1
-
-    def _wake(self) -> None:
-        with self._wake_lock, contextlib.suppress(OSError):     # full: it is awake already; -1: it is gone
-            os.write(self._wake_write, b"!")
-
-    def _run(self) -> None:
-        while not self._stopping:
-            self._adopt_parked()
-            for connection in self._poll():
-                connection.write(BORROWED_FRAMES)
-            for _ in range(len(self._ready)):       # a fair turn each: write() brings back what has more
-                self._ready.popleft().write(BORROWED_FRAMES)
-        for connection in [*self._ready, *self._new, *self._parked.values()]:
-            connection.close()
-            connection._give_back_role()
-
-    def _adopt_parked(self) -> None:
-        while self._new:
-            connection = self._new.popleft()
-            descriptor = connection._seam.sock.fileno()
-            if connection.closed or descriptor < 0:
-                connection._give_back_role()
-            else:
-                self._parked[descriptor] = connection
-
-    def _poll(self) -> list[Connection]:
-        """Return the parked connections that have room again, or are broken and must hear of it."""
-        poll = select.poll()
-        poll.register(self._wake_read, select.POLLIN)
-        for descriptor in self._parked:
-            poll.register(descriptor, select.POLLOUT)
-        ready = [fd for fd, _ in poll.poll(0 if self._ready or self._new else None)]
-        with contextlib.suppress(BlockingIOError):
-            while len(os.read(self._wake_read, 4096)) == 4096:
-                pass
-        return [self._parked.pop(fd) for fd in ready if fd in self._parked]
-
-
 def parse_address(address: str, default_port: int = DEFAULT_PORT) -> tuple[str, int]:
     """Split "host", "host:port", "[::1]:port" or "::1" into host and port; raise ValueError otherwise."""
     text = address.strip()
@@ -947,8 +896,8 @@ def parse_address(address: str, default_port: int = DEFAULT_PORT) -> tuple[str, 
         raise ValueError(f"{address!r} is a URL; an address is host or host:port (use minipool.from_url for URLs)")
     host, port = text, ""
     if text.startswith("["):
-        host, _, port = text[1:].partition("]")
-        port = port.removeprefix(":")
+        host, bracket, port = text[1:].partition("]")
+        host, port = host if bracket else "", port.removeprefix(":")
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
     if not host or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
@@ -1011,9 +960,9 @@ class Peer:
     """
 
     def __init__(self, role: str, address: tuple[str, int], key: Secret | Ticket, *,
-                 lock: threading.Lock | threading.RLock, announce: Callable[[], list[Message]], on_batch: Callable[[list[Message]], None],
-                 on_lost: Callable[[], None] = lambda: None, on_idle: Callable[[], bool] = lambda: False,
-                 identity: bytes = b"", name: str = "") -> None:
+                 lock: threading.Lock | threading.RLock, announce: Callable[[], list[Message]],
+                 on_batch: Callable[[list[Message]], None], on_lost: Callable[[], None] = lambda: None,
+                 on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", name: str = "") -> None:
         self.role, self.address, self.key, self.identity = role, address, key, identity
         self.lock = lock
         self.connection: Connection | None = None           # written by the I/O thread under lock
@@ -1025,7 +974,6 @@ class Peer:
         self._pulls: dict[Name, Pull] = {}                  # guarded by lock
         self._in_flight = 0                                 # ranges asked for; guarded by lock
         self._stopping = threading.Event()
-        self.flusher = Flusher(name or role)
         self.thread = threading.Thread(target=self._run, name=f"minipool-{name or role}-io", daemon=True)
 
     def start(self) -> None:
@@ -1048,7 +996,6 @@ class Peer:
             connection.close()
         if self.thread is not threading.current_thread() and self.thread.ident:
             self.thread.join(HANDSHAKE_SECONDS)
-        self.flusher.stop()
 
     def send(self, *messages: Message) -> None:
         """Send, or drop what there is no connection for: the next announcement says it again."""
@@ -1092,7 +1039,8 @@ class Peer:
             sock.close()
             raise
         self.instance = instance
-        connection = Connection(Plain(sock), keys.up, keys.down, "server", self.flusher)
+        connection = Connection(Plain(sock), keys.up, keys.down, "server")
+        connection.start_writer()
         connection.destination = self._destination
         return connection
 
@@ -1190,7 +1138,7 @@ class Peer:
             connection.post([("gone", name)])
         else:
             body = blob.read(offset, length)
-            connection.post_range(("range", name, offset, hashlib.sha256(body).digest()), body)
+            connection.post([("range", name, offset, hashlib.sha256(body).digest(), body)])
         connection.flush()
 
     def _take_range(self, name: Name, offset: int, digest: bytes, body: Any = b"") -> None:
@@ -1253,6 +1201,7 @@ T_LEASE = 60.0          # seconds that a vanished client's jobs are kept
 T_ADOPT = 10.0          # seconds after the server's start in which resent jobs wait to be claimed by workers
 T_BEAT = 1.0            # seconds between heartbeats, both ways
 T_RECALL = 1.0          # seconds a recall may stay unanswered
+T_KILL_AGAIN = 0.1      # seconds between looks at an attempt that is to be killed
 T_STALL = 0.05          # seconds without a finished job after which a window is recalled
 SHORT = 0.005           # seconds; jobs of a function that measures shorter are streamed
 WINDOW_SECONDS = 0.01   # of estimated work that may lie in a worker's inbox
@@ -1263,74 +1212,69 @@ CREDIT_JOBS = 4096      # jobs a session may have at the server; the rest waits 
 
 class Job:
     """One call: what to run, where it stands, and who has it."""
-    __slots__ = ("session", "number", "fn", "payload", "log", "name", "priority", "on", "soft", "retries",
-                 "max_deaths", "sequence", "state", "token", "worker", "attempts", "deaths", "estimate", "delivering",
-                 "begun", "again", "queued", "killed", "verdict", "history")
+    __slots__ = ("session", "number", "sequence", "fn", "payload", "log", "name", "priority", "on", "soft", "retries",
+                 "max_deaths", "state", "token", "worker", "estimate", "attempts", "deaths", "delivering", "begun",
+                 "queued", "killed", "verdict", "history")
 
-    def __init__(self, session: Session, number: int, fn: Name, payload: Value, log: int, sequence: int,
-                 options: dict[str, Any]) -> None:
-        self.session, self.number, self.fn, self.payload, self.log = session, number, fn, payload, log
-        self.name: str = options.get("name", "")
-        self.priority: float = options.get("priority", 0)
-        self.on: frozenset[str] | None = frozenset(options["on"]) if options.get("on") else None
-        self.soft: bool = bool(options.get("soft"))             # `on` is a preference
-        self.retries: int = options.get("retries", 0)
-        self.max_deaths: int = options.get("max_deaths", 3)
+    def __init__(self, session: Session, number: int, sequence: int) -> None:
+        self.session, self.number = session, number
         self.sequence = sequence            # order of arrival: ties of priority, and the way back to the front
+        # what to run; without a payload: a worker or an announcement told of this job, its client has still to send it
+        self.fn: Name = (b"", 0)
+        self.payload: Value | None = None
+        self.log = 0                        # how much of the session's log must have run before
+        self.name = ""
+        self.priority: float = 0
+        self.on: frozenset[str] | None = None
+        self.soft = False                   # `on` is a preference
+        self.retries, self.max_deaths = 0, 3
+        # where it stands
         self.state = State.WAITING
         self.token = 0                      # of the current attempt; 0: none yet
         self.worker: Worker | None = None   # who runs it, or holds its outcome
+        self.estimate = LONG                # seconds that the current attempt was taken for
         self.attempts = self.deaths = 0
-        self.estimate = LONG                # seconds it was taken for when it was handed out
         self.delivering = False             # finished, and its client has not said that it has the outcome
         self.begun = False                  # the worker said that user code runs
-        self.again = False                  # sent again after a restart: a worker may claim it
-        self.queued = False                 # has an entry in its class's heap
+        self.queued = False                 # has an entry in its queue's heap
         self.killed = ""                    # the reason, once a kill was asked for
         self.verdict: tuple[Any, ...] | None = None     # the outcome of a job that failed without a worker's word
         self.history: list[str] = []        # the last states, for story()
 
 
 class Session:
-    """A client: what it sent, what it may still send, and how long it is waited for."""
-    __slots__ = ("id", "peer", "name", "limit", "jobs", "objects", "log", "workers", "load", "unfit", "tried",
-                 "broken", "queues", "estimates", "lost_at", "waiting_pulls", "bytes")
+    """A client: what it sent, and how long it is waited for."""
 
     def __init__(self, id: bytes) -> None:
         self.id = id
         self.peer: Any = None
+        self.lost_at: float | None = None           # without a connection since then
         self.name = ""
         self.limit: int | None = None               # max_workers
-        self.jobs: dict[int, Job] = {}              # all it sent and has not got the outcome of
+        self.jobs: dict[int, Job] = {}              # all whose outcome it has not said to have
         self.objects: dict[Name, tuple[int, bytes | None]] = {}     # functions and log entries: size, bytes if small
         self.log: list[Name] = []
         self.workers: dict[Worker, int] = {}        # how many attempts each worker has of it
         self.load = 0                               # their sum
-        self.unfit: set[Worker] = set()             # workers on which its log raised
-        self.tried: set[Worker] = set()             # workers that were sent its log
+        self.tried: dict[Worker, None] = {}         # workers that were sent something of it
+        self.unfit: dict[Worker, Value] = {}        # those on which its log raised, and what
         self.broken: Value | None = None            # the exception that broke it
         self.queues: dict[Any, Queue] = {}
         self.estimates: dict[Name, float] = {}      # seconds, of functions that measure short
-        self.lost_at: float | None = None
-        self.waiting_pulls: dict[tuple[Name, int, int], list[Any]] = {}      # ranges asked of it: (range, readers)
-        self.bytes = 0                              # of inline payloads
+        self.asked: dict[tuple[Name, int, int], list[Any]] = {}     # ranges asked of it, and by which peers
 
 
 class Worker:
     """One process, one device."""
-    __slots__ = ("id", "name", "node", "device", "tags", "pid", "peer", "inbox", "delivering", "load", "moved_at",
-                 "has", "positions", "acks", "selections", "recalled", "recall_at", "stall_armed", "lost_at", "info",
-                 "draining", "waiting_pulls", "claims", "finished")
 
-    def __init__(self, id: bytes) -> None:
-        self.id = id
-        self.name = ""
-        self.node: Node | None = None
-        self.device = ""
-        self.tags: frozenset[str] = frozenset()     # all that `on` can name: worker, node, tags
-        self.pid = 0
+    def __init__(self, id: bytes, node: Node) -> None:
+        self.id, self.node = id, node
         self.peer: Any = None
-        self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: of a job unknown here
+        self.lost_at: float | None = None
+        self.name = self.device = ""
+        self.pid = self.finished = 0
+        self.tags: frozenset[str] = frozenset()     # all that `on` can name: worker, node, tags
+        self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: one that nobody wants
         self.delivering: dict[int, Job] = {}        # outcomes it keeps for clients
         self.load = 0.0                             # estimated seconds of work in the inbox
         self.moved_at = 0.0                         # when it last finished something
@@ -1340,31 +1284,26 @@ class Worker:
         self.selections: list[Selection] = []
         self.recalled: list[int] = []               # asked back, not answered yet
         self.recall_at = 0.0
-        self.stall_armed = False
-        self.lost_at: float | None = None           # its connection is closed since then
-        self.info: dict[str, Any] = {}
+        self.watched = False                        # a timer looks after its window
         self.draining = False
-        self.waiting_pulls: dict[tuple[Name, int, int], list[Any]] = {}
-        self.claims: set[Name] = set()              # jobs it runs or holds whose client is not here
-        self.finished = 0
+        self.asked: dict[tuple[Name, int, int], list[Any]] = {}
 
 
 class Node:
     """A host's supervisor: it owns death, and vouches for its workers."""
-    __slots__ = ("id", "name", "peer", "heard_at", "workers", "info", "lost_at")
 
-    def __init__(self, id: bytes) -> None:
-        self.id, self.name = id, ""
+    def __init__(self, id: bytes, name: str) -> None:
+        self.id, self.name = id, name
         self.peer: Any = None
-        self.heard_at = 0.0                 # a byte from any connection of the host
-        self.workers: dict[bytes, Worker] = {}
-        self.info: dict[str, Any] = {}
         self.lost_at: float | None = None
+        self.heard_at = 0.0                         # a byte from any connection of the host
+        self.workers: dict[bytes, Worker] = {}
+        self.dead: dict[bytes, bytes] = {}          # newest generation of each slot that is known to be dead
+        self.info: dict[str, Any] = {}
 
 
 class Selection:
     """The workers that one `on` admits, sorted by room, so that dispatch finds one without a search."""
-    __slots__ = ("on", "members", "idle", "roomy", "users")
 
     def __init__(self, on: frozenset[str] | None) -> None:
         self.on = on
@@ -1376,7 +1315,6 @@ class Selection:
 
 class Queue:
     """The ready jobs of one session and one selection: a heap by (priority, arrival)."""
-    __slots__ = ("session", "selection", "soft", "heap", "dead")
 
     def __init__(self, session: Session, selection: Selection, soft: bool) -> None:
         self.session, self.selection, self.soft = session, selection, soft
@@ -1407,11 +1345,9 @@ class Scheduler:
         self._queues: dict[Any, Queue] = {}             # those with entries
         self._selections: dict[Any, Selection] = {}
         self._everybody = self._select(None)
-        self._claims: dict[Name, tuple[Worker, int, str]] = {}      # attempts whose job is unknown here
-        self._dead: dict[bytes, bytes] = {}     # the newest generation of each slot that is known to be dead
         self._adopting = adopting
-        self._leaving: set[Worker] = set()              # draining: they go when they hold nothing any more
-        self._again: list[Job] = []                     # resent jobs that wait for a claim
+        self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
+        self._again: list[Job] = []                     # sent again: they wait for a worker that has them
         self._expected_workers = 0                      # as many as any returning client last saw
         self._timers: list[tuple[float, int, Callable[[Any, float], None], Any]] = []
         self._timer_number = 0
@@ -1423,8 +1359,8 @@ class Scheduler:
             "beat": self._beat, "put": self._put, "drop": self._drop, "submit": self._submit,
             "started": self._started, "finished": self._finished, "delivered": self._delivered,
             "cancel": self._cancel, "recalled": self._recalled, "kill": self._kill, "over": self._over,
-            "died": self._died, "retire": self._retire, "log": self._log, "unfit": self._unfit, "pull": self._pull, "range": self._range,
-            "gone": self._gone, "ask": self._ask,
+            "died": self._died, "retire": self._retire, "log": self._log, "unfit": self._unfit, "pull": self._pull,
+            "range": self._range, "gone": self._gone, "ask": self._ask,
         }
         if adopting:
             self._arm(now + T_ADOPT, self._end_adoption, None)
@@ -1435,20 +1371,15 @@ class Scheduler:
         """Advance on a batch of messages from one peer; return what the server must do."""
         self._enter(now)
         known = self._peers.get(peer)
-        if isinstance(known, Worker) and known.node:
-            known.node.heard_at = now       # any byte from its host is a heartbeat
-        elif isinstance(known, Node):
-            known.heard_at = now
+        if isinstance(known, Worker | Node):        # any byte from a host is its heartbeat
+            (known.node if isinstance(known, Worker) else known).heard_at = now
         for message in messages:
             if known is None and message[0] not in ("client", "node", "worker"):
                 break                       # of a connection that was superseded, or whose owner was given up
             if known is not None and message[0] in ("client", "node", "worker"):
                 raise Malformed("only the first message is an announcement")
-            self._handlers[message[0]](known if known is not None else peer, now, *message[1:])
-            if known is None:
-                known = self._peers.get(peer)
-                if known is None:
-                    break                   # refused
+            self._handlers[message[0]](known or peer, now, *message[1:])
+            known = self._peers.get(peer)
         self._dispatch(now)
         return self._take_actions()
 
@@ -1495,7 +1426,7 @@ class Scheduler:
         return actions
 
     def _send(self, peer: Any, message: Message) -> None:
-        if peer is not None:
+        if peer is not None and message[-1] != []:      # an empty list is not worth a message
             try:
                 self._sends[peer].append(message)
             except KeyError:
@@ -1522,31 +1453,37 @@ class Scheduler:
 
     def _client(self, peer: Any, now: float, info: dict[str, Any], jobs: list[int]) -> None:
         """Admit a client, and reconcile: what it does not list it does not want, what we do not know it sends."""
-        held = set(numbers_in(jobs))
-        session = self.sessions.get(info["session"])
-        is_new = session is None
-        if session is None:
-            session = self.sessions[info["session"]] = Session(info["session"])
-            session.tried = {w for w in self.workers.values() if session.id in w.positions}
+        held = dict.fromkeys(numbers_in(jobs))
+        session = self._session(info["session"], now)
         self._attach(session, peer)
         session.name, session.limit = info.get("name", ""), info.get("max_workers")
-        if is_new and self._adopting:
-            self._expected_workers = max(self._expected_workers, info.get("workers_seen", 0))
-        self._send(peer, ("welcome", {"new": is_new, "log": len(session.log), "max_value": self.max_value,
+        self._expected_workers = max(self._expected_workers, info.get("workers_seen", 0))
+        self._send(peer, ("welcome", {"log": len(session.log), "max_value": self.max_value,
                                       "workers": self._worker_list(), "credit": self._credit()}))
         for number in [n for n in session.jobs if n not in held]:
             self._release(session, number)
-        missing = [n for n in jobs if n not in session.jobs]
-        if missing:
-            self._send(peer, ("missing", missing))
-        for number in jobs:
-            job = session.jobs.get(number)
-            if job is not None:
-                self._tell_client_again(job)
+        for number in held:
+            self._tell_client_again(session.jobs.get(number) or self._new_job(session, number))
+        self._send(peer, ("missing", [n for n in held if session.jobs[n].payload is None]))
         if session.broken is not None:
             self._send(peer, ("broken", session.broken))
         self._ask_owner_again(session)
         self._maybe_end_adoption(now)
+
+    def _session(self, id: bytes, now: float) -> Session:
+        """Return a session; one that only a worker tells of, after a restart, has its lease to come back."""
+        session = self.sessions.get(id)
+        if session is None:
+            session = self.sessions[id] = Session(id)
+            session.lost_at = now
+            self._arm(now + T_LEASE, self._expire, session)
+        return session
+
+    def _new_job(self, session: Session, number: int) -> Job:
+        self._sequence += 1
+        self.counters["accepted"] += 1
+        session.jobs[number] = job = Job(session, number, self._sequence)
+        return job
 
     def _tell_client_again(self, job: Job) -> None:
         """After a reconnection: what the old connection may have lost on its way to the client."""
@@ -1559,9 +1496,7 @@ class Scheduler:
 
     def _node(self, peer: Any, now: float, info: dict[str, Any]) -> None:
         """Admit a node; a name that another host has gets a suffix."""
-        node = self.nodes.get(info["id"])
-        if node is None:
-            node = self._new_node(info["id"], info.get("name") or "node", now)
+        node = self.nodes.get(info["id"]) or self._new_node(info["id"], info["name"], now)
         self._attach(node, peer)
         node.info, node.heard_at = info, now
         self._send(peer, ("welcome", {"name": node.name}))
@@ -1570,51 +1505,48 @@ class Scheduler:
                 if job is not None and job.killed and job.state == State.RUNNING:
                     self._send(peer, ("kill", [job.token], job.killed))     # the old connection may have lost it
 
-    def _new_node(self, id: bytes, base: str, now: float) -> Node:
+    def _new_node(self, id: bytes, name: str, now: float) -> Node:
         taken = {node.name for node in self.nodes.values()}
-        names = itertools.chain([base], (f"{base}~{i}" for i in itertools.count(2)))
-        node = self.nodes[id] = Node(id)
-        node.name = next(name for name in names if name not in taken)
+        names = itertools.chain([name or "node"], (f"{name}~{i}" for i in itertools.count(2)))
+        node = self.nodes[id] = Node(id, next(n for n in names if n not in taken))
+        node.heard_at = node.lost_at = now
         self._arm(now + T_BEAT, self._exchange_beats, node)
         return node
 
     def _worker(self, peer: Any, now: float, info: dict[str, Any], attempts: list[Any]) -> None:
         """Admit a worker, and reconcile its attempts with ours by set difference."""
-        node = self.nodes.get(info["node"])
+        # after a restart of the server a worker may be back before its node
+        node = self.nodes.get(info["node"]) or self._new_node(info["node"], info["node_name"], now)
+        node.heard_at = now
         worker = self.workers.get(info["id"])
-        if worker is None:
-            if info["id"][16:] <= self._dead.get(info["id"][:16], b""):    # its last words, read after its death
-                self._send(peer, ("refuse", "ServerLost", "this process is dead to the pool"))
-                return self._closes.append(peer)
-            worker = self.workers[info["id"]] = Worker(info["id"])
-            self._supersede(worker, now)
-            if node is None:        # the server restarted, and the worker was back before its node
-                node = self._new_node(info["node"], info.get("node_name") or "node", now)
-                self._arm(now + T_GONE, self._give_up_node, node)
-                node.lost_at = now
-            node.workers[worker.id] = worker
-            node.heard_at = now
-            worker.node, worker.info, worker.device, worker.pid = node, info, info["device"], info["pid"]
-            worker.name = f"{node.name}-{info['slot']}"
-            worker.tags = frozenset([worker.name, node.name, *info.get("tags", ())])
-            for selection in self._selections.values():
-                self._enlist(worker, selection)
+        if worker is None and info["id"][16:] <= node.dead.get(info["id"][:16], b""):
+            self._send(peer, ("refuse", "ServerLost", "this process is dead to the pool"))
+            return self._closes.append(peer)        # its last words, read after its death was told
+        worker = worker or self._new_worker(node, info, now)
         self._attach(worker, peer)
-        worker.has = {name for name in map(tuple, info.get("has", ())) if len(name) == 2}
-        worker.positions = dict(info.get("positions", {}))
+        worker.has, worker.positions = set(info["has"]), dict(info["positions"])
         worker.recalled, worker.acks = [], []
         for session_id in worker.positions:
-            if session_id in self.sessions:
-                self.sessions[session_id].tried.add(worker)
-        self._arm(now + T_LEASE, self._leave_strangers, worker)
-        self._send(peer, ("welcome", {"name": worker.name, "node_name": worker.node.name if worker.node else "",
-                                      "max_value": self.max_value}))
-        self._reconcile(worker, {a[0]: (tuple(a[1]), a[2]) for a in attempts}, now)
+            self._session(session_id, now).tried[worker] = None
+        self._send(peer, ("welcome", {"name": worker.name, "node_name": node.name, "max_value": self.max_value}))
+        self._reconcile(worker, {token: (name, kind) for token, name, kind in attempts}, now)
         self._ask_owner_again(worker)
         self._refresh(worker)
         self._guard_window(worker, now)
         self._tell_clients()
         self._maybe_end_adoption(now)
+
+    def _new_worker(self, node: Node, info: dict[str, Any], now: float) -> Worker:
+        worker = self.workers[info["id"]] = node.workers[info["id"]] = Worker(info["id"], node)
+        slot, generation = worker.id[:16], worker.id[16:]
+        for older in [w for w in node.workers.values() if w.id[:16] == slot and w.id[16:] < generation]:
+            node.dead[slot] = older.id[16:]         # a newer process of the same slot means that it is
+            self._lose(older, now, None, {"what": "was replaced by a newer process"})
+        worker.device, worker.pid, worker.name = info["device"], info["pid"], f"{node.name}-{info['slot']}"
+        worker.tags = frozenset([worker.name, node.name, *info.get("tags", ())])
+        for selection in self._selections.values():
+            self._enlist(worker, selection)
+        return worker
 
     def _attach(self, owner: Session | Worker | Node, peer: Any) -> None:
         """Make `peer` the connection of `owner`; an older one is superseded and what it still says is ignored."""
@@ -1624,85 +1556,65 @@ class Scheduler:
         owner.peer, owner.lost_at = peer, None
         self._peers[peer] = owner
 
-    def _supersede(self, newcomer: Worker, now: float) -> None:
-        """A newer process of the same slot means that the older one is dead."""
-        slot, generation = newcomer.id[:16], newcomer.id[16:]
-        for worker in [w for w in self.workers.values() if w.id[:16] == slot and w.id[16:] < generation]:
-            self._dead[slot] = max(self._dead.get(slot, b""), worker.id[16:])
-            self._lose(worker, now, None, {"what": "was replaced by a newer process"})
-
     def _reconcile(self, worker: Worker, listed: dict[int, tuple[Name, str]], now: float) -> None:
-        """Settle what a worker holds: assigned but unlisted goes back, listed but unassigned is claimed or dropped."""
+        """Settle what a worker holds: assigned but unlisted goes back, listed but unassigned is adopted or dropped."""
         for token, job in [*worker.inbox.items(), *worker.delivering.items()]:
             if token not in listed:
                 self._unassign(worker, token)
-                if job is not None and job.token == token and job.state == State.RUNNING:
-                    self._put_back(job, now)
+                self._put_back_if_current(job, token, now)
         resend, forget = [], []
         for token, (name, kind) in listed.items():
             self._token = max(self._token, token)
-            job = self._find(name)
-            if job is not None and job.token == token and job.worker is worker and job.state == State.RUNNING:
+            job = self._find_or_wait(name, kind, now)
+            if job is not None and kind != "inbox" and job.state == State.WAITING:
+                self._adopt(job, worker, token)
+            if job is not None and job.worker is worker and self._is_current(job, token):
                 if kind == "outcome":
-                    resend.append(token)
-            elif job is not None and job.again and job.state == State.WAITING and kind != "inbox":
-                self._adopt(job, worker, token, kind)
-            elif kind == "begun":           # it cannot be taken back; what comes of it is stale unless claimed
-                worker.inbox.setdefault(token, None)
-                if job is None:
-                    self._claim(name, worker, token, kind, now)
+                    resend.append(token)    # it comes by the usual way: it may be one that wants a retry
+            elif kind == "begun":           # it cannot be taken back, and what comes of it is stale
+                self._unassign(worker, token)
+                worker.inbox[token] = None
             else:
                 self._unassign(worker, token)
-                if kind != "outcome" or job is not None or not self._claim(name, worker, token, kind, now):
-                    forget.append(token)
+                forget.append(token)
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
-        if resend:
-            self._send(worker.peer, ("resend", resend))
-        if forget:
-            self._send(worker.peer, ("forget", forget))
+        self._send(worker.peer, ("resend", resend))
+        self._send(worker.peer, ("forget", forget))
 
-    def _claim(self, name: Name, worker: Worker, token: int, kind: str, now: float) -> bool:
-        """Remember what a worker has of a client that is not here yet, for a lease; False: a newer attempt exists."""
-        older, claimed, had = self._claims.get(name, (worker, 0, ""))
-        if token < claimed:
-            return False
-        if token > claimed:
-            older.claims.discard(name)
-            if had == "outcome":
-                self._forget(older, claimed)
-            self._arm(now + T_LEASE, self._drop_claim, (name, token))
-        self._claims[name] = (worker, token, kind)
-        worker.claims.add(name)
-        return True
+    def _find_or_wait(self, name: Name, kind: str, now: float) -> Job | None:
+        """Return the job that a worker tells of; one whose client is not back yet is known from now on."""
+        session = self._session(name[0], now)
+        job = session.jobs.get(name[1])
+        if job is None and session.peer is None and kind != "inbox":
+            job = self._new_job(session, name[1])
+        return job
 
-    def _adopt(self, job: Job, worker: Worker, token: int, kind: str) -> None:
-        """Take over a job that survived the server: it is not run again."""
+    def _adopt(self, job: Job, worker: Worker, token: int) -> None:
+        """Take over an attempt that survived the server: the job is not run again."""
         self._move(job, State.RUNNING)
         job.token, job.worker, job.begun, job.attempts = token, worker, True, job.attempts + 1
-        if kind == "outcome":
-            self._finish_attempt(job, worker, token)
-            self._send(worker.peer, ("resend", [token]))
-        else:
-            worker.inbox[token] = job
-            self._count_attempt(job, worker, 1)
-            self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
+        job.estimate = LONG
+        self._unassign(worker, token)       # as an attempt that nobody wanted
+        worker.inbox[token] = job
+        self._count_attempt(job, worker, 1)
+        self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
         self.counters["adopted"] += 1
 
-    def _drop_claim(self, about: tuple[Name, int], now: float) -> None:
-        name, token = about
-        worker, claimed, kind = self._claims.get(name, (None, 0, ""))
-        if worker is not None and claimed == token:
-            del self._claims[name]
-            worker.claims.discard(name)
-            if kind == "outcome":
-                self._send(worker.peer, ("forget", [token]))
+    @staticmethod
+    def _is_current(job: Job | None, token: int) -> bool:
+        """The fence: tell whether `token` is the attempt that counts; every other is stale."""
+        return job is not None and job.token == token and job.state == State.RUNNING
+
+    def _put_back_if_current(self, job: Job | None, token: int, now: float) -> None:
+        if job is not None and self._is_current(job, token):
+            self._put_back(job, now)
 
     def _maybe_end_adoption(self, now: float) -> None:
         if self._adopting and self._expected_workers and self._connected_workers() >= self._expected_workers:
             self._end_adoption(None, now)
 
     def _end_adoption(self, _about: None, now: float) -> None:
-        """Whoever has a claim has had the time to say so: what is unclaimed runs anew."""
+        """Whoever has one of the jobs has had the time to say so: the others run anew."""
         self._adopting = False
         waiting, self._again = self._again, []
         for job in waiting:
@@ -1728,7 +1640,7 @@ class Scheduler:
         for name in map(tuple, names):
             session.objects.pop(name, None)
             session.estimates.pop(name, None)
-        for worker in session.tried | set(session.workers):
+        for worker in session.tried:
             had = [name for name in map(tuple, names) if name in worker.has]
             worker.has.difference_update(had)
             if had:
@@ -1736,29 +1648,27 @@ class Scheduler:
 
     def _submit(self, session: Session, now: float, number: int, fn: Name, payload: Value, log: int,
                 options: dict[str, Any] | None) -> None:
-        if number in session.jobs or session.broken is not None:
-            return      # sent twice it is one job; of a broken session the client was told, and fails its futures
-        self._sequence += 1
-        job = Job(session, number, fn, payload, log, self._sequence, options or {})
-        session.jobs[number] = job
-        self.counters["accepted"] += 1
-        if options and options.get("again"):
-            job.again = True
-            name = (session.id, number)
-            if name in self._claims:
-                worker, token, kind = self._claims.pop(name)
-                worker.claims.discard(name)
-                return self._adopt(job, worker, token, kind)
-            if self._adopting:
+        """Take a job, or what was missing of one that a worker told of. The same job sent twice is one job."""
+        job = session.jobs.get(number)
+        if (job is not None and job.payload is not None) or session.broken is not None:
+            return              # of a broken session the client was told, and fails its futures
+        job = job or self._new_job(session, number)
+        options = options or {}
+        job.fn, job.payload, job.log, job.name = fn, payload, log, options.get("name", "")
+        job.priority, job.retries = options.get("priority", 0), options.get("retries", 0)
+        job.max_deaths = options.get("max_deaths", 3)
+        job.on, job.soft = frozenset(options["on"]) if options.get("on") else None, bool(options.get("soft"))
+        if job.state == State.WAITING:
+            if self._adopting and options.get("again"):
                 self._again.append(job)
-                return
-        self._make_ready(job)
+            else:
+                self._make_ready(job)
 
     def _make_ready(self, job: Job) -> None:
-        """Put a job into the heap of its class."""
-        self._move(job, State.READY)
+        """Put a job into the heap of its class; one that its client has still to send waits for that."""
         job.worker, job.delivering, job.begun = None, False, False
-        if job.queued:
+        self._move(job, State.READY if job.payload is not None else State.WAITING)
+        if job.payload is None:
             return
         session, key = job.session, (job.on, job.soft)
         found = session.queues.get(key)
@@ -1788,44 +1698,36 @@ class Scheduler:
         job.delivering = False
         evidence = {**evidence, "job": job.name, "attempts": job.attempts, "deaths": job.deaths}
         if worker is not None:
-            evidence.update(worker=worker.name, node=worker.node.name if worker.node else "", device=worker.device)
+            evidence.update(worker=worker.name, node=worker.node.name, device=worker.device)
         job.verdict = (status, evidence, worker.name if worker else "", job.attempts)
         self._send(job.session.peer, ("done", job.number, *job.verdict))
 
     def _started(self, worker: Worker, now: float, token: int) -> None:
         job = worker.inbox.get(token)
-        if job is not None and job.token == token and job.state == State.RUNNING:
+        if job is not None and self._is_current(job, token):
             job.begun = True
             self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
 
     def _finished(self, worker: Worker, now: float, token: int, status: str, value: Value, seconds: float,
                   retry: bool) -> None:
-        """Take an outcome, if the attempt is current; every other is stale and dropped here, in this one place."""
+        """Take an outcome, if the attempt is current; a stale one is dropped here, in this one place."""
         job = worker.inbox.get(token) or worker.delivering.get(token)
         if token in worker.inbox:
             worker.moved_at = now
             worker.finished += 1
             self._unassign(worker, token)
             self._refresh(worker)
-        if job is None or job.token != token or job.state != State.RUNNING:
-            name = next((n for n in worker.claims if self._claims[n][1] == token), None)
-            if name is None:
-                self._forget(worker, token)
-            else:
-                self._claims[name] = (worker, token, "outcome")     # its client may yet come back for it
-            return
+        if job is None or not self._is_current(job, token):
+            return self._forget(worker, token)
         if not job.delivering:
             self._learn(job, seconds)
-            if status == RAISED and retry and job.retries > 0:
+            if status == RAISED and retry and (job.retries > 0 or job.payload is None):
                 job.retries -= 1
                 self._forget(worker, token)
                 return self._put_back(job, now)
-            self._finish_attempt(job, worker, token)
+            job.delivering = True
+            worker.delivering[token] = job
         self._send(job.session.peer, ("done", job.number, status, value, worker.name, job.attempts))
-
-    def _finish_attempt(self, job: Job, worker: Worker, token: int) -> None:
-        job.delivering = True
-        worker.delivering[token] = job
 
     def _delivered(self, session: Session, now: float, numbers: list[int]) -> None:
         for number in numbers_in(numbers):
@@ -1874,15 +1776,11 @@ class Scheduler:
         self._send(worker.peer, ("forget", worker.acks))
         worker.acks = []
 
-    def _find(self, name: Name) -> Job | None:
-        session = self.sessions.get(name[0])
-        return session.jobs.get(name[1]) if session else None
-
     # ---- dispatch: heads of classes, in the order of priority, fairness, arrival ----
 
     def _dispatch(self, now: float) -> None:
         """Hand out ready jobs while there is room for them; let those go that wait to go."""
-        for worker in [w for w in self._leaving if not w.inbox and not w.delivering]:
+        for worker in [w for w in self._leaving if not (w.inbox or w.delivering)]:
             self._send(worker.peer, ("bye", "nothing is left to do or to deliver"))
             self._lose(worker, now, None, {"what": "left", "planned": True})
         while self._queues and (self._everybody.idle or self._everybody.roomy):
@@ -1988,7 +1886,7 @@ class Scheduler:
             self._give(worker, session, name)
             self._send(worker.peer, ("log", session.id, entry, name))
         worker.positions[session.id] = max(position, min(job.log, len(session.log)))
-        session.tried.add(worker)
+        session.tried[worker] = None
         self._give(worker, session, job.fn)
 
     def _give(self, worker: Worker, session: Session, name: Name) -> None:
@@ -2047,25 +1945,31 @@ class Scheduler:
                 selection.roomy[worker] = None
 
     def _guard_window(self, worker: Worker, now: float) -> None:
-        if len(worker.inbox) > 1 and not worker.stall_armed:
-            worker.stall_armed = True
+        if not worker.watched:
+            worker.watched = True
             self._arm(now + T_STALL, self._watch_window, worker)
 
     def _watch_window(self, worker: Worker, now: float) -> None:
-        """A window that does not move holds a job that is not short: ask back what has not begun."""
-        worker.stall_armed = False
-        if self.workers.get(worker.id) is not worker or len(worker.inbox) < 2 or worker.recalled:
+        """A window that does not move holds a job that is not short: ask back what has not begun.
+
+        A lone job is asked about too if it was not to tell when it begins: the answer tells.
+        """
+        worker.watched = False
+        quiet = [job for job in worker.inbox.values() if job is not None and job.estimate < LONG and not job.begun]
+        if self.workers.get(worker.id) is not worker or worker.recalled or not (quiet or len(worker.inbox) > 1):
             return
         if now >= worker.moved_at + T_STALL:
             self._recall(worker, now)
         else:
-            worker.stall_armed = True
+            worker.watched = True
             self._arm(worker.moved_at + T_STALL, self._watch_window, worker)
 
     def _recall(self, worker: Worker, now: float) -> None:
         """Ask for all that has not begun. A question: only the worker knows, so the jobs stay assigned."""
         worker.recalled = list(worker.inbox)
         worker.recall_at = now
+        for job in filter(None, worker.inbox.values()):
+            job.session.estimates.pop(job.fn, None)     # the next ones come alone, and tell when they begin
         self._send(worker.peer, ("recall", worker.recalled))
         self._refresh(worker)
         self._arm(now + T_RECALL, self._despair_of_recall, worker)
@@ -2075,19 +1979,19 @@ class Scheduler:
         for token in numbers_in(taken):
             job = worker.inbox.get(token)
             self._unassign(worker, token)
-            if job is not None and job.token == token and job.state == State.RUNNING:
-                self._put_back(job, now)
+            self._put_back_if_current(job, token, now)
         for token in set(asked).difference(taken):
             job = worker.inbox.get(token)
-            if job is not None and job.killed and job.state == State.RUNNING and worker.node:
+            if job is not None and job.killed and job.state == State.RUNNING:
                 self._send(worker.node.peer, ("kill", [token], job.killed))  # it began after the cell was first read
+            if job is not None and not job.begun:
+                self._started(worker, now, token)
         if worker.recalled == asked:
             worker.recalled = []
             for token in asked:
                 job = worker.inbox.get(token)
                 if job is not None:
                     worker.load = LONG          # nothing joins it until it ends
-                    job.session.estimates.pop(job.fn, None)
         self._refresh(worker)
 
     def _despair_of_recall(self, worker: Worker, now: float) -> None:
@@ -2096,7 +2000,7 @@ class Scheduler:
             return
         for token in worker.recalled[1:]:
             job = worker.inbox.get(token)
-            if job is not None and job.token == token and job.state == State.RUNNING:
+            if job is not None and self._is_current(job, token):
                 self._unassign(worker, token)
                 worker.inbox[token] = None      # it keeps the slot busy: the worker still has it
                 self._put_back(job, now)
@@ -2113,25 +2017,35 @@ class Scheduler:
         """A log entry raised on a worker: it gets no more of the session; nobody left means a broken session."""
         session = self.sessions.get(session_id)
         if session is not None:
-            session.unfit.add(worker)
+            session.unfit[worker] = value
         for token in numbers_in(taken):
             job = worker.inbox.get(token)
             self._unassign(worker, token)
-            if job is not None and job.token == token and job.state == State.RUNNING:
-                self._put_back(job, now)
+            self._put_back_if_current(job, token, now)
         self._refresh(worker)
-        if session is not None and session.tried <= session.unfit and session.broken is None:
-            session.broken = value
-            self._send(session.peer, ("broken", value))
+        if session is not None and session.tried.keys() <= session.unfit.keys():
+            self._break(session)
+
+    def _break(self, session: Session) -> None:
+        """Every worker that tried the session's log is unfit: its client fails all its futures."""
+        if session.broken is None:
+            session.broken = next(reversed(session.unfit.values()))
+            self._send(session.peer, ("broken", session.broken))
             for number in list(session.jobs):
                 self._release(session, number, State.CANCELLED)
+
+    def _judge_fitness(self, session: Session, now: float) -> None:
+        """Some time after a loss: if all who are left are unfit, nobody will ever run this session's jobs."""
+        left = set(self.workers.values())
+        if left and left <= session.unfit.keys() and self.sessions.get(session.id) is session:
+            self._break(session)
 
     # ---- endings ----
 
     def _died(self, node: Node, now: float, worker_id: bytes, token: int, cause: dict[str, Any]) -> None:
         """A node's word on the death of its worker is final, and its cell's token says who is to blame."""
         slot, generation = worker_id[:16], worker_id[16:]
-        self._dead[slot] = max(self._dead.get(slot, b""), generation)
+        node.dead[slot] = max(node.dead.get(slot, b""), generation)
         worker = self.workers.get(worker_id)
         if worker is not None:
             self._lose(worker, now, token, cause)
@@ -2141,9 +2055,8 @@ class Scheduler:
         if self.workers.get(worker.id) is not worker:
             return
         del self.workers[worker.id]
-        self._leaving.discard(worker)
-        if worker.node:
-            worker.node.workers.pop(worker.id, None)
+        self._leaving.pop(worker, None)
+        worker.node.workers.pop(worker.id, None)
         if token is None and not cause.get("planned"):
             token = next(iter(worker.inbox), 0)
         for selection in worker.selections:
@@ -2154,13 +2067,13 @@ class Scheduler:
         for attempt, job in [*worker.inbox.items(), *worker.delivering.items()]:
             was_running = attempt in worker.inbox
             self._unassign(worker, attempt)
-            if job is not None and job.token == attempt and job.state == State.RUNNING:
+            if job is not None and self._is_current(job, attempt):
                 self._put_back(job, now, charged=was_running and attempt == token, cause=cause)
-        for name in worker.claims:
-            self._claims.pop(name, None)
         for session in self.sessions.values():
-            session.unfit.discard(worker)
-            session.tried.discard(worker)
+            session.unfit.pop(worker, None)
+            session.tried.pop(worker, None)
+            if session.unfit:
+                self._arm(now + T_DEAD, self._judge_fitness, session)       # time enough for who replaces it to come
         self._deny_pulls(worker)
         if worker.peer is not None:
             self._peers.pop(worker.peer, None)
@@ -2172,7 +2085,7 @@ class Scheduler:
     def _give_up_worker(self, worker: Worker, now: float) -> None:
         """A closed connection that did not come back, unless its node says that the process lives."""
         if worker.peer is None and worker.lost_at is not None and now >= worker.lost_at + T_GONE:
-            if worker.node and worker.node.peer is not None:
+            if worker.node.peer is not None:
                 self._arm(now + T_GONE, self._give_up_worker, worker)
             else:
                 self._lose(worker, now, None, {"what": "its host went away"})
@@ -2216,27 +2129,19 @@ class Scheduler:
             self._release(session, number, State.CANCELLED)
         for worker in self.workers.values():
             if session.id in worker.positions:
-                self._leave(worker, session.id)
+                del worker.positions[session.id]
+                worker.has = {name for name in worker.has if name[0] != session.id}
+                self._send(worker.peer, ("leave", session.id))
         self._deny_pulls(session)
         if session.peer is not None:
             self._peers.pop(session.peer, None)
             self._closes.append(session.peer)
 
-    def _leave(self, worker: Worker, session_id: bytes) -> None:
-        del worker.positions[session_id]
-        worker.has = {name for name in worker.has if name[0] != session_id}
-        self._send(worker.peer, ("leave", session_id))
-
-    def _leave_strangers(self, worker: Worker, now: float) -> None:
-        """What a worker announced of sessions that have not returned for a lease it need not keep."""
-        for session_id in [id for id in worker.positions if id not in self.sessions]:
-            self._leave(worker, session_id)
-
     def _retire(self, who: Worker | Node, now: float, reason: str) -> None:
         """A planned exit of a worker, or of all of a node's: nothing new, what has not begun comes back."""
         for worker in [who] if isinstance(who, Worker) else list(who.workers.values()):
             worker.draining = True
-            self._leaving.add(worker)
+            self._leaving[worker] = None
             if worker.inbox and not worker.recalled:
                 self._recall(worker, now)
             self._refresh(worker)
@@ -2247,17 +2152,28 @@ class Scheduler:
             job = session.jobs.get(number)
             if job is None or job.delivering or job.verdict:
                 continue
-            if job.state == State.RUNNING and job.worker and job.worker.node:
+            if job.state == State.RUNNING and job.worker:
                 job.killed = reason
-                self._send(job.worker.node.peer, ("kill", [job.token], reason))
-                self._send(job.worker.peer, ("recall", [job.token]))
+                self._kill_attempt((job, job.token), now)
             else:
                 if job.queued:
                     self._bury(job)
                 self._fail(job, KILLED, {"reason": reason}, None)
 
+    def _kill_attempt(self, about: tuple[Job, int], now: float) -> None:
+        """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has."""
+        job, token = about
+        worker = job.worker
+        if worker and worker.inbox.get(token) is job:
+            self._send(worker.peer, ("recall", [token]))
+            self._send(worker.node.peer, ("kill", [token], job.killed))
+
     def _over(self, node: Node, now: float, token: int) -> None:
-        """The attempt to be killed was over: its outcome is on its way, or the worker hands it back."""
+        """The cell did not show the attempt: its outcome is on its way, or it began just after both looked."""
+        for worker in node.workers.values():
+            job = worker.inbox.get(token)
+            if job is not None and job.killed and job.token == token:
+                self._arm(now + T_KILL_AGAIN, self._kill_attempt, (job, token))
 
     # ---- ranges: relayed as they come, to whoever asked ----
 
@@ -2269,7 +2185,7 @@ class Scheduler:
         owner = self._owner(name)
         if owner is None:
             return self._send(reader.peer, ("gone", name))
-        readers = owner.waiting_pulls.setdefault((name, offset, length), [])
+        readers = owner.asked.setdefault((name, offset, length), [])
         if reader.peer not in readers:
             readers.append(reader.peer)
         if len(readers) == 1:
@@ -2277,20 +2193,20 @@ class Scheduler:
 
     def _range(self, owner: Session | Worker, now: float, name: Name, offset: int, digest: bytes,
                body: Any = b"") -> None:
-        for peer in owner.waiting_pulls.pop((name, offset, len(body)), ()):
+        for peer in owner.asked.pop((name, offset, len(body)), ()):
             self._send(peer, ("range", name, offset, digest, body))
 
     def _gone(self, owner: Session | Worker, now: float, name: Name) -> None:
         self._deny_pulls(owner, name)
 
     def _deny_pulls(self, owner: Session | Worker, name: Name | None = None) -> None:
-        for key in [k for k in owner.waiting_pulls if name is None or k[0] == name]:
-            for peer in owner.waiting_pulls.pop(key):
+        for key in [k for k in owner.asked if name is None or k[0] == name]:
+            for peer in owner.asked.pop(key):
                 self._send(peer, ("gone", key[0]))
 
     def _ask_owner_again(self, owner: Session | Worker) -> None:
         """After the owner's reconnection: what was asked on the old connection is asked again."""
-        for name, offset, length in owner.waiting_pulls:
+        for name, offset, length in owner.asked:
             self._send(owner.peer, ("pull", name, offset, length))
 
     # ---- looking ----
@@ -2302,7 +2218,7 @@ class Scheduler:
         return sum(worker.peer is not None for worker in self.workers.values())
 
     def _worker_list(self) -> list[dict[str, Any]]:
-        return [{"name": w.name, "node": w.node.name if w.node else "", "device": w.device, "tags": sorted(w.tags)}
+        return [{"name": w.name, "node": w.node.name, "device": w.device, "tags": sorted(w.tags)}
                 for w in self.workers.values()]
 
     def _tell_clients(self) -> None:
@@ -2326,7 +2242,7 @@ class Scheduler:
                        "silent_s": round(max(0.0, now - n.heard_at), 1),
                        **{k: n.info[k] for k in ("host", "pid", "python") if k in n.info}}
                       for n in self.nodes.values()],
-            "workers": [{"name": w.name, "node": w.node.name if w.node else "", "device": w.device, "pid": w.pid,
+            "workers": [{"name": w.name, "node": w.node.name, "device": w.device, "pid": w.pid,
                          "tags": sorted(w.tags), "connected": w.peer is not None, "finished": w.finished,
                          "state": "draining" if w.draining else "busy" if w.inbox else "idle",
                          "jobs": [job.name or f"job {job.number}" for job in list(w.inbox.values())[:3] if job]}
@@ -2398,7 +2314,7 @@ class Scheduler:
 #
 # The shell round the scheduler: sockets, threads, the clock. One lock guards the scheduler; under it a batch is fed
 # and its actions are appended to the peers' outboxes, outside it they are written. Lock order: scheduler, then
-# outbox; no other nesting. Threads: the doorkeeper (strangers), the ticker (time), the flusher (stalled peers), and
+# outbox; no other nesting. Threads: the doorkeeper (strangers), the ticker (time), and
 # one reader per peer that proved it knows the secret.
 # ==================================================================================================================
 
@@ -2583,7 +2499,6 @@ class Server:
         about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, max_value=self.max_value,
                                     adopting=not self._embedded, about=about)
-        self._flusher = Flusher("server")
         self._ticker = threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)
         self._ticker.start()
         self._doorkeeper = Doorkeeper(listener, self._secret, instance, self._admit)
@@ -2603,7 +2518,6 @@ class Server:
         for thread in [self._ticker, *self._threads]:
             if thread is not threading.current_thread():
                 thread.join(2)
-        self._flusher.stop()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the server is stopped; False if `timeout` seconds passed first."""
@@ -2622,7 +2536,7 @@ class Server:
         if len(self._connections) >= PEERS:
             log.warning("%d peers are connected, which is the limit: one more was turned away", PEERS)
             return sock.close()
-        connection = Connection(Plain(sock), keys.down, keys.up, role, self._flusher)
+        connection = Connection(Plain(sock), keys.down, keys.up, role)
         peer = next(self._peer_numbers)
         with self._lock:
             self._connections[peer] = connection
@@ -2642,12 +2556,14 @@ class Server:
                 connection.post([refusal])
                 connection.flush()
                 return
-            messages = opening
+            messages, later = opening, opening[1:]
             while not self._stopping.is_set():
+                if any(message[0] == connection.remote for message in later):
+                    raise Malformed("a second announcement")
                 if log.isEnabledFor(logging.DEBUG):
                     log.debug("< %d %s", peer, ", ".join(map(brief, messages)))
                 self._perform(lambda scheduler, now, batch=messages: scheduler.receive(peer, batch, now))
-                messages = connection.receive()
+                messages = later = connection.receive()
         except (OSError, EOFError):
             pass
         except Malformed as error:
@@ -2673,7 +2589,7 @@ class Server:
             for peer, messages in actions.sends.items():
                 connection = self._connections.get(peer)
                 if connection:
-                    self._post(connection, messages)
+                    connection.post(messages)
                     touched.append(connection)
             closing = [self._connections[p] for p in actions.closes if p in self._connections]
             deadline = self._scheduler.deadline
@@ -2683,15 +2599,6 @@ class Server:
             connection.flush()
         for connection in closing:
             connection.close()
-
-    @staticmethod
-    def _post(connection: Connection, messages: list[Message]) -> None:
-        if any(message[0] == "range" for message in messages):
-            for message in messages:
-                if message[0] == "range":
-                    connection.post_range(message[:4], message[4])
-            messages = [message for message in messages if message[0] != "range"]
-        connection.post(messages)
 
     def _tick(self) -> None:
         assert self._scheduler
@@ -2734,6 +2641,16 @@ def check_announcement(message: Message, role: str, identity: bytes) -> Message 
     for field, kind in required.items():
         if type(info.get(field)) is not kind:
             raise Malformed(f"a {role}'s announcement lacks {field!r}")
+    optional: dict[str, Any] = {"name": str, "node_name": str, "max_workers": int, "workers_seen": int,
+                                "tags": (list, tuple), "has": list, "positions": dict}
+    for field, kinds in optional.items():
+        may_be_none = field in ("name", "node_name", "max_workers")
+        if field in info and not isinstance(info[field], kinds) and not (may_be_none and info[field] is None):
+            raise Malformed(f"a {role}'s announcement has a strange {field!r}")
+    if any(type(tag) is not str for tag in info.get("tags", ())):
+        raise Malformed("a worker's tags are not text")
+    for name in info.get("has", ()):
+        check_name(name)
     if role == "worker":
         if info["id"] != identity:
             raise Malformed("a worker announces another worker's identity")
@@ -2877,7 +2794,7 @@ def _cloudpickle() -> Any:
 # what a job stored in the class and, on the way back, rebuilds the client's own class. So a class has a version, raised
 # only by the process that made it; the others set attributes only if the version is newer than theirs.
 
-_versions = itertools.count(1)
+_class_versions = itertools.count(1)
 _classes: weakref.WeakKeyDictionary[type, tuple[int, bool]] = weakref.WeakKeyDictionary()  # version, made elsewhere?
 _snapshots: dict[int, tuple[type, int, tuple[Any, ...]]] = {}  # class, version, names and values of its dictionary;
 # strong, since values refer to their class in any case, hence bounded
@@ -2894,7 +2811,7 @@ def _class_version(cls: type) -> int:
         return version
     while len(_snapshots) >= MAX_ENTRIES:  # a forgotten class only costs a newer version
         _snapshots.pop(next(iter(_snapshots)), None)
-    version = next(_versions)
+    version = next(_class_versions)
     _classes[cls], _snapshots[id(cls)] = (version, False), (cls, version, (*now, *now.values()))
     return version
 
@@ -3017,7 +2934,7 @@ class _FunctionPickler(_ByValue):
             return self._reduce_class(obj)
         if kind in _BY_NAME and travels_by_value(obj.__module__):
             return _BY_NAME[kind](obj)
-        bound = self.owner.bound.get(id(obj))
+        bound = None if kind is types.FunctionType else self.owner.bound.get(id(obj))
         return super().reducer_override(obj) if bound is None else self._reduce_bound(obj, *bound)
 
     def _dynamic_function_reduce(self, fn: Any) -> Any:
@@ -3184,9 +3101,10 @@ class Functions:
         try:
             return self._dump((args, kwargs, *more), buffers)[0], buffers
         except Exception as error:
-            for label, value in _arguments(fn, args, kwargs):
+            parts = [(f"argument {label} of {name_of(fn)}()", value) for label, value in _arguments(fn, args, kwargs)]
+            for what, value in [*parts, *((f"{name_of(value)}()", value) for value in more)]:
                 if not self.picklable(value):
-                    raise _explain(self, f"argument {label} of {name_of(fn)}()", value, error) from error
+                    raise _explain(self, what, value, error) from error
             raise pickle.PicklingError(f"cannot pickle the arguments of {name_of(fn)}(): {error}") from error
 
     def picklable(self, value: Any) -> bool:
@@ -3452,12 +3370,12 @@ class _RemoteTraceback(Exception):
 
 def decode_failure(status: str, value: Any) -> BaseException:
     """Return the exception that a job's failure is at the client."""
-    if isinstance(value, BaseException):
-        return value            # made here: the server was lost
+    if callable(value):
+        error: BaseException = value()      # made here: the server was lost, or the initializer raised
+        return error
     if status != RAISED:
         return _verdict(status, value)
     pickled, type_name, words, text, where = decode_value(value)
-    error: BaseException
     try:
         error = pickle.loads(pickled) if pickled else RemoteError(type_name, words, text)
     except BaseException:           # its class is not here
@@ -3483,7 +3401,7 @@ def _verdict(status: str, evidence: dict[str, Any]) -> BaseException:
 # 7 client
 #
 # Future and Executor: real subclasses of concurrent.futures'. A Client is one connection with all that waits on it;
-# executors are views of it that carry options. Threads: the peer's I/O thread and flusher, and one for callbacks.
+# executors are views of it that carry options. Threads: the peer's I/O thread and writer, and one for callbacks.
 # No user code and no user bytes on the I/O thread: an outcome stays bytes until somebody asks for it, and is decoded
 # in the thread that asks.
 # ==================================================================================================================
@@ -3531,6 +3449,7 @@ class Future(concurrent.futures.Future):    # type: ignore[type-arg]
         self._client, self._number, self._view = client, number, view
         self._call: _Call | None = None         # what it takes to send it; dropped with the outcome
         self._raw: tuple[str, Any] | None = None        # an outcome that nobody has looked at yet
+        self._face: Callable[[], Future | None] = lambda: None      # the object that the user has, if it is another
 
     @property
     def id(self) -> str:
@@ -3544,22 +3463,25 @@ class Future(concurrent.futures.Future):    # type: ignore[type-arg]
 
     def cancel(self) -> bool:
         """Cancel the job unless it began; what arrives later for it is dropped. Never blocks on the network."""
-        with self._condition:
-            if not super().cancel():
-                return False
-            if self._state == _CANCELLED:
-                self.set_running_or_notify_cancel()     # wait() and as_completed() hear of it
-                self._client.cancelled(self)
+        with self._client.lock, self._condition:        # in the order in which outcomes take them
+            if self._state != _PENDING:
+                return self.cancelled()
+            self._state = _CANCELLED
+            self.set_running_or_notify_cancel()         # wait() and as_completed() hear of it
+            self._condition.notify_all()
+            self._client.cancelled(self)
+        self._invoke_callbacks()
         return True
 
     def result(self, timeout: float | None = None) -> Any:
         """Return the job's value or raise its exception; TimeoutError after `timeout` seconds, which stops nothing."""
         try:
-            super().result(timeout)
-            self._decode()
-            return super().result(0)
+            error = self.exception(timeout)
+            if error is not None:       # a falsy one too
+                raise error
+            return self._result
         finally:
-            self = None     # type: ignore[assignment]  # an exception's frames must not keep the future
+            self = error = None     # type: ignore[assignment]  # an exception's frames must not keep the future
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return the job's exception, None if it has a value; TimeoutError after `timeout` seconds."""
@@ -3598,8 +3520,17 @@ class Future(concurrent.futures.Future):    # type: ignore[type-arg]
             if self._state == _PENDING:
                 self._state = _RUNNING
 
+    def _weakly(self) -> Future:
+        """Return this future as another object, whose end cancels the job unless it began."""
+        face = object.__new__(type(self))
+        face.__dict__ = self.__dict__
+        self._face = weakref.ref(face)
+        weakref.finalize(face, self._client.later, self.cancel).atexit = False     # no lock is taken by a collector
+        return face
+
     def _settle(self, status: str, value: Any) -> None:
         """End the future, unless it was cancelled; waiters wake, callbacks go to their thread."""
+        self = self._face() or self
         with self._condition:
             if self._state not in (_PENDING, _RUNNING):
                 return
@@ -3611,7 +3542,7 @@ class Future(concurrent.futures.Future):    # type: ignore[type-arg]
 
     def _invoke_callbacks(self) -> None:
         if self._done_callbacks:
-            if threading.current_thread() is self._client.peer.thread:
+            if self._client.lock._is_owned():      # type: ignore[attr-defined]  # no user code under it
                 self._client.later(super()._invoke_callbacks)
             else:
                 super()._invoke_callbacks()
@@ -3652,7 +3583,7 @@ class Client:
         self._credit = CREDIT_JOBS
         self._seen = 0                                  # workers that the last server had
         self._lives = 0                                 # welcomes so far
-        self.broken: BaseException | None = None
+        self.broken: Callable[[], BaseException] | None = None      # makes what every call and future then raises
         self.closing = self.closed = False
         self._callbacks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._callback_thread = threading.Thread(target=self._run_callbacks, name="minipool-callbacks", daemon=True)
@@ -3704,9 +3635,9 @@ class Client:
             heapq.heappush(self._backlog, (-future._call.priority, number))
             self._send_backlog()
             connection, busy = self.peer.connection, len(self._sent) > 2 * len(self.workers)
-        if connection:      # few jobs out: go now; many: go on submitting while the flusher makes batches
-            (connection.hand_to_flusher if busy else connection.flush)()
-        return future
+        if connection:      # few jobs out: go now; many: go on submitting while the writer makes batches
+            (connection.hand_over if busy else connection.flush)()
+        return future._weakly() if options.get("weak") else future
 
     def _wire_options(self, options: dict[str, Any], fn: Any) -> dict[str, Any]:
         """Return the options that the server needs to know."""
@@ -3721,7 +3652,7 @@ class Client:
 
     def _refuse_if_over(self) -> None:
         if self.broken is not None:
-            raise type(self.broken)(*self.broken.args) from self.broken.__cause__
+            raise self.broken()
         if self.closing:
             raise RuntimeError("cannot schedule new futures after shutdown")
 
@@ -3760,7 +3691,7 @@ class Client:
             self.peer.values[payload[0]] = call.payload
         else:
             payload = call.payload
-            self._sent_bytes += len(payload)
+            self._sent_bytes += 0 if again else len(payload)
         options = {**(call.options or {}), "again": True} if again else call.options
         messages.append(("submit", future._number, (self.session, call.fn.number), payload, call.log, options))
 
@@ -3838,8 +3769,9 @@ class Client:
             self._changed.notify_all()
             lost_for = time.monotonic() - (self.peer.lost_at or time.monotonic())
             if self._lives and not self.closed and lost_for > self._reconnect_timeout:
-                self._break(ServerLost(f"the server at {format_address(*self.peer.address)} was gone for "
-                                       f"{lost_for:.0f} s ({self.peer.trouble})"))
+                text = (f"the server at {format_address(*self.peer.address)} was gone for {lost_for:.0f} s "
+                        f"({self.peer.trouble})")
+                self._break(lambda: ServerLost(text))
 
     def _on_batch(self, messages: list[Message]) -> None:
         with self.lock:
@@ -3930,14 +3862,15 @@ class Client:
                 self.later(self.close)
 
     def _on_broken(self, value: Value) -> None:
-        cause = decode_failure(RAISED, value) if isinstance(value, bytes) else None
-        error = concurrent.futures.BrokenExecutor(
-            "the initializer raised on every worker that tried it, so no job of this executor can run")
-        error.__cause__ = cause
+        def error() -> BaseException:
+            error = concurrent.futures.BrokenExecutor(
+                "the initializer raised on every worker that tried it, so no job of this executor can run")
+            error.__cause__ = decode_failure(RAISED, value) if value else None      # empty: too long to be told
+            return error
         self._break(error)
 
-    def _break(self, error: BaseException) -> None:
-        """Fail everything that waits, each future with an exception of its own."""
+    def _break(self, error: Callable[[], BaseException]) -> None:
+        """Fail everything that waits, each future with an exception of its own, made where it is asked for."""
         self.broken = error
         for future in list(self.unfinished.values()):
             self._retire(future)
@@ -4029,7 +3962,7 @@ def _forget_all() -> None:
     for client in list(_clients):
         client.lock = threading.RLock()
         client.closing = True
-        client.broken = RuntimeError("this executor belongs to the parent process: a fork must open its own")
+        client.broken = lambda: RuntimeError("this executor belongs to the parent process: a fork must open its own")
         connection, client.peer.connection = client.peer.connection, None
         if connection:
             connection.abandon()
@@ -4130,17 +4063,19 @@ class Executor(concurrent.futures.Executor):
         try:
             self._client = Client(parse_address(where), key, name=name or os.path.basename(sys.argv[0] or "python"),
                                   max_workers=None if self._child else max_workers, connect_timeout=connect_timeout,
-                                  reconnect_timeout=reconnect_timeout)
+                                  reconnect_timeout=3.0 if self._child else reconnect_timeout)  # it is never restarted
+            if initializer is not None:
+                self._client.add_to_log(initializer, tuple(initargs), {})
         except BaseException:
+            if "_client" in vars(self):
+                self._client.close()
             if self._child:
                 self._child.stop()
             raise
-        if initializer is not None:
-            self._client.add_to_log(initializer, tuple(initargs), {})
         if address is None and self._child:
             self._say_embedded()
         # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
-        self._finalizer = weakref.finalize(self, _let_go, self._client, self._child)
+        self._finalizer = weakref.finalize(self, self._client.later, functools.partial(_let_go, self._client, self._child))
         self._finalizer.atexit = False
 
     @staticmethod
@@ -4225,9 +4160,10 @@ class Executor(concurrent.futures.Executor):
         if self._parent is not None:
             if wait:
                 concurrent.futures.wait(mine)
-        elif wait:
-            with client.lock:
-                client.closing = True
+            return
+        with client.lock:
+            client.closing = True
+        if wait:
             client.wait_idle()
             self._finalizer.detach()
             client.close()

@@ -33,25 +33,22 @@ import importlib
 import itertools
 import json
 import logging
-import multiprocessing
-import multiprocessing.process
+import multiprocessing.connection
 import os
-import pickle
+import queue
 import re
 import secrets
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import minipool
-from minipool import INLINE, KILLED, OK, PYTHON, RAISED, Blob, Message, Name, Peer, Secret, Ticket, Value
+from minipool import OK, PYTHON, RAISED, Blob, Message, Name, Peer, Secret, Ticket, Value
 
 __all__ = ["Node", "is_node_running", "find_slots"]
 
@@ -180,9 +177,11 @@ def _nvidia(environ: Mapping[str, str]) -> list[_Gpu]:
     try:
         gpus = _enumerate(by_index=environ.get(_ORDER, "PCI_BUS_ID") == "PCI_BUS_ID")
     except Exception as error:  # not only NVMLError: a foreign binding may fail in any way
-        _log.warning("NVML does not answer (%s: %s): %s%s", type(error).__name__, error,
-                     f"{_MASK} is taken as it is" if tokens else "no NVIDIA GPU is used",
-                     f"; for AMD GPUs give --devices 0,1,... --device-env {_AMD[0]}" if {*_AMD} & {*environ} else "")
+        amd = any(name in environ for name in _AMD)
+        usual = "LibraryNotFound" in type(error).__name__ and not tokens and not amd       # a machine without a GPU
+        _log.log(logging.INFO if usual else logging.WARNING, "NVML does not answer (%s: %s): %s%s",
+                 type(error).__name__, error, f"{_MASK} is taken as it is" if tokens else "no NVIDIA GPU is used",
+                 f"; for AMD GPUs give --devices 0,1,... --device-env {_AMD[0]}" if amd else "")
         return [_Gpu(token) for token in tokens or ()]
     return _masked(tokens, gpus) if tokens else [gpu for gpu in gpus if gpu.usable]
 
@@ -276,7 +275,7 @@ class Worker:
 
     def __init__(self, setup: dict[str, Any], cell: Any) -> None:
         self.id: bytes = setup["id"]
-        self.device: str = setup["device"]
+        self.device: str = setup["device"]              # its place on the node; a job sees this one alone, as cuda:0
         self._setup, self._cell = setup, cell
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)    # the main thread waits here
@@ -366,8 +365,9 @@ class Worker:
 
     def _describe(self, attempt: Attempt) -> minipool.JobInfo:
         options = attempt.options
+        device = "cuda:0" if self.device.startswith("cuda") else self.device
         return minipool.JobInfo(minipool.job_id(attempt.job), options.get("name", ""), options.get("attempt", 1),
-                                self._name, self.device)
+                                self._name, device)
 
     def _finish(self, attempt: Attempt, status: str, value: bytes | Blob, seconds: float, retry: bool) -> None:
         """Keep the outcome and tell it; a lone one goes at once, one of many leaves with the next ones."""
@@ -390,7 +390,7 @@ class Worker:
             if connection:
                 connection.post([message])
         if connection:
-            (connection.hand_to_flusher if more else connection.flush)()
+            (connection.hand_over if more else connection.flush)()
 
     def _apply_log(self, attempt: Attempt) -> bool:
         """Run the entries of the session's log that this worker has not run; False if one raised, now or before."""
@@ -566,7 +566,7 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
         os.dup2(output.fileno(), descriptor)
     output.close()
     sys.stdout.reconfigure(line_buffering=True)     # type: ignore[union-attr]
-    faulthandler.enable()
+    faulthandler.enable(all_threads=False)          # the crashing thread's stack: the tail of stderr is short
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the node's business
     logging.basicConfig(level=setup["log_level"], format="%(name)s: %(message)s")
     sys.path[:] = list(dict.fromkeys([*sys.path, *setup["sys_path"]]))
@@ -599,7 +599,7 @@ def _die_with_parent() -> None:
 
 BEAT_SECONDS = 1.0
 DRAIN_SECONDS = 30.0        # that running jobs may take after SIGTERM
-TAIL_LINES = 20             # of a worker's last output, for the error that tells of its death
+TAIL_LINES = 40             # of a worker's last output, for the error that tells of its death
 
 
 class Child:
@@ -643,6 +643,7 @@ class Supervisor:
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain_wake)
         if lifeline is not None:
             self._selector.register(lifeline, selectors.EVENT_READ, self._check_lifeline)
+        self._lines: queue.Queue[str] = queue.Queue(10_000)     # what workers printed; lost where nobody reads it
         self._beat_at = 0.0
         self._stop_at: float | None = None              # when patience with running jobs ends
         self._instance = b""
@@ -654,6 +655,7 @@ class Supervisor:
         """Supervise until told to stop; returns when every worker is gone. Call in the process's main thread."""
         _hide_main()
         self.peer.start()
+        threading.Thread(target=self._print_lines, name="minipool-output", daemon=True).start()
         try:
             while self._stop_at is None or (self._children and time.monotonic() < self._stop_at):
                 for key, _ in self._selector.select(self._pause()):
@@ -668,9 +670,12 @@ class Supervisor:
             for child in list(self._children.values()):
                 self._kill_group(child)
             for child in list(self._children.values()):
-                child.process.join(5)
+                multiprocessing.connection.wait([child.pidfd], 5)   # join() would wait for the sentinel, which may lie
                 self._bury(child)
             self.peer.stop(("bye", "the node stopped"))
+            give_up = time.monotonic() + 1
+            while not self._lines.empty() and time.monotonic() < give_up:       # last words
+                time.sleep(0.01)
 
     def stop(self, patience: float = 0.0) -> None:
         """Let running jobs end for `patience` seconds, take no new ones, then go. A second call does not wait."""
@@ -696,13 +701,11 @@ class Supervisor:
 
     def _check_lifeline(self) -> None:
         assert self._lifeline
-        try:
-            alive = bool(self._lifeline.recv(4096))
-        except OSError:
-            alive = False
-        if not alive:
-            self._selector.unregister(self._lifeline)
-            self._stop_at = 0.0
+        with contextlib.suppress(OSError):
+            if self._lifeline.recv(4096):
+                return
+        self._selector.unregister(self._lifeline)
+        self._stop_at = 0.0
 
     def _check_trouble(self) -> None:
         """A refusal ends a node only before its first welcome: later it may be forged, or a mistake being mended."""
@@ -770,8 +773,7 @@ class Supervisor:
         child.cell = self._context.RawArray(ctypes.c_uint64, 2)
         life, child.life = self._context.Pipe(duplex=False)
         child.output, output = self._context.Pipe(duplex=False)
-        device = "cuda:0" if slot.device.startswith("cuda") else slot.device    # it sees this one only
-        setup = {"id": child.id, "node": self.id, "node_name": self.name, "slot": place, "device": device,
+        setup = {"id": child.id, "node": self.id, "node_name": self.name, "slot": place, "device": slot.device,
                  "address": self.peer.address, "key": self._ticket(child.id), "tags": self.options.get("tags") or [],
                  "max_tasks": self.options.get("max_tasks"), "sys_path": self.options.get("sys_path") or [],
                  "log_level": logging.getLogger().level}
@@ -792,7 +794,6 @@ class Supervisor:
     def _on_death(self, child: Child) -> None:
         """A worker process is no more: say so, with the cell's word on whom to blame, and start another."""
         self._kill_group(child)             # grandchildren that stayed in the group
-        child.process.join(5)
         self._bury(child)
         token, successes = child.cell[0], child.cell[1]
         cause = self._cause(child, child.process.exitcode)
@@ -800,7 +801,7 @@ class Supervisor:
         if self._stop_at is None:
             if not cause.get("planned"):
                 _log.warning("worker %d on %s %s", child.place, child.slot.device, cause["what"])
-            self._respawn_at[child.place] = time.monotonic() + self._back_off(child, bool(successes))
+            self._respawn_at[child.place] = time.monotonic() + self._back_off(child, bool(successes or child.killed))
 
     def _cause(self, child: Child, exitcode: int | None) -> dict[str, Any]:
         """Return the cause of a death in words and numbers."""
@@ -867,30 +868,30 @@ class Supervisor:
         child.rest = child.rest[-8192:]
         texts = [line[:2000].decode(errors="replace") for line in lines]
         child.tail.extend(texts)
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(queue.Full):
             for text in texts:
-                print(f"[{self.name}-{child.place}] {text}", flush=False)
-            sys.stdout.flush()
+                self._lines.put_nowait(f"[{self.name}-{child.place}] {text}")
+
+    def _print_lines(self) -> None:
+        """Pass on what workers printed, on a thread of its own: a pipe that nobody empties must not stop the node."""
+        while True:
+            with contextlib.suppress(OSError):
+                os.write(1, self._lines.get().encode() + b"\n")     # not print: its lock would be held at exit
 
 
 @contextlib.contextmanager
 def _environment(changes: Mapping[str, str | None]) -> Any:
     """Set variables (None: remove them) for what is started meanwhile; multiprocessing has no env=."""
-    before = {name: os.environ.get(name) for name in changes}
+    before = dict(os.environ)
+    for name, value in changes.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     try:
-        for pairs in (changes,):
-            _set_variables(pairs)
         yield
     finally:
-        _set_variables(before)
-
-
-def _set_variables(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _pidfd(process: Any) -> int:
@@ -995,19 +996,27 @@ def _slots_from(options: Mapping[str, Any]) -> list[Slot]:
 
 def child_main(lifeline: socket.socket) -> int:
     """Be the child of a Node or of an embedded pool: one line of JSON in, one out, and end of file ends it all."""
-    job = json.loads(_read_line(lifeline))
+    line = lifeline.makefile("rb").readline()
+    if not line:
+        return 1
+    job = json.loads(line)
     options = job["options"]
     server = None
     try:
-        slots = _deal(_slots_from(options), options.get("workers"))
+        found = _slots_from(options)
+        slots = [found[i % len(found)] for i in range(options.get("workers") or len(found))]    # dealt in turn
         address = job.get("address")
         if job["serve"]:
             server = minipool.Server(port=0, secret=job["secret"], embedded=True).start()
             address = server.address
         supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), slots, options, lifeline)
-        answer = {"address": address, "devices": [slot.device for slot in slots], "labels": [s.label for s in slots]}
-        supervisor.on_welcome = lambda: (lifeline.sendall(json.dumps(answer).encode() + b"\n"),
-                                         setattr(supervisor, "on_welcome", lambda: None))
+        answer = {"address": address, "devices": [slot.device for slot in slots]}
+
+        def say() -> None:
+            lifeline.sendall(json.dumps(answer).encode() + b"\n")
+            supervisor.on_welcome = lambda: None
+
+        supervisor.on_welcome = say
         with _registered():
             supervisor.run()
         if supervisor.failure:
@@ -1022,21 +1031,6 @@ def child_main(lifeline: socket.socket) -> int:
     return 0
 
 
-def _deal(slots: list[Slot], workers: int | None) -> list[Slot]:
-    """Return exactly `workers` slots, dealt over the devices in turn; all of them for None."""
-    return slots if workers is None else [slots[i % len(slots)] for i in range(workers)]
-
-
-def _read_line(sock: socket.socket) -> bytes:
-    line = b""
-    while not line.endswith(b"\n"):
-        data = sock.recv(65536)
-        if not data:
-            raise SystemExit(1)
-        line += data
-    return line
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minipool-worker", description="Join this machine's devices to a pool.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="connect")
@@ -1045,27 +1039,21 @@ def _parser() -> argparse.ArgumentParser:
     connect.add_argument("--secret-file", metavar="F", help="file that holds the pool's secret")
     connect.add_argument("--name", help="this node's name (default: the host's)")
     connect.add_argument("--gpus", metavar="LIST", help='e.g. 0,2 or GPU-1a2b; "" for none (default: all visible)')
-    connect.add_argument("--workers-per-gpu", type=_positive, default=1, metavar="N")
-    connect.add_argument("--cpu-workers", type=_count, metavar="N", help="default: one per core where there is no GPU")
+    connect.add_argument("--workers-per-gpu", type=_at_least(1), default=1, metavar="N")
+    connect.add_argument("--cpu-workers", type=_at_least(0), metavar="N", help="default: one per core where there is no GPU")
     connect.add_argument("--devices", metavar="LIST", help="other vendors' devices, with --device-env")
     connect.add_argument("--device-env", metavar="VAR", help="the variable that selects one, e.g. HIP_VISIBLE_DEVICES")
     connect.add_argument("--tag", action="append", dest="tags", metavar="T", default=[], help="a word for `on=`")
-    connect.add_argument("--max-tasks", type=_positive, metavar="N", help="renew a worker after N jobs")
+    connect.add_argument("--max-tasks", type=_at_least(1), metavar="N", help="renew a worker after N jobs")
     connect.add_argument("-v", "--verbose", action="store_true")
     return parser
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:       # argparse says "invalid number value"
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        return int(text)
     return number
 
 
@@ -1109,5 +1097,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from minipool_worker import main as _main      # one copy of every class, not two
+    from minipool_worker import main as _main  # one copy of every class, not two
     raise SystemExit(_main())

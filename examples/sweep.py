@@ -67,7 +67,11 @@ def main():
     begin = time.perf_counter()
     with Executor(initializer=load) as pool:
         jobs = {pool.submit(evaluate, setting): setting for setting in settings}
-        results = [(*future.result(), jobs[future]) for future in with_progress(jobs)]
+        try:
+            results = [(*future.result(), jobs[future]) for future in with_progress(jobs)]
+        except BaseException:  # Ctrl-C, or a setting that fails: do not wait for those that have not begun
+            pool.shutdown(cancel_futures=True)
+            raise
     elapsed = time.perf_counter() - begin
 
     results.sort(key=lambda result: -result[0])
@@ -79,4 +83,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as a shell expects it

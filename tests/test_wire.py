@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import minipool
-from minipool import Blob, Connection, Flusher, Malformed, Peer, Plain, Refused, Secret, Ticket
+from minipool import Blob, Connection, Malformed, Peer, Plain, Refused, Secret, Ticket
 
 INSTANCE = b"instance of test"
 WORKER, OTHER_WORKER = b"worker 1".ljust(20), b"worker 2".ljust(20)
@@ -33,6 +33,10 @@ def wait_until(true, seconds=20):
 
 def open_descriptors():
     return len(os.listdir("/proc/self/fd"))
+
+
+def writers():
+    return [thread for thread in threading.enumerate() if thread.name.endswith("-writer")]
 
 
 # ---- the handshake ----
@@ -230,15 +234,8 @@ class TestSecret:
 
 
 @pytest.fixture
-def flusher():
-    flusher = Flusher("test")
-    yield flusher
-    flusher.stop()
-
-
-@pytest.fixture
-def pair(flusher):
-    client, server = connect(flusher)
+def pair():
+    client, server = connect()
     yield client, server
     client.dispose()
     server.dispose()
@@ -286,10 +283,10 @@ class Chopped(Plain):
         return self.sock.recv_into(view[:self.chance.randint(1, 7)])
 
 
-def connect(flusher, seam=Plain, keys=(b"up", b"down")):
+def connect(seam=Plain, keys=(b"up", b"down")):
     """The client's and the server's end of one connection."""
     ours, theirs = socket.socketpair()
-    return (Guarded(seam(ours), *keys, "server", flusher), Guarded(seam(theirs), *reversed(keys), "client", flusher))
+    return (Guarded(seam(ours), *keys, "server"), Guarded(seam(theirs), *reversed(keys), "client"))
 
 
 def note(*numbers):
@@ -307,8 +304,7 @@ def receive_all(connection, count):
 def record(*batches, key=b"up"):
     """The bytes of one frame for each batch."""
     ours, theirs = socket.socketpair()
-    flusher = Flusher("record")
-    connection = Connection(Plain(ours), key, b"down", "server", flusher)
+    connection = Connection(Plain(ours), key, b"down", "server")
     frames = []
     for batch in batches:
         connection.post(batch)
@@ -316,14 +312,13 @@ def record(*batches, key=b"up"):
         frames.append(theirs.recv(1 << 20))
     connection.dispose()
     theirs.close()
-    flusher.stop()
     return frames
 
 
-def deliver(data, flusher, key=b"up"):
+def deliver(data, key=b"up"):
     """Feed bytes to a receiver; return the messages that came out and the error that ended it."""
     ours, theirs = socket.socketpair()
-    connection = Connection(Plain(ours), b"down", key, "client", flusher)
+    connection = Connection(Plain(ours), b"down", key, "client")
     received = []
     with theirs:
         theirs.sendall(data)
@@ -351,7 +346,7 @@ class TestFrames:
         client, server = pair
         body = os.urandom(minipool.RANGE)
         header = ("range", (b"c", 1), 0, hashlib.sha256(body).digest())
-        threading.Thread(target=lambda: (client.post_range(header, body), client.flush())).start()
+        threading.Thread(target=lambda: (client.post([(*header, body)]), client.flush())).start()
         [message] = server.receive()
         assert message[:4] == header and bytes(message[4]) == body
 
@@ -359,7 +354,7 @@ class TestFrames:
         client, server = pair
         place = bytearray(5)
         server.destination = lambda message, size: memoryview(place)[:size]
-        client.post_range(("range", (b"c", 1), 0, b""), b"hello")
+        client.post([("range", (b"c", 1), 0, b"", b"hello")])
         client.flush()
         server.receive()
         assert place == b"hello"
@@ -391,49 +386,49 @@ class TestFrames:
                 sizes.append(len(minipool.encode_messages(batch)))
         assert max(sizes) <= minipool.BATCH_BYTES + 61_000
 
-    def test_a_message_too_fat_to_send_ends_its_connection_and_no_other(self, flusher):
-        (fat, a), (other, b) = connect(flusher), connect(flusher)
+    def test_a_message_too_fat_to_send_ends_its_connection_and_no_other(self):
+        (fat, a), (other, b) = connect(), connect()
         fat.post([("put", (b"s", 1), 1, bytes(minipool.MAX_CONTROL))])
-        fat.hand_to_flusher()
+        fat.hand_over()
         with pytest.raises(EOFError):
             a.receive()
         other.post([note(1)])
-        other.hand_to_flusher()
+        other.hand_over()
         assert b.receive() == [note(1)] and fat.closed and not other.closed
         for connection in (fat, a, other, b):
             connection.dispose()
 
-    def test_a_flipped_bit_anywhere_delivers_nothing(self, flusher):
+    def test_a_flipped_bit_anywhere_delivers_nothing(self):
         [frame] = record([note(1)])
         for bit in range(len(frame) * 8):
             spoiled = bytearray(frame)
             spoiled[bit // 8] ^= 1 << bit % 8
-            received, error = deliver(spoiled, flusher)
+            received, error = deliver(spoiled)
             assert received == [], f"bit {bit} was not noticed"
             assert isinstance(error, (Malformed, EOFError))
 
-    def test_a_frame_cut_anywhere_delivers_nothing(self, flusher):
+    def test_a_frame_cut_anywhere_delivers_nothing(self):
         [frame] = record([note(1)])
         for size in range(len(frame)):
-            received, error = deliver(frame[:size], flusher)
+            received, error = deliver(frame[:size])
             assert received == [] and isinstance(error, EOFError)
 
     @pytest.mark.parametrize("order, before", [("ba", ""), ("aa", "a"), ("aca", "a"), ("acb", "a"), ("aba", "ab")])
-    def test_swapped_dropped_and_replayed_frames_are_refused(self, flusher, order, before):
+    def test_swapped_dropped_and_replayed_frames_are_refused(self, order, before):
         frames = dict(zip("abc", record([note(1)], [note(2)], [note(3)]), strict=True))
-        received, error = deliver(b"".join(frames[name] for name in order), flusher)
+        received, error = deliver(b"".join(frames[name] for name in order))
         assert received == [note("abc".index(name) + 1) for name in before]
         assert isinstance(error, Malformed)
 
-    def test_a_frame_of_another_connection_or_direction_is_refused(self, flusher):
+    def test_a_frame_of_another_connection_or_direction_is_refused(self):
         [mine], [other] = record([note(1)]), record([note(1)], key=b"another connection's")
-        assert deliver(mine, flusher)[0] == [note(1)]
-        received, error = deliver(other, flusher)
+        assert deliver(mine)[0] == [note(1)]
+        received, error = deliver(other)
         assert received == [] and "tag" in str(error)
 
-    def test_a_byte_too_many_is_not_a_message(self, flusher):
+    def test_a_byte_too_many_is_not_a_message(self):
         [frame] = record([note(1)])
-        received, error = deliver(frame + b"\0", flusher)
+        received, error = deliver(frame + b"\0")
         assert received == [note(1)] and isinstance(error, EOFError)
 
     @pytest.mark.parametrize("control, body", [(0, 0), (minipool.MAX_CONTROL + 1, 0), (2**32 - 1, 0),
@@ -443,12 +438,12 @@ class TestFrames:
         client._seam.sock.sendall(minipool._FRAME.pack(control, body) + bytes(100))
         with pytest.raises(Malformed, match="lengths"):
             server.receive()
-        assert len(server._buffer) == 64 * 1024
+        assert len(server._pending) <= len(server._scratch) == 64 * 1024
 
     def test_only_a_range_has_a_body(self, pair):
         client, server = pair
-        client.post_range(note(1), b"body")
-        client.flush()
+        client._encode_frame([note(1)], b"body")
+        client._push()
         with pytest.raises(Malformed, match="only a range"):
             server.receive()
 
@@ -494,6 +489,9 @@ class TestOpening:
         ("submit", 1, (b"", 1, 1), b"", 0, None), ("submit", 1, (b"x" * 65, 1), b"", 0, None),
         ("submit", 1, (b"", 1), "text", 0, None), ("submit", 1, (b"", 1), ((b"", 1), -1), 0, None),
         ("submit", 1, (b"", 1), (b"", 1), 0, None), ("submit", 1, (b"", 1), b"", 0, []),
+        *(("submit", 1, (b"", 1), b"", 0, options) for options in (
+            {"on": 5}, {"on": [5]}, {"on": [[]]}, {"priority": "x"}, {"priority": float("nan")}, {"retries": None},
+            {"max_deaths": "3"}, {"name": 5})),
         ("pull", (b"", 1), 0, float("nan")), ("pull", (b"", 1), 0, -5),
     ])
     def test_an_ill_typed_message_is_refused(self, message):
@@ -521,8 +519,8 @@ class TestOpening:
 
 class TestWriterRole:
     @pytest.mark.parametrize("count", [2, 8])
-    def test_nothing_is_lost_doubled_or_reordered_when_writes_and_reads_are_chopped(self, flusher, count):
-        client, server = connect(flusher, Chopped)
+    def test_nothing_is_lost_doubled_or_reordered_when_writes_and_reads_are_chopped(self, count):
+        client, server = connect(Chopped)
         each = 1200 // count
 
         def send(thread):
@@ -543,10 +541,11 @@ class TestWriterRole:
         server.dispose()
 
     @pytest.mark.parametrize("seam", [Plain, Chopped])
-    def test_nothing_is_left_behind_when_the_senders_stop_at_any_moment(self, flusher, seam):
-        client, server = connect(flusher, seam)
+    def test_nothing_is_left_behind_when_the_senders_stop_at_any_moment(self, seam):
+        client, server = connect(seam)
         for number in range(300):
-            threads = [threading.Thread(target=lambda: (client.post([note(number)]), client.flush())) for _ in "ab"]
+            threads = [threading.Thread(target=lambda n: (client.post([note(n)]), client.flush()), args=(number,))
+                       for _ in "ab"]
             for thread in threads:
                 thread.start()
             assert receive_all(server, 2) == [note(number)] * 2
@@ -556,10 +555,10 @@ class TestWriterRole:
         client.dispose()
         server.dispose()
 
-    def test_control_overtakes_ranges(self, flusher):
-        client, server = connect(flusher, Chopped)
+    def test_control_overtakes_ranges(self):
+        client, server = connect(Chopped)
         for offset in range(4):
-            client.post_range(("range", (b"c", 1), offset, b""), bytes(5000))
+            client.post([("range", (b"c", 1), offset, b"", bytes(5000))])
         client.flush()
         client.post([note(1)])
         client.flush()
@@ -568,14 +567,14 @@ class TestWriterRole:
         client.dispose()
         server.dispose()
 
-    def test_a_reader_that_stops_holds_up_neither_sender_nor_another_connection(self, flusher):
-        (stuck, silent), (other, reader) = connect(flusher), connect(flusher)
+    def test_a_reader_that_stops_holds_up_neither_sender_nor_another_connection(self):
+        (stuck, silent), (other, reader) = connect(), connect()
         began = time.monotonic()
         for number in range(300):
-            stuck.post_range(("range", (b"c", 1), number, b""), bytes(100_000))
+            stuck.post([("range", (b"c", 1), number, b"", bytes(100_000))])
             stuck.flush()
             other.post([note(number)])
-            other.hand_to_flusher()
+            other.hand_over()
         assert receive_all(reader, 300) == [note(i) for i in range(300)]
         assert time.monotonic() - began < 5 and stuck.waiting > 250
         assert len(receive_all(silent, 300)) == 300         # and it goes on when it reads again
@@ -583,21 +582,21 @@ class TestWriterRole:
             connection.dispose()
 
     @pytest.mark.parametrize("seam", [Plain, Chopped])
-    def test_a_connection_closed_during_a_write_gives_its_descriptor_back(self, flusher, seam):
+    def test_a_connection_closed_during_a_write_gives_its_descriptor_back(self, seam):
         before = open_descriptors()
         for _ in range(30):
-            client, server = connect(flusher, seam)
-            client.post_range(("range", (b"c", 1), 0, b""), bytes(minipool.RANGE))
-            client.post_range(("range", (b"c", 1), 1, b""), bytes(minipool.RANGE))
+            client, server = connect(seam)
+            client.post([("range", (b"c", 1), 0, b"", bytes(minipool.RANGE))])
+            client.post([("range", (b"c", 1), 1, b"", bytes(minipool.RANGE))])
             client.flush()
             client.dispose()
             client.flush()
             server.dispose()
         wait_until(lambda: open_descriptors() == before)
-        assert flusher._thread.is_alive() and not flusher._parked
+        wait_until(lambda: not writers())
 
-    def test_a_peer_that_vanishes_is_noticed_by_the_writer(self, flusher):
-        client, server = connect(flusher)
+    def test_a_peer_that_vanishes_is_noticed_by_the_writer(self):
+        client, server = connect()
         server.dispose()
         client.post([note(1)])
         client.flush()
@@ -621,55 +620,33 @@ class TestWriterRole:
         server.close()
         assert server.closed
 
-    def test_a_descriptor_is_closed_once_and_never_somebody_elses(self, flusher):
+    def test_a_descriptor_is_closed_once_and_never_somebody_elses(self):
         strangers = []
         for _ in range(200):
-            client, server = connect(flusher)
-            client.post_range(("range", (b"c", 1), 0, b""), bytes(minipool.RANGE))
+            client, server = connect()
+            client.post([("range", (b"c", 1), 0, b"", bytes(minipool.RANGE))])
             client.flush()
             racers = [threading.Thread(target=step) for step in (client.dispose, server.dispose, client.close)]
             for racer in racers:
                 racer.start()
-            strangers.append(open(os.devnull))      # takes the number that was just given back
+            strangers.append(os.dup(0))             # takes the number that was just given back
             for racer in racers:
                 racer.join()
             client.dispose()
         for stranger in strangers:
-            os.fstat(stranger.fileno())             # EBADF if somebody closed it
-            stranger.close()
-
-    def test_a_flusher_stopped_twice_closes_only_its_own_descriptors(self):
-        flusher = Flusher("test")
-        flusher.stop()
-        strangers = [open(os.devnull) for _ in range(4)]
-        flusher.stop()
-        for stranger in strangers:
-            os.fstat(stranger.fileno())
-            stranger.close()
+            os.fstat(stranger)                      # EBADF if somebody closed it
+            os.close(stranger)
 
     def test_two_hundred_connections_leave_no_descriptor_behind(self):
-        before, flusher = open_descriptors(), Flusher("test")
+        before = open_descriptors()
         for number in range(200):
-            client, server = connect(flusher)
+            client, server = connect()
             client.post([note(number)])
             client.flush()
             assert server.receive() == [note(number)]
             for connection in (client, server):
                 connection.dispose()
-        flusher.stop()
-        assert open_descriptors() == before
-
-    def test_a_stopped_flusher_gives_back_what_it_was_writing(self):
-        before, flusher = open_descriptors(), Flusher("test")
-        client, server = connect(flusher)
-        client.post_range(("range", (b"c", 1), 0, b""), bytes(minipool.RANGE))
-        client.post_range(("range", (b"c", 1), 1, b""), bytes(minipool.RANGE))
-        client.flush()
-        flusher.stop()
-        assert client.closed
-        client.dispose()
-        server.dispose()
-        assert open_descriptors() == before
+        wait_until(lambda: open_descriptors() == before)
 
 
 # ---- addresses and large values ----
@@ -731,7 +708,8 @@ def answer_pulls(reader, server, answer):
         for _, name, offset, length in server.receive():
             asked.append(offset)
             header, body = answer(name, offset, length)
-            threading.Thread(target=lambda: (server.post_range(header, body), server.flush())).start()
+            server.post([(*header, body)])
+            server.hand_over()
             for message in reader.connection.receive():
                 reader._handle_range(reader.connection, message)
     return asked
@@ -796,7 +774,7 @@ class TestPull:
                 reader._serve(pair[0])
         threading.Thread(target=serve, daemon=True).start()
         assert pair[1].receive() == [("pull", (b"w", 1), 0, 10)]
-        pair[1].post_range(("range", (b"w", 1), 0, hashlib.sha256(b"0123456789").digest()), b"0123456789")
+        pair[1].post([("range", (b"w", 1), 0, hashlib.sha256(b"0123456789").digest(), b"0123456789")])
         pair[1].flush()
         wait_until(lambda: outcome)
         assert outcome == [b"0123456789"]

@@ -1,0 +1,115 @@
+"""What the process tests share: a pool per module, gates for jobs to wait at, scripts, and a check for leaks."""
+
+import os
+import pathlib
+import secrets
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from processes import cluster, embedded, own_mark, program  # noqa: F401 (fixtures)
+
+import minipool
+
+ROOT = pathlib.Path(__file__).parent.parent
+MARK = "MINIPOOL_TEST_RUN"      # in the environment of every process that these tests start, however far removed
+os.environ[MARK] = secrets.token_hex(8)
+for _name in ("MINIPOOL_ADDRESS", "MINIPOOL_SECRET", "MINIPOOL_SECRET_FILE"):
+    os.environ.pop(_name, None)     # the tests bring their own pools
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """An embedded pool of two workers for all tests of a module that do it no harm."""
+    with minipool.Executor("local", max_workers=2) as executor:
+        executor.submit(abs, 1).result(60)
+        yield executor
+
+
+@pytest.fixture
+def own_pool():
+    """own_pool(2): embedded pools that a test may break; shut down after it."""
+    pools = []
+
+    def start(workers, **options):
+        pools.append(minipool.Executor("local", max_workers=workers, **options))
+        return pools[-1]
+    yield start
+    for executor in pools:
+        executor.kill_workers()
+
+
+class Gate:
+    """A file that opens: jobs wait for it with `wait(gate.path)`."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def open(self):
+        pathlib.Path(self.path).touch()
+
+
+@pytest.fixture
+def gate(tmp_path):
+    """A gate that is shut until the test opens it, and in any case at the test's end."""
+    gate = Gate(tmp_path / "gate")
+    yield gate
+    gate.open()
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """run_script(text): run a program in a folder of its own; returns the finished process."""
+    def run(text, name="program.py", **environment):
+        script = tmp_path / name
+        script.write_text(text)
+        path = os.pathsep.join(filter(None, [str(ROOT), environment.pop("PYTHONPATH", "")]))
+        return subprocess.run([sys.executable, name], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path, **environment},
+                              capture_output=True, text=True, timeout=100)
+    return run
+
+
+def our_processes():
+    """Return {pid: command line} of all live processes that this test run has started."""
+    mark, found = f"{MARK}={os.environ[MARK]}".encode(), {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            try:
+                if mark in pathlib.Path(entry.path, "environ").read_bytes().split(b"\0"):
+                    found[int(entry.name)] = pathlib.Path(entry.path, "cmdline").read_bytes().decode().replace("\0", " ")
+            except OSError:         # it ended meanwhile, or is another user's
+                pass
+    return found
+
+
+def our_descriptors():
+    """Return {number: what it is} of this process's open descriptors."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:             # the one that listed the folder
+            pass
+    return found
+
+
+def our_threads():
+    return {thread.ident: thread.name for thread in threading.enumerate()}
+
+
+@pytest.fixture
+def no_leaks():
+    """Fail a test that leaves threads, processes or descriptors behind, and print which."""
+    kinds = {"threads": our_threads, "processes": our_processes, "descriptors": our_descriptors}
+    before = {kind: look() for kind, look in kinds.items()}
+    yield
+    give_up = time.monotonic() + 20
+    while True:
+        left = {kind: {k: v for k, v in look().items() if before[kind].get(k) != v} for kind, look in kinds.items()}
+        if not any(left.values()):
+            return
+        if time.monotonic() > give_up:
+            pytest.fail("\n".join(f"leaked {kind}: {found}" for kind, found in left.items() if found))
+        time.sleep(0.02)

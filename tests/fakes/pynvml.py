@@ -1,0 +1,105 @@
+"""A stand-in for nvidia-ml-py that invents GPUs. First on PYTHONPATH, it reaches child processes as well.
+
+FAKE_GPUS holds JSON: a list of GPUs, or the name of the error that nvmlInit raises ("LibraryNotFound"). A GPU is
+    {"uuid": "GPU-1a2b3c4d-...", "name": "NVIDIA A100", "used": 1, "total": 80, "busy": 50, "watts": 300, "celsius": 40,
+     "mig": [GPU or null, ...]}     # present: MIG is on; null: an empty place
+Every key is optional: a query for one that is absent raises NVMLError_NotSupported. "lost": true refuses the handle;
+"bytes": true makes strings bytes, as older bindings did.
+"""
+
+import json
+import os
+from types import SimpleNamespace
+
+
+class NVMLError(Exception):
+    pass
+
+
+class NVMLError_LibraryNotFound(NVMLError):
+    pass
+
+
+class NVMLError_DriverNotLoaded(NVMLError):
+    pass
+
+
+class NVMLError_NotSupported(NVMLError):
+    pass
+
+
+class NVMLError_NotFound(NVMLError):
+    pass
+
+
+def _gpus():
+    return json.loads(os.environ.get("FAKE_GPUS", '"LibraryNotFound"'))
+
+
+def _get(handle, key):
+    if key not in handle:
+        raise NVMLError_NotSupported(key)
+    value = handle[key]
+    return value.encode() if handle.get("bytes") and isinstance(value, str) else value
+
+
+def nvmlInit():
+    if isinstance(_gpus(), str):
+        raise globals()[f"NVMLError_{_gpus()}"]("invented")
+
+
+def nvmlDeviceGetCount():
+    return len(_gpus())
+
+
+def nvmlDeviceGetHandleByIndex(index):
+    if _gpus()[index].get("lost"):
+        raise NVMLError_NotFound(index)
+    return _gpus()[index]
+
+
+def nvmlDeviceGetHandleByUUID(uuid):
+    parts = [part for gpu in _gpus() for part in (gpu, *gpu.get("mig", ())) if part]
+    for part in parts:
+        if part.get("uuid") == uuid.decode():
+            return part
+    raise NVMLError_NotFound(uuid)
+
+
+def nvmlDeviceGetMigMode(handle):
+    _get(handle, "uuid")
+    return [int("mig" in handle)] * 2
+
+
+def nvmlDeviceGetMaxMigDeviceCount(handle):
+    return len(_get(handle, "mig"))
+
+
+def nvmlDeviceGetMigDeviceHandleByIndex(handle, index):
+    if handle["mig"][index] is None:
+        raise NVMLError_NotFound(index)
+    return handle["mig"][index]
+
+
+def nvmlDeviceGetUUID(handle):
+    return _get(handle, "uuid")
+
+
+def nvmlDeviceGetName(handle):
+    return _get(handle, "name")
+
+
+def nvmlDeviceGetMemoryInfo(handle):
+    return SimpleNamespace(used=_get(handle, "used"), total=_get(handle, "total"))
+
+
+def nvmlDeviceGetUtilizationRates(handle):
+    return SimpleNamespace(gpu=_get(handle, "busy"))
+
+
+def nvmlDeviceGetTemperature(handle, sensor):
+    return _get(handle, "celsius")
+
+
+def nvmlDeviceGetPowerUsage(handle):
+    return _get(handle, "watts") * 1000
