@@ -248,6 +248,15 @@ _message("refuse", "server", "you are not in, and trying again does not help", e
 _message("bye", "client node worker server", "a planned end: nothing of mine is to be kept", reason=str)
 _message("beat", "node server", "still here (any other byte says the same)")
 
+# what the info of an announcement holds
+ANNOUNCED: dict[str, dict[str, tuple[type, ...]]] = {
+    "client": {"session": (bytes,), "python": (str,), "name": (str,), "max_workers": (int, type(None)),
+               "workers_seen": (int,)},
+    "node": {"id": (bytes,), "python": (str,), "name": (str,), "host": (str,), "pid": (int,), "slots": (list,)},
+    "worker": {"id": (bytes,), "python": (str,), "node": (bytes,), "node_name": (str,), "slot": (int,), "pid": (int,),
+               "device": (str,), "tags": (list,), "has": (list,), "positions": (dict,)},
+}
+
 # a job's life
 _message("put", "client server", "a small object, or (without bytes) the size of one to pull",
          name="name", size=int, data="bytes?")
@@ -1456,8 +1465,8 @@ class Scheduler:
         held = dict.fromkeys(numbers_in(jobs))
         session = self._session(info["session"], now)
         self._attach(session, peer)
-        session.name, session.limit = info.get("name", ""), info.get("max_workers")
-        self._expected_workers = max(self._expected_workers, info.get("workers_seen", 0))
+        session.name, session.limit = info["name"], info["max_workers"]
+        self._expected_workers = max(self._expected_workers, info["workers_seen"])
         self._send(peer, ("welcome", {"log": len(session.log), "max_value": self.max_value,
                                       "workers": self._worker_list(), "credit": self._credit()}))
         for number in [n for n in session.jobs if n not in held]:
@@ -1543,7 +1552,7 @@ class Scheduler:
             node.dead[slot] = older.id[16:]         # a newer process of the same slot means that it is
             self._lose(older, now, None, {"what": "was replaced by a newer process"})
         worker.device, worker.pid, worker.name = info["device"], info["pid"], f"{node.name}-{info['slot']}"
-        worker.tags = frozenset([worker.name, node.name, *info.get("tags", ())])
+        worker.tags = frozenset([worker.name, node.name, *info["tags"]])
         for selection in self._selections.values():
             self._enlist(worker, selection)
         return worker
@@ -2240,7 +2249,7 @@ class Scheduler:
             "schema": 1, **self.about,
             "nodes": [{"name": n.name, "connected": n.peer is not None, "workers": len(n.workers),
                        "silent_s": round(max(0.0, now - n.heard_at), 1),
-                       **{k: n.info[k] for k in ("host", "pid", "python") if k in n.info}}
+                       **{k: n.info.get(k) for k in ("host", "pid", "python")}}
                       for n in self.nodes.values()],
             "workers": [{"name": w.name, "node": w.node.name, "device": w.device, "pid": w.pid,
                          "tags": sorted(w.tags), "connected": w.peer is not None, "finished": w.finished,
@@ -2635,29 +2644,19 @@ def check_announcement(message: Message, role: str, identity: bytes) -> Message 
     info = message[1] if len(message) > 1 else None
     if message[0] != role or type(info) is not dict:
         raise Malformed(f"a {role} begins with its announcement")
-    required: dict[str, type] = {"python": str}
-    required |= {"client": {"session": bytes}, "node": {"id": bytes, "name": str},
-                 "worker": {"id": bytes, "node": bytes, "device": str, "slot": int, "pid": int}}[role]
-    for field, kind in required.items():
-        if type(info.get(field)) is not kind:
-            raise Malformed(f"a {role}'s announcement lacks {field!r}")
-    optional: dict[str, Any] = {"name": str, "node_name": str, "max_workers": int, "workers_seen": int,
-                                "tags": (list, tuple), "has": list, "positions": dict}
-    for field, kinds in optional.items():
-        may_be_none = field in ("name", "node_name", "max_workers")
-        if field in info and not isinstance(info[field], kinds) and not (may_be_none and info[field] is None):
-            raise Malformed(f"a {role}'s announcement has a strange {field!r}")
-    if any(type(tag) is not str for tag in info.get("tags", ())):
-        raise Malformed("a worker's tags are not text")
-    for name in info.get("has", ()):
-        check_name(name)
+    for field, kinds in ANNOUNCED[role].items():
+        if type(info.get(field)) not in kinds:
+            raise Malformed(f"a {role}'s announcement has no good {field!r}")
     if role == "worker":
         if info["id"] != identity:
             raise Malformed("a worker announces another worker's identity")
+        if any(type(tag) is not str for tag in info["tags"]):
+            raise Malformed("a worker's tags are not text")
         for attempt in message[2]:
             if type(attempt) is not tuple or len(attempt) != 3 or type(attempt[0]) is not int:
                 raise Malformed("a worker lists its attempts as (token, job, kind)")
-            check_name(attempt[1])
+        for name in [*info["has"], *(attempt[1] for attempt in message[2])]:
+            check_name(name)
     if info["python"] != PYTHON:
         return ("refuse", "VersionMismatch", f"the server runs Python {PYTHON}, this {role} {info['python']}: "
                 "functions travel as byte code, so all members of a pool need the same minor version")

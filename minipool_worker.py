@@ -426,8 +426,7 @@ class Worker:
         """Return args, kwargs, and the exception types to retry on."""
         payload = attempt.payload
         if isinstance(payload, tuple):
-            with self._lock:
-                payload = self._objects.pop(payload[0])
+            payload = self._objects.pop(payload[0])
         call = minipool.decode_value(payload)
         return call if len(call) == 3 else (*call, None)
 
@@ -469,9 +468,7 @@ class Worker:
     def _on_run(self, token: int, job: Name, fn: Name, payload: Value, log: int,
                 options: dict[str, Any] | None) -> None:
         attempt = Attempt(token, job, fn, payload, log, options)
-        state = self._sessions.get(job[0])
-        if state is None:
-            state = self._sessions[job[0]] = SessionState()
+        state = self._sessions.setdefault(job[0], SessionState())
         if fn not in self._objects:
             attempt.missing.add(fn)
         if state.applied < log:
@@ -652,7 +649,7 @@ class Supervisor:
                          on_batch=self._on_batch, on_lost=self._wake)
 
     def run(self) -> None:
-        """Supervise until told to stop; returns when every worker is gone. Call in the process's main thread."""
+        """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
         _hide_main()
         self.peer.start()
         threading.Thread(target=self._print_lines, name="minipool-output", daemon=True).start()
@@ -676,6 +673,8 @@ class Supervisor:
             give_up = time.monotonic() + 1
             while not self._lines.empty() and time.monotonic() < give_up:       # last words
                 time.sleep(0.01)
+        if self.failure:
+            raise self.failure
 
     def stop(self, patience: float = 0.0) -> None:
         """Let running jobs end for `patience` seconds, take no new ones, then go. A second call does not wait."""
@@ -855,7 +854,7 @@ class Supervisor:
     # ---- output ----
 
     def _read_output(self, child: Child) -> None:
-        """Take what a worker printed: it never blocks on us, we keep its tail and pass it on with its name before it."""
+        """Take what a worker printed: it never blocks on us; keep its tail, pass it on with its name before it."""
         try:
             data = os.read(child.output.fileno(), 64 * 1024)
         except (BlockingIOError, OSError):
@@ -882,16 +881,19 @@ class Supervisor:
 @contextlib.contextmanager
 def _environment(changes: Mapping[str, str | None]) -> Any:
     """Set variables (None: remove them) for what is started meanwhile; multiprocessing has no env=."""
-    before = dict(os.environ)
-    for name, value in changes.items():
+    before = {name: os.environ.get(name) for name in changes}
+    try:
+        _set_variables(changes)
+        yield
+    finally:
+        _set_variables(before)
+
+
+def _set_variables(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _pidfd(process: Any) -> int:
@@ -1019,8 +1021,6 @@ def child_main(lifeline: socket.socket) -> int:
         supervisor.on_welcome = say
         with _registered():
             supervisor.run()
-        if supervisor.failure:
-            raise supervisor.failure
     except (OSError, ValueError, minipool.MinipoolError) as error:
         with contextlib.suppress(OSError):
             lifeline.sendall(json.dumps({"error": type(error).__name__, "text": str(error)}).encode() + b"\n")
@@ -1040,7 +1040,7 @@ def _parser() -> argparse.ArgumentParser:
     connect.add_argument("--name", help="this node's name (default: the host's)")
     connect.add_argument("--gpus", metavar="LIST", help='e.g. 0,2 or GPU-1a2b; "" for none (default: all visible)')
     connect.add_argument("--workers-per-gpu", type=_at_least(1), default=1, metavar="N")
-    connect.add_argument("--cpu-workers", type=_at_least(0), metavar="N", help="default: one per core where there is no GPU")
+    connect.add_argument("--cpu-workers", type=_at_least(0), metavar="N", help="default: one per core without a GPU")
     connect.add_argument("--devices", metavar="LIST", help="other vendors' devices, with --device-env")
     connect.add_argument("--device-env", metavar="VAR", help="the variable that selects one, e.g. HIP_VISIBLE_DEVICES")
     connect.add_argument("--tag", action="append", dest="tags", metavar="T", default=[], help="a word for `on=`")
@@ -1081,8 +1081,6 @@ def _connect(options: argparse.Namespace) -> int:
     with _registered():
         supervisor.run()
     waiting.cancel()
-    if supervisor.failure:
-        raise supervisor.failure
     return 0
 
 

@@ -54,6 +54,20 @@ def join(server):
         member.connection.dispose()
 
 
+def a_client(session, **info):
+    return "client", {"session": session, "python": PYTHON, "name": "me", "max_workers": None, "workers_seen": 0,
+                      **info}, []
+
+
+def a_node(**info):
+    return "node", {"id": b"node", "name": "node", "python": PYTHON, "host": "here", "pid": 1, "slots": [], **info}
+
+
+def a_worker(identity, attempts=(), **info):
+    return "worker", {"id": identity, "node": b"node", "node_name": "node", "slot": 0, "pid": 1, "device": "cpu",
+                      "python": PYTHON, "tags": [], "has": [], "positions": {}, **info}, list(attempts)
+
+
 class Member:
     """One authenticated connection, and what is said over it."""
 
@@ -68,10 +82,7 @@ class Member:
 
     def announcement(self, role, identity):
         name = b"%s %d" % (role.encode(), next(self.numbers))
-        return {"client": ("client", {"session": name, "python": PYTHON}, []),
-                "node": ("node", {"id": b"node", "name": "node", "python": PYTHON}),
-                "worker": ("worker", {"id": identity, "node": b"node", "device": "cpu", "slot": 0, "pid": 1,
-                                      "python": PYTHON}, [])}[role]
+        return {"client": a_client(name), "node": a_node(), "worker": a_worker(identity)}[role]
 
     def say(self, *messages):
         self.connection.post(messages)
@@ -265,13 +276,12 @@ class TestMembers:
     @pytest.mark.parametrize("role, opening", [
         ("client", ("submit", 1, (b"c", 1), b"", 0, None)), ("client", ("ask", 1, "jobs", None)),
         ("node", ("over", 1)), ("worker", ("started", 1)),
-        ("client", ("client", {}, [])), ("client", ("client", {"session": "text", "python": PYTHON}, [])),
-        ("client", ("client", {"session": b"s"}, [])), ("node", ("node", {"id": b"n", "python": PYTHON})),
-        ("worker", ("worker", {"id": WORKER, "python": PYTHON}, [])),
-        ("client", ("client", {"session": b"s", "python": PYTHON, "max_workers": "many"}, [])),
-        ("client", ("client", {"session": b"s", "python": PYTHON, "workers_seen": None}, [])),
-        ("worker", ("worker", {"id": WORKER, "node": b"n", "device": "cpu", "slot": 0, "pid": 1, "python": PYTHON,
-                               "tags": [1]}, [])),
+        ("client", ("client", {}, [])), ("client", a_client("text")),
+        ("client", a_client(b"s", python=None)), ("node", a_node(name=None)),
+        ("worker", a_worker(WORKER, has=None)),
+        ("client", a_client(b"s", max_workers="many")),
+        ("client", a_client(b"s", workers_seen=None)),
+        ("worker", a_worker(WORKER, tags=[1])),
     ])
     def test_the_first_message_is_the_announcement_of_ones_role(self, server, join, role, opening):
         assert join(role, opening, WORKER if role == "worker" else b"").is_closed()
@@ -279,17 +289,15 @@ class TestMembers:
 
     @pytest.mark.parametrize("attempts", [[1], [(1, 2, "outcome")], [(1, (b"c", 1))], [("1", (b"c", 1), "outcome")]])
     def test_a_worker_lists_its_attempts_as_agreed(self, server, join, attempts, caplog):
-        info = {"id": WORKER, "node": b"n", "device": "cpu", "slot": 0, "pid": 1, "python": PYTHON}
-        assert join("worker", ("worker", info, attempts), WORKER).is_closed()
+        assert join("worker", a_worker(WORKER, attempts), WORKER).is_closed()
         assert "stumbled" not in caplog.text
 
     def test_a_worker_cannot_announce_another_ones_identity(self, server, join):
-        info = {"id": b"worker 2".ljust(20), "node": b"n", "device": "cpu", "slot": 0, "pid": 1, "python": PYTHON}
-        assert join("worker", ("worker", info, []), WORKER).is_closed()
+        assert join("worker", a_worker(b"worker 2".ljust(20)), WORKER).is_closed()
         assert not server._scheduler.workers
 
     @pytest.mark.parametrize("words", [("finished", 1, "ok", b"", 0.0, False), ("welcome", {}), ("nonsense",),
-                                       ("client", {"session": b"t", "python": PYTHON}, []), ("drop", [1]),
+                                       a_client(b"t"), ("drop", [1]),
                                        ("delivered", ["x"]), ("submit", -1, (b"c", 1), b"", 0, None)])
     def test_a_client_that_says_what_no_client_says_is_closed_and_the_others_live(self, server, join, words):
         good, bad = join("client"), join("client")
@@ -339,7 +347,7 @@ class TestMembers:
         join("node").hear("welcome")
         worker = join("worker", identity=WORKER)
         worker.hear("welcome")
-        client = join("client", ("client", {"session": b"s", "python": PYTHON}, []))
+        client = join("client", a_client(b"s"))
         client.say(("put", (b"s", 1), 4, b"code"), ("submit", 9, (b"s", 1), b"arguments", 0, None))
         assert worker.hear("put") == ("put", (b"s", 1), 4, b"code")
         _, token, job, fn, payload, _log, _options = worker.hear("run")
@@ -353,7 +361,7 @@ class TestMembers:
     def test_a_large_outcome_is_pulled_through_the_server(self, server, join):
         join("node").hear("welcome")
         worker = join("worker", identity=WORKER)
-        client = join("client", ("client", {"session": b"s", "python": PYTHON}, []))
+        client = join("client", a_client(b"s"))
         client.say(("put", (b"s", 1), 4, b"code"), ("submit", 9, (b"s", 1), b"", 0, None))
         token, value, body = worker.hear("run")[1], ((WORKER, 1), 300_000), os.urandom(1000)
         worker.say(("finished", token, "ok", value, 0.5, False))
