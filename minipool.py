@@ -411,7 +411,7 @@ _SECOND = struct.Struct("!8sBBB5s16s32s")
 _FRAME = struct.Struct("!II")
 _SEQUENCE = struct.Struct("!Q")
 
-MAX_CONTROL = 1024 * 1024       # a batch aims at BATCH_BYTES; the rest is room for one announcement of everything
+MAX_CONTROL = 8 << 20           # a batch stays far below; the rest is room for one announcement of everything
 BATCH_MESSAGES = 256            # with BATCH_BYTES: no step under the scheduler's lock takes more than about 3 ms
 BATCH_BYTES = 256 * 1024
 BORROWED_FRAMES = 4             # then a borrowed thread passes the writer role on, to get back to its own work
@@ -777,7 +777,7 @@ class Connection:
 
     def _encode_frame(self, batch: list[Message], body: Any) -> None:
         control = encode_messages(batch)
-        if len(control) > MAX_CONTROL // 2 and len(batch) > 1:      # a sudden run of fat messages
+        if len(control) > 2 * BATCH_BYTES and len(batch) > 1:      # a sudden run of fat messages
             half = len(batch) // 2
             with self._lock:
                 self._control.extendleft(reversed(batch[half:]))
@@ -869,8 +869,8 @@ class Connection:
 
     @property
     def waiting(self) -> int:
-        """Messages and ranges in the outbox."""
-        return len(self._control) + len(self._ranges)
+        """Messages and ranges in the outbox, and whether one is being written."""
+        return len(self._control) + len(self._ranges) + self._writing
 
     def close(self) -> None:
         """End the connection; its threads wake. The descriptor goes when nobody can be using it any more."""
@@ -902,13 +902,18 @@ def parse_address(address: str, default_port: int = DEFAULT_PORT) -> tuple[str, 
     """Split "host", "host:port", "[::1]:port" or "::1" into host and port; raise ValueError otherwise."""
     text = address.strip()
     if "://" in text:
-        raise ValueError(f"{address!r} is a URL; an address is host or host:port (use minipool.from_url for URLs)")
+        raise ValueError(f"{address!r} is a URL; an address is host or host:port")
     host, port = text, ""
     if text.startswith("["):
         host, bracket, port = text[1:].partition("]")
         host, port = host if bracket else "", port.removeprefix(":")
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
+    if ":" in host:
+        try:
+            socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
+        except OSError:
+            host = ""
     if not host or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
         raise ValueError(f"{address!r} is not an address: expected host or host:port")
     return host, int(port or default_port)
@@ -2077,7 +2082,10 @@ class Scheduler:
             was_running = attempt in worker.inbox
             self._unassign(worker, attempt)
             if job is not None and self._is_current(job, attempt):
-                self._put_back(job, now, charged=was_running and attempt == token, cause=cause)
+                # max_deaths=0 promises at most once: then what may have begun is charged, and so is what had finished
+                blamed = attempt == token if was_running else False
+                blamed = blamed or (not job.max_deaths and (job.begun or job.delivering))
+                self._put_back(job, now, charged=blamed, cause=cause)
         for session in self.sessions.values():
             session.unfit.pop(worker, None)
             session.tried.pop(worker, None)
@@ -2244,7 +2252,7 @@ class Scheduler:
         """Return what `status --json` prints: nodes, workers, counts of jobs, objects."""
         states: collections.Counter[str] = collections.Counter()
         for session in self.sessions.values():
-            states.update(job.state for job in session.jobs.values())
+            states.update("delivering" if job.delivering else job.state for job in session.jobs.values())
         return {
             "schema": 1, **self.about,
             "nodes": [{"name": n.name, "connected": n.peer is not None, "workers": len(n.workers),
@@ -2256,7 +2264,7 @@ class Scheduler:
                          "state": "draining" if w.draining else "busy" if w.inbox else "idle",
                          "jobs": [job.name or f"job {job.number}" for job in list(w.inbox.values())[:3] if job]}
                         for w in self.workers.values()],
-            "jobs": {**{s: states[s] for s in (State.WAITING, State.READY, State.RUNNING, State.FAILED)},
+            "jobs": {**{s: states[s] for s in (State.WAITING, State.READY, State.RUNNING, "delivering", State.FAILED)},
                      **{k: self.counters[k] for k in ("accepted", "delivered", "cancelled")}},
             "clients": [{"name": s.name, "connected": s.peer is not None, "jobs": len(s.jobs)}
                         for s in self.sessions.values()],
@@ -2718,16 +2726,15 @@ def find_secret(secret: str | None = None, path: str | None = None, *, make: boo
 
 def _read_secret(path: str) -> Secret:
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    except OSError as error:
-        raise Refused(f"the secret file {path} cannot be read: {error.strerror}") from None
-    with os.fdopen(descriptor) as file:
-        status = os.fstat(file.fileno())
-        if status.st_uid not in (os.getuid(), 0):
-            raise Refused(f"the secret file {path} belongs to another user")
-        if status.st_mode & 0o077:
-            raise Refused(f"others can read the secret file {path}: run chmod 600 {path}")
-        return Secret(file.read())
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))) as file:
+            status, text = os.fstat(file.fileno()), file.read(4096)
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"the secret file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    if status.st_uid not in (os.getuid(), 0):
+        raise Refused(f"the secret file {path} belongs to another user")
+    if status.st_mode & 0o077:
+        raise Refused(f"others can read the secret file {path}: run chmod 600 {path}")
+    return Secret(text)
 
 
 def _make_secret(path: str) -> Secret:

@@ -267,7 +267,7 @@ class SessionState:
     def __init__(self) -> None:
         self.log: list[Name] = []
         self.applied = 0
-        self.unfit = False                      # an entry raised: nothing of this client runs here
+        self.unfit = b""                        # what an entry raised: then nothing of this client runs here
 
 
 class Worker:
@@ -358,7 +358,7 @@ class Worker:
             minipool._running.job = lambda: self._describe(attempt)
             status, value = OK, minipool.encode_value(fn(*args, **kwargs))
         except BaseException as error:          # SystemExit and KeyboardInterrupt too: the job's, not the worker's
-            status, value = RAISED, minipool.encode_exception(error, f"worker {self._name} on {self.device}")
+            status, value = RAISED, minipool.encode_exception(error, self._where)
             with contextlib.suppress(Exception):
                 retry = bool(retry_on and isinstance(error, retry_on))
         self._finish(attempt, status, value, time.perf_counter() - began, retry)
@@ -396,19 +396,21 @@ class Worker:
         """Run the entries of the session's log that this worker has not run; False if one raised, now or before."""
         state = self._sessions[attempt.job[0]]
         while state.applied < attempt.log and not state.unfit:
-            position = state.applied
             try:
-                args, kwargs, fn = minipool.decode_value(self._objects[state.log[position]])
+                args, kwargs, fn = minipool.decode_value(self._objects[state.log[state.applied]])
                 fn(*args, **kwargs)
                 state.applied += 1
             except BaseException as error:
-                state.unfit = True
-                value = minipool.encode_exception(error, f"worker {self._name} on {self.device}")
-                self._give_up(attempt, position, value if isinstance(value, bytes) else b"")
+                value = minipool.encode_exception(error, self._where)
+                if isinstance(value, Blob):     # too long to ride in a message
+                    value = minipool.encode_exception(RuntimeError(str(error)[:1000]), self._where)
+                state.unfit = bytes(value)      # type: ignore[arg-type]
+        if state.unfit:
+            self._give_up(attempt, state.applied, state.unfit)
         return not state.unfit
 
     def _give_up(self, attempt: Attempt, position: int, value: bytes) -> None:
-        """A log entry raised: hand back all that this session has here."""
+        """A log entry raised, now or for an earlier job: hand back all that this session has here."""
         session = attempt.job[0]
         with self._lock:
             self._begun = None
@@ -463,7 +465,10 @@ class Worker:
     def _on_welcome(self, info: dict[str, Any]) -> None:
         self._welcomed = True
         self._name = os.environ["MINIPOOL_WORKER"] = info["name"]
+        self._where = f"worker {self._name} on {self.device}"
         self._setup["node_name"] = info["node_name"]
+        if self._leaving:           # to a server that is new, or that did not hear it
+            self.peer.send(("retire", self._leaving))
 
     def _on_run(self, token: int, job: Name, fn: Name, payload: Value, log: int,
                 options: dict[str, Any] | None) -> None:
@@ -581,9 +586,14 @@ def _watch_node(worker: Worker, life: Any) -> None:
 
 
 def _die_with_parent() -> None:
-    """Ask the kernel for a death signal: the backstop for a worker whose threads cannot run (a held GIL)."""
+    """Ask the kernel for a signal when the node is gone: the backstop for a worker whose threads cannot run.
+
+    Its handler is libc's alarm(): a second (SIGHUP is 1) in which the watching thread can take the whole group along.
+    """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+        libc = ctypes.CDLL(None)
+        libc.signal(signal.SIGHUP, ctypes.cast(libc.alarm, ctypes.c_void_p))
+        libc.prctl(1, signal.SIGHUP)                    # PR_SET_PDEATHSIG
 
 
 # ==================================================================================================================
@@ -875,7 +885,7 @@ class Supervisor:
         """Pass on what workers printed, on a thread of its own: a pipe that nobody empties must not stop the node."""
         while True:
             with contextlib.suppress(OSError):
-                os.write(1, self._lines.get().encode() + b"\n")     # not print: its lock would be held at exit
+                os.write(2, self._lines.get().encode() + b"\n")     # not print: its lock would be held at exit
 
 
 @contextlib.contextmanager
