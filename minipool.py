@@ -3589,7 +3589,7 @@ class Client:
         self._credit = CREDIT_JOBS
         self._seen = 0                                  # workers that the last server had
         self._lives = 0                                 # welcomes so far
-        self.broken: Callable[[], BaseException] | None = None      # makes what every call and future then raises
+        self.broken: Callable[[], BaseException] | None = None  # makes what every call and future then raises
         self.closing = self.closed = False
         self._callbacks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._callback_thread = threading.Thread(target=self._run_callbacks, name="minipool-callbacks", daemon=True)
@@ -4081,7 +4081,8 @@ class Executor(concurrent.futures.Executor):
         if address is None and self._child:
             self._say_embedded()
         # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
-        self._finalizer = weakref.finalize(self, self._client.later, functools.partial(_let_go, self._client, self._child))
+        end = functools.partial(_let_go, self._client, self._child)
+        self._finalizer = weakref.finalize(self, self._client.later, end)       # a collector takes no lock
         self._finalizer.atexit = False
 
     @staticmethod

@@ -372,13 +372,9 @@ class Worker:
     def _finish(self, attempt: Attempt, status: str, value: bytes | Blob, seconds: float, retry: bool) -> None:
         """Keep the outcome and tell it; a lone one goes at once, one of many leaves with the next ones."""
         with self._lock:
-            told: Value
+            told: Value = value if isinstance(value, bytes) else ((self.id, attempt.token), value.size)
             if isinstance(value, Blob):
-                name = (self.id, attempt.token)
-                self.peer.values[name] = value
-                told = (name, value.size)
-            else:
-                told = value
+                self.peer.values[self.id, attempt.token] = value
             message = ("finished", attempt.token, status, told, seconds, retry)
             self._outcomes[attempt.token] = (attempt.job, message)
             self._begun = None
@@ -458,9 +454,7 @@ class Worker:
                 getattr(self, f"_on_{message[0]}")(*message[1:])
             self._read_at = time.monotonic()
             self._wake.notify()
-        connection = self.peer.connection
-        if connection:
-            connection.flush()
+        self.peer.send()                # a flush of what was posted meanwhile
 
     def _on_welcome(self, info: dict[str, Any]) -> None:
         self._welcomed = True
@@ -586,14 +580,11 @@ def _watch_node(worker: Worker, life: Any) -> None:
 
 
 def _die_with_parent() -> None:
-    """Ask the kernel for a signal when the node is gone: the backstop for a worker whose threads cannot run.
-
-    Its handler is libc's alarm(): a second (SIGHUP is 1) in which the watching thread can take the whole group along.
-    """
+    """Ask the kernel for a signal when the node is gone: the backstop for a worker whose threads cannot run."""
     with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
+        libc = ctypes.CDLL(None)        # its alarm() as handler: a second (SIGHUP is 1) for _watch_node's group kill
         libc.signal(signal.SIGHUP, ctypes.cast(libc.alarm, ctypes.c_void_p))
-        libc.prctl(1, signal.SIGHUP)                    # PR_SET_PDEATHSIG
+        libc.prctl(1, signal.SIGHUP)    # PR_SET_PDEATHSIG
 
 
 # ==================================================================================================================
@@ -620,7 +611,6 @@ class Child:
         self.output: Any = None                     # our end of its stdout and stderr
         self.pidfd = -1
         self.id = b""
-        self.started_at = time.monotonic()
         self.killed = ""                            # why we killed it
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         self.rest = b""                             # of a line not complete yet
@@ -927,8 +917,7 @@ def _hide_main() -> None:
     """Keep multiprocessing from importing this process's main module a second time in each worker."""
     main = sys.modules["__main__"]
     main.__spec__ = None
-    if hasattr(main, "__file__"):
-        del main.__file__
+    vars(main).pop("__file__", None)
 
 
 class Node:

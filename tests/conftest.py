@@ -66,8 +66,9 @@ def run_script(tmp_path):
         script = tmp_path / name
         script.write_text(text)
         path = os.pathsep.join(filter(None, [str(ROOT), environment.pop("PYTHONPATH", "")]))
-        return subprocess.run([sys.executable, name], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path, **environment},
-                              capture_output=True, text=True, timeout=100)
+        environment = {**os.environ, "PYTHONPATH": path, **environment}
+        return subprocess.run([sys.executable, name], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                              timeout=100)
     return run
 
 
@@ -78,7 +79,8 @@ def our_processes():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
             try:
                 if mark in pathlib.Path(entry.path, "environ").read_bytes().split(b"\0"):
-                    found[int(entry.name)] = pathlib.Path(entry.path, "cmdline").read_bytes().decode().replace("\0", " ")
+                    words = pathlib.Path(entry.path, "cmdline").read_bytes().decode().split("\0")
+                    found[int(entry.name)] = " ".join(words)
             except OSError:         # it ended meanwhile, or is another user's
                 pass
     return found

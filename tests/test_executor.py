@@ -314,7 +314,8 @@ class TestBadInput:
 class TestMap:
     def test_results_are_in_order_and_end_with_the_shortest_input(self, pool):
         for chunksize in (1, 3, 100):
-            assert list(pool.map(pow, range(10), itertools.repeat(2), chunksize=chunksize)) == [n * n for n in range(10)]
+            squares = pool.map(pow, range(10), itertools.repeat(2), chunksize=chunksize)
+            assert list(squares) == [n * n for n in range(10)]
 
     def test_no_input_gives_no_results(self, pool):
         assert list(pool.map(pow, [], [])) == [] == list(pool.map(pow)) == list(pool.map(pow, [], [], chunksize=5))
@@ -373,6 +374,7 @@ class TestMap:
             note(path, n)
         with pytest.raises(ValueError):
             list(pool.map(work, range(50)))
+        pool.info()         # its answer comes after all that was sent before
         gate.open()
         pool.shutdown()
         assert len(noted(path)) <= 1
@@ -402,6 +404,7 @@ class TestCancel:
         busy = occupy(pool, gate)
         futures = [pool.submit(note, path, n) for n in range(20)]
         assert all(future.cancel() for future in futures) and all(future.cancelled() for future in futures)
+        pool.info()         # its answer comes after all that was sent before
         gate.open()
         concurrent.futures.wait([*busy, *(pool.submit(same, n) for n in range(10))], SOON)
         assert noted(path) == []
@@ -557,8 +560,9 @@ class TestOptions:
         with pytest.raises(TypeError, match="retrys"):
             pool.options(retrys=3)
 
-    @pytest.mark.parametrize("options", [{"retries": -1}, {"retries": 1.5}, {"priority": "high"}, {"retry_on": "OSError"},
-                                         {"max_deaths": -1}, {"priority": float("nan")}, {"on": 3}, {"on": []}], ids=str)
+    @pytest.mark.parametrize("options", [
+        {"retries": -1}, {"retries": 1.5}, {"priority": "high"}, {"retry_on": "OSError"}, {"max_deaths": -1},
+        {"priority": float("nan")}, {"on": 3}, {"on": []}], ids=str)
     def test_a_senseless_value_is_refused(self, pool, options):
         with pytest.raises((TypeError, ValueError)):
             pool.options(**options)
@@ -588,6 +592,7 @@ class TestOptions:
         pool, path = own_pool(1), str(tmp_path / "notes")
         occupy(pool, gate, 1)
         futures = [pool.options(priority=n).submit(note, path, n) for n in (1, 3, -2, 2.5, 0)]
+        pool.info()         # its answer comes after all that was sent before
         gate.open()
         concurrent.futures.wait(futures, SOON)
         assert noted(path) == ["3", "2.5", "1", "0", "-2"]
@@ -774,7 +779,7 @@ for n in range(4): ex.submit(work, n)
         assert (done.returncode, done.stderr) == (7, "")
 
     def test_an_embedded_pool_says_so_once(self, run_script):
-        done = run_script("import minipool\nfor _ in range(2):\n    with minipool.Executor(max_workers=1) as ex: pass\n")
+        done = run_script("import minipool\nfor _ in range(2):\n    minipool.Executor(max_workers=1).shutdown()\n")
         assert done.stderr.count("embedded pool, 1 worker on ") == 1
 
     def test_submit_after_the_end_is_refused(self, run_script):

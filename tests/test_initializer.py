@@ -1,4 +1,4 @@
-"""What an initializer stores in globals is read by jobs, wherever the functions live and whatever became of the worker."""
+"""What an initializer stores in globals is read by jobs, wherever the functions live, also on a respawned worker."""
 
 import concurrent.futures
 import os
@@ -162,7 +162,8 @@ class TestSeveralExecutors:
                 yield node
 
     def test_they_do_not_see_each_other_s_globals(self, cluster):
-        with cluster.connect(initializer=load, initargs=(1,)) as one, cluster.connect(initializer=load, initargs=(2,)) as two:
+        options = [{"initializer": load, "initargs": (number,)} for number in (1, 2)]
+        with cluster.connect(**options[0]) as one, cluster.connect(**options[1]) as two:
             for _ in range(3):
                 assert set(one.map(use, [0] * 8)) == {1} and set(two.map(use, [0] * 8)) == {2}
             with cluster.connect() as three:
