@@ -80,7 +80,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 __version__ = "0.1.0"
 
@@ -126,18 +126,12 @@ class WorkerDied(MinipoolError, RuntimeError):
 
     `job`, `attempts`, `worker`, `node`, `device`, `exitcode` (negative: the signal) and `stderr` say what is known.
     """
+    _unknown: Any = None
+    job = attempts = worker = node = device = exitcode = stderr = _unknown
 
     def __init__(self, text: str, **evidence: Any) -> None:
         super().__init__(text)
-        self.evidence = evidence
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("job", "attempts", "worker", "node", "device", "exitcode", "stderr"):
-            return self.__dict__.get("evidence", {}).get(name)
-        raise AttributeError(name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(type(self), **self.evidence), self.args
+        self.__dict__.update(evidence)
 
 
 class JobTimeout(MinipoolError, RuntimeError):
@@ -202,68 +196,102 @@ BIGGEST = 1 << 62               # no honest number is larger, and NaN compares f
 
 OK, RAISED, DIED, KILLED, TIMED_OUT = "ok", "raised", "died", "killed", "timed out"     # how a job can end
 
+Name = tuple[bytes, int]
+Value = bytes | tuple[Name, int]
+Message = tuple[Any, ...]
+Check = Callable[[Any], bool]
+
+# what the scheduler reads of a job's options; the rest is for the worker
+_OPTIONS_READ: dict[str, tuple[type, ...]] = {
+    "name": (str,), "priority": (int, float), "retries": (int,), "max_deaths": (int,), "on": (list, tuple, frozenset)}
+
+
+def _is_number(field: Any) -> bool:
+    return type(field) is int and 0 <= field < BIGGEST
+
+
+def _is_name(field: Any) -> bool:
+    return (type(field) is tuple and len(field) == 2 and type(field[0]) is bytes and len(field[0]) <= 64
+            and _is_number(field[1]))
+
+
+def _is_value(field: Any) -> bool:
+    return type(field) is bytes or (
+        type(field) is tuple and len(field) == 2 and _is_name(field[0]) and _is_number(field[1]))
+
+
+def _are_options(field: Any) -> bool:
+    return field is None or (
+        type(field) is dict
+        and all(isinstance(field[name], accepted) and field[name] == field[name]        # which NaN is not
+                for name, accepted in _OPTIONS_READ.items() if name in field)
+        and all(type(tag) is str for tag in field.get("on", ())))
+
+
+def _one_of(*accepted: type) -> Check:
+    return lambda field: type(field) in accepted
+
+
+def _list_of(is_good: Check) -> Check:
+    return lambda field: type(field) is list and all(map(is_good, field))
+
+
+# by the types that the catalogue names; numbers are finite and never negative
+_CHECKS: dict[Any, Check] = {
+    int: _is_number, float: lambda field: type(field) in (int, float) and 0 <= field < BIGGEST,
+    **{accepted: _one_of(accepted) for accepted in (bool, str, bytes, list, dict)},
+    "name": _is_name, "value": _is_value, "options": _are_options,
+    "int?": _one_of(int, type(None)), "bytes?": _one_of(bytes, type(None)), "dict?": _one_of(dict, type(None)),
+    "numbers": _list_of(_is_number), "names": _list_of(_is_name), "texts": _list_of(_one_of(str)),
+    "attempts": _list_of(lambda item: type(item) is tuple and len(item) == 3
+                         and _is_number(item[0]) and _is_name(item[1])),
+    "any": _one_of(int, float, bool, str, bytes, list, dict, tuple, type(None)),
+}
+
 
 class Kind(NamedTuple):
     """One line of the catalogue: who sends it, what it means, and what each field may be."""
     senders: frozenset[str]
     meaning: str
-    fields: tuple[str, ...]
-    types: tuple[frozenset[type], ...]
-    numbers: tuple[int, ...]        # positions that must be finite and not negative
-    names: tuple[int, ...]          # positions that hold a Name
-    values: tuple[int, ...]         # positions that hold a Value
-    lists: tuple[int, ...]          # positions that hold a list of numbers, or, called names, of Names
+    fields: dict[str, Check]
 
 
 CATALOGUE: dict[str, Kind] = {}
 
-Name = tuple[bytes, int]
-Value = bytes | tuple[Name, int]
-Message = tuple[Any, ...]
 
-_FIELD_TYPES: dict[Any, tuple[type, ...]] = {
-    int: (int,), float: (float, int), bool: (bool,), str: (str,), bytes: (bytes,), list: (list,), dict: (dict,),
-    "name": (tuple,), "value": (bytes, tuple), "dict?": (dict, type(None)), "bytes?": (bytes, type(None)),
-    "any": (int, float, bool, str, bytes, list, dict, tuple, type(None)),
-}
+def _fields(**kinds: Any) -> dict[str, Check]:
+    return {name: _CHECKS[kind] for name, kind in kinds.items()}
 
 
-def _message(kind: str, senders: str, meaning: str, **fields: Any) -> None:
-    kinds = tuple(fields.values())
-    CATALOGUE[kind] = Kind(
-        frozenset(senders.split()), meaning, tuple(fields), tuple(frozenset(_FIELD_TYPES[k]) for k in kinds),
-        tuple(i for i, k in enumerate(kinds, 1) if k in (int, float)),
-        tuple(i for i, k in enumerate(kinds, 1) if k == "name"),
-        tuple(i for i, k in enumerate(kinds, 1) if k == "value"),
-        tuple(i for i, f in enumerate(fields, 1) if f in ("numbers", "tokens", "asked", "taken", "names")))
+def _message(kind: str, senders: str, meaning: str, **kinds: Any) -> None:
+    CATALOGUE[kind] = Kind(frozenset(senders.split()), meaning, _fields(**kinds))
 
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
-_message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs=list)
+_message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
 _message("node", "node", "a node's announcement: who I am, my workers' slots", info=dict)
 _message("worker", "worker", "a worker's announcement: what I run, queue and hold, as (token, job, kind)",
-         info=dict, attempts=list)
+         info=dict, attempts="attempts")
 _message("welcome", "server", "you are in; info is per role", info=dict)
 _message("refuse", "server", "you are not in, and trying again does not help", error=str, text=str)
 _message("bye", "client node worker server", "a planned end: nothing of mine is to be kept", reason=str)
 _message("beat", "node server", "still here (any other byte says the same)")
 
 # what the info of an announcement holds
-ANNOUNCED: dict[str, dict[str, tuple[type, ...]]] = {
-    "client": {"session": (bytes,), "python": (str,), "name": (str,), "max_workers": (int, type(None)),
-               "workers_seen": (int,)},
-    "node": {"id": (bytes,), "python": (str,), "name": (str,), "host": (str,), "pid": (int,), "slots": (list,)},
-    "worker": {"id": (bytes,), "python": (str,), "node": (bytes,), "node_name": (str,), "slot": (int,), "pid": (int,),
-               "device": (str,), "tags": (list,), "has": (list,), "positions": (dict,)},
+ANNOUNCED = {
+    "client": _fields(session=bytes, python=str, name=str, max_workers="int?", workers_seen=int),
+    "node": _fields(id=bytes, python=str, name=str, host=str, pid=int, slots=list),
+    "worker": _fields(id=bytes, python=str, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
+                      has="names", positions=dict),
 }
 
 # a job's life
 _message("put", "client server", "a small object, or (without bytes) the size of one to pull",
          name="name", size=int, data="bytes?")
-_message("drop", "client server", "objects nobody will ask for again", names=list)
+_message("drop", "client server", "objects nobody will ask for again", names="names")
 _message("submit", "client", "run fn with payload once the session's log is applied up to there",
-         number=int, fn="name", payload="value", log=int, options="dict?")
-_message("missing", "server", "jobs that this server does not know: send them again", numbers=list)
+         number=int, fn="name", payload="value", log=int, options="options")
+_message("missing", "server", "jobs that this server does not know: send them again", numbers="numbers")
 _message("run", "server", "execute this attempt of a job", token=int, job="name", fn="name", payload="value",
          log=int, options="dict?")
 _message("started", "worker", "the main thread began this attempt", token=int)
@@ -271,16 +299,16 @@ _message("finished", "worker", "this attempt ended; retry: its exception is one 
          token=int, status=str, value="value", seconds=float, retry=bool)
 _message("began", "server", "a worker began this job", number=int, worker=str, attempts=int)
 _message("done", "server", "a job's outcome", number=int, status=str, value="any", worker=str, attempts=int)
-_message("delivered", "client", "these outcomes have arrived", numbers=list)
-_message("forget", "server", "the outcomes of these attempts have arrived or are not wanted", tokens=list)
-_message("resend", "server", "send the outcomes of these attempts again", tokens=list)
-_message("cancel", "client", "these jobs are not wanted any more", numbers=list)
-_message("recall", "server", "hand back those of these attempts that you have not begun", tokens=list)
+_message("delivered", "client", "these outcomes have arrived", numbers="numbers")
+_message("forget", "server", "the outcomes of these attempts have arrived or are not wanted", tokens="numbers")
+_message("resend", "server", "send the outcomes of these attempts again", tokens="numbers")
+_message("cancel", "client", "these jobs are not wanted any more", numbers="numbers")
+_message("recall", "server", "hand back those of these attempts that you have not begun", tokens="numbers")
 _message("recalled", "worker", "of the attempts asked for, these had not begun and never will",
-         asked=list, taken=list)
+         asked="numbers", taken="numbers")
 _message("retire", "worker node", "a planned exit: give me nothing new; I go when all I hold is delivered", reason=str)
 _message("kill", "client server", "end these running attempts by ending their worker (client: numbers of its jobs; "
-         "to a node: tokens)", numbers=list, reason=str)
+         "to a node: tokens)", numbers="numbers", reason=str)
 _message("over", "node", "the attempt to be killed had already ended", token=int)
 _message("died", "node", "this worker process is no more; token: what its cell showed (0: it was idle)",
          worker=bytes, token=int, cause=dict)
@@ -289,7 +317,7 @@ _message("died", "node", "this worker process is no more; token: what its cell s
 _message("log", "client server", "entry number position of a session's log is this object",
          session=bytes, position=int, name="name")
 _message("unfit", "worker", "a log entry raised here; the attempts taken have not begun and never will",
-         session=bytes, position=int, value="value", taken=list)
+         session=bytes, position=int, value="value", taken="numbers")
 _message("broken", "server", "every worker that tried the session's log is unfit", value="value")
 _message("leave", "server", "forget this session: its functions, its log, its globals", session=bytes)
 
@@ -312,58 +340,11 @@ def check_message(message: Any, sender: str) -> None:
     kind = CATALOGUE.get(message[0])
     if kind is None or sender not in kind.senders:
         raise Malformed(f"a {sender} sends no {message[0]!r}")
-    if len(message) - 1 != len(kind.types):
-        raise Malformed(f"{message[0]!r} has {len(kind.types)} fields, not {len(message) - 1}")
-    for accepted, field in zip(kind.types, message[1:], strict=False):
-        if type(field) not in accepted:
-            raise Malformed(f"{message[0]!r} has a field of type {type(field).__name__}")
-    for i in kind.numbers:
-        if not 0 <= message[i] < BIGGEST:
-            raise Malformed(f"{message[0]!r}: {kind.fields[i - 1]} is out of range")
-    for i in kind.names:
-        check_name(message[i])
-    for i in kind.values:
-        if type(message[i]) is tuple:
-            _check_reference(message[i])
-    for i in kind.lists:
-        if kind.fields[i - 1] != "names":
-            numbers_in(message[i])
-        else:
-            for name in message[i]:
-                check_name(name)
-    if message[0] == "submit" and message[-1]:
-        _check_options(message[-1])
-
-
-def check_name(name: Any) -> None:
-    """Raise Malformed unless `name` is a Name: (creator, number)."""
-    if (type(name) is not tuple or len(name) != 2 or type(name[0]) is not bytes or type(name[1]) is not int
-            or not 0 <= name[1] < BIGGEST or len(name[0]) > 64):
-        raise Malformed("a name is (creator, number)")
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Check what the scheduler reads of a job's options; the rest is for the worker."""
-    for name, types in (("name", (str,)), ("priority", (int, float)), ("retries", (int,)), ("max_deaths", (int,)),
-                        ("on", (list, tuple, frozenset))):
-        if name in options and (not isinstance(options[name], types) or options[name] != options[name]):
-            raise Malformed(f"a job's option {name!r} is not what it should be")
-    if any(type(tag) is not str for tag in options.get("on", ())):
-        raise Malformed("a job's tags are not text")
-
-
-def _check_reference(value: tuple[Any, ...]) -> None:
-    if len(value) != 2 or type(value[1]) is not int or not 0 <= value[1] < BIGGEST:
-        raise Malformed("a large value is (name, size)")
-    check_name(value[0])
-
-
-def numbers_in(field: list[Any]) -> list[int]:
-    """Return `field` if it holds only numbers such as tokens; raise Malformed otherwise."""
-    for number in field:
-        if type(number) is not int or not 0 <= number < BIGGEST:
-            raise Malformed("a list of numbers holds something else")
-    return field
+    if len(message) - 1 != len(kind.fields):
+        raise Malformed(f"{message[0]!r} has {len(kind.fields)} fields, not {len(message) - 1}")
+    for (name, is_good), field in zip(kind.fields.items(), message[1:], strict=False):
+        if not is_good(field):
+            raise Malformed(f"{message[0]!r}: {name} is out of range or not what it should be")
 
 
 def brief(message: Message) -> str:
@@ -415,13 +396,12 @@ MAX_CONTROL = 8 << 20           # a batch stays far below; the rest is room for 
 BATCH_MESSAGES = 256            # with BATCH_BYTES: no step under the scheduler's lock takes more than about 3 ms
 BATCH_BYTES = 256 * 1024
 BORROWED_FRAMES = 4             # then a borrowed thread passes the writer role on, to get back to its own work
+PULLS_IN_FLIGHT = 2             # ranges asked for, over all pulls of a connection: bounds the server's memory
 HANDSHAKE_SECONDS = 5.0         # absolute, for the whole handshake
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
-
-def _hmac(key: bytes, data: bytes) -> bytes:
-    return hmac.digest(key, data, "sha256")
+_hmac = functools.partial(hmac.digest, digest="sha256")     # of key and message
 
 
 class Secret:
@@ -432,22 +412,16 @@ class Secret:
     """
 
     def __init__(self, text: str) -> None:
-        text = text.strip()
-        if not text:
+        self.text = text.strip()
+        if not self.text:
             raise ValueError("the secret is empty")
-        self.text = text
-        self.is_password = not text.startswith("mp1_")
-        self._raw = b"" if self.is_password else self._decode(text)
-
-    @staticmethod
-    def _decode(text: str) -> bytes:
-        try:
-            raw = base64.urlsafe_b64decode(text[4:] + "=")
-        except ValueError:
-            raw = b""
-        if len(raw) != 32:
-            raise ValueError("a secret that begins with mp1_ has 43 more characters; this one was cut or mistyped")
-        return raw
+        self.is_password = not self.text.startswith("mp1_")
+        self._raw = b""
+        if not self.is_password:
+            with contextlib.suppress(ValueError):
+                self._raw = base64.urlsafe_b64decode(self.text[4:] + "=")
+            if len(self._raw) != 32:
+                raise ValueError("a secret that begins with mp1_ has 43 more characters; this one was cut or mistyped")
 
     @classmethod
     def new(cls) -> Secret:
@@ -464,9 +438,6 @@ class Secret:
         master = _stretch(self.text, instance) if self.is_password else self._raw
         key = _hmac(master, b"minipool/1 role " + role.encode())
         return _hmac(key, identity) if role == "worker" else key
-
-    def __repr__(self) -> str:
-        return "Secret(password)" if self.is_password else "Secret(mp1_...)"
 
 
 @functools.lru_cache(maxsize=8)     # once per process and server life, never per connection
@@ -499,8 +470,8 @@ class SessionKeys(NamedTuple):
         transcript = hashlib.sha256(
             b"minipool/1 transcript" + first + second + bytes([len(binding)]) + binding).digest()
         prk = _hmac(role_key, b"minipool/1 session" + transcript)
-        return cls(*(_hmac(prk, b"minipool/1 " + label + b"\x01")
-                     for label in (b"dialer proof", b"server proof", b"up", b"down")), transcript)
+        labels = (b"dialer proof", b"server proof", b"up", b"down")
+        return cls._make([*(_hmac(prk, b"minipool/1 " + label + b"\x01") for label in labels), transcript])
 
     def prove_dialer(self) -> bytes:
         """Return step 3 of the handshake."""
@@ -524,10 +495,9 @@ def second_hello(instance: bytes) -> bytes:
 def read_first_hello(data: bytes) -> tuple[str, bytes, int]:
     """Return (role, identity, protocol) of step 1, or raise Malformed."""
     magic, version, role, flags, identity, _nonce = _FIRST.unpack(data)
-    if magic != MAGIC or flags or not 1 <= role < len(ROLES) or identity[20]:
+    reserved = identity[20:] if role == ROLES.index("worker") else identity
+    if magic != MAGIC or flags or not 1 <= role < len(ROLES) or any(reserved):
         raise Malformed("not a hello")
-    if ROLES[role] != "worker" and any(identity):
-        raise Malformed("reserved bytes are not zero")
     return ROLES[role], identity[:20], version
 
 
@@ -567,13 +537,10 @@ def _read_exactly(sock: socket.socket, size: int) -> bytes:
 
 
 class _BuiltinsOnly(pickle.Unpickler):
-    """Opens control messages: any global in them, the way to run code, is refused."""
+    """Opens control messages: any global in them, the way to run code, is refused (as persistent ids are anyway)."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise Malformed(f"a message names the global {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise Malformed("a message holds a persistent id")
 
 
 def encode_messages(messages: list[Message]) -> bytes:
@@ -585,8 +552,6 @@ def decode_messages(control: bytes, sender: str) -> list[Message]:
     """Open the control part of a frame whose tag has been verified; raise Malformed for anything unexpected."""
     try:
         messages = _BuiltinsOnly(io.BytesIO(control)).load()
-    except Malformed:
-        raise
     except Exception as error:          # a hostile pickle fails in many ways; all mean the same
         raise Malformed(f"a frame does not open: {error}") from None
     if type(messages) is not list or not messages:
@@ -594,6 +559,19 @@ def decode_messages(control: bytes, sender: str) -> list[Message]:
     for message in messages:
         check_message(message, sender)
     return messages
+
+
+# what makes latency low and a dead peer noticed; each is optional, as platforms differ
+_TUNING = (
+    (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),             # finds an idle peer that vanished: 5 s + 3 probes
+    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 5),
+    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 2),
+    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
+    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 30_000),   # ms; finds one that vanished with data in flight.
+    #                                                     At 2 s a live but slow reader was cut off.
+    (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 256 * 1024),  # control overtakes ranges in our queue, not below it
+)
 
 
 class Plain:
@@ -604,7 +582,10 @@ class Plain:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        _tune(sock)
+        sock.settimeout(None)
+        for level, option, setting in _TUNING:
+            with contextlib.suppress(OSError, AttributeError):
+                sock.setsockopt(level, getattr(socket, option), setting)
 
     def send(self, buffers: Sequence[Any]) -> int:
         """Send what fits now; return how many bytes went, 0 if the kernel's buffer is full."""
@@ -633,23 +614,6 @@ class Plain:
         self.sock.close()
 
 
-def _tune(sock: socket.socket) -> None:
-    """Set what makes latency low and a dead peer noticed; each is optional, as platforms differ."""
-    sock.settimeout(None)
-    for level, option, setting in (
-        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
-        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),         # finds an idle peer that vanished: 5 s + 3 probes
-        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 5),
-        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 2),
-        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
-        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 30_000),   # ms; finds one that vanished with data in flight.
-        #                                                     At 2 s a live but slow reader was cut off.
-        (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 256 * 1024),  # control overtakes ranges in our queue, not below it
-    ):
-        with contextlib.suppress(OSError, AttributeError):
-            sock.setsockopt(level, getattr(socket, option), setting)
-
-
 class Connection:
     """Framed, authenticated messages over one socket.
 
@@ -662,19 +626,18 @@ class Connection:
 
     def __init__(self, seam: Plain, send_key: bytes, receive_key: bytes, remote: str) -> None:
         self.remote = remote                    # the other end's role, proven by the handshake
-        self.bytes_sent = self.bytes_received = 0
-        self.destination: Callable[[Message, int], memoryview | None] = lambda message, size: None    # of a range
+        self.closed = False                     # by either side; written under _lock
+        # where the body of a range belongs, of that many bytes
+        self.destination: Callable[[Message, int], memoryview] = lambda message, size: memoryview(bytearray(size))
         self._seam = seam
         # the outbox and the role; all guarded by _lock
         self._lock = threading.Lock()
         self._control: collections.deque[Message] = collections.deque()
         self._ranges: collections.deque[Message] = collections.deque()      # control messages overtake these
         self._writing = False                   # somebody holds the writer role
-        self._closed = False
         self._disposed = False                  # the receiver is gone: who gives the role back closes the descriptor
         self._writer: threading.Thread | None = None
-        self._passed = False                    # the role is on its way to the writer thread
-        self._handed = threading.Semaphore(0)   # released when it is, and at the end
+        self._handed: queue.SimpleQueue[bool] = queue.SimpleQueue()     # True: the role, to the writer; False: the end
         # only for the holder of the writer role
         self._send_key = send_key
         self._send_number = 0
@@ -694,30 +657,17 @@ class Connection:
             for message in messages:
                 (self._ranges if message[0] == "range" else self._control).append(message)
 
-    def flush(self) -> None:
-        """Write what waits, as far as it goes without blocking; the writer thread does the rest."""
-        if self._take_role():
-            self._write(BORROWED_FRAMES)
+    def flush(self, frames: int = BORROWED_FRAMES) -> None:
+        """Write up to `frames` frames of what waits, without blocking; the writer thread does the rest."""
+        with self._lock:
+            if self._writing or self.closed or not (self._control or self._ranges):
+                return
+            self._writing = True
+        self._write(frames)
 
     def hand_over(self) -> None:
         """Let the writer thread write what waits: for a thread that goes on producing, so that batches grow."""
-        if self._take_role():
-            self._pass_role_on()
-
-    def _take_role(self) -> bool:
-        with self._lock:
-            if self._writing or self._closed or not (self._control or self._ranges):
-                return False
-            self._writing = True
-            return True
-
-    def _pass_role_on(self) -> None:
-        self.start_writer()
-        with self._lock:
-            if not self._closed:        # else the writer thread may be gone already
-                self._passed = True
-                return self._handed.release()
-        self._fail()
+        self.flush(0)
 
     def start_writer(self) -> None:
         """Start the writer thread; early where it may be needed at interpreter shutdown, when none can start."""
@@ -725,43 +675,42 @@ class Connection:
             self._writer = threading.Thread(target=self._write_on, name=f"minipool-{self.remote}-writer", daemon=True)
             self._writer.start()
 
+    def _write_on(self) -> None:
+        """The writer thread: whenever it is handed the role, write until nothing waits."""
+        while self._handed.get():
+            self._write(sys.maxsize)
+
     def _write(self, frames: int) -> None:
         """Write up to `frames` frames; the caller holds the role and has not got it afterwards."""
         try:
-            while self._rest or self._next_frame():
-                if not self._push() or not (frames := frames - 1):
-                    return self._pass_role_on()
-        except OSError as error:
-            log.debug("writing to the %s failed: %s", self.remote, error)
-            self._fail()
-        except BaseException as error:      # a bug, or Ctrl-C: it must not leave a connection that looks alive
-            self._fail()
+            while frames:
+                if not (self._rest or self._next_frame()):
+                    return
+                if self._push():
+                    frames -= 1
+                elif threading.current_thread() is self._writer:
+                    self._seam.poll(select.POLLOUT, 60)
+                else:
+                    break
+            self.start_writer()
+            with self._lock:
+                if self.closed:             # the writer thread may be gone already
+                    raise ConnectionError("it was closed meanwhile")
+                self._handed.put(True)
+        except BaseException as error:      # also a bug, or Ctrl-C: it must not leave a connection that looks alive
+            self.close()
+            self._rest = []
+            self._next_frame()              # gives the role back
             if not isinstance(error, Exception):
                 raise
-            log.exception("a frame to the %s cannot be written", self.remote)   # the borrowed thread is not to blame
-
-    def _write_on(self) -> None:
-        """The writer thread: whenever it is handed the role, write until nothing waits."""
-        while self._handed.acquire() and self._passed:
-            self._passed = False
-            try:
-                while self._rest or self._next_frame():
-                    while not self._push():
-                        self._seam.poll(select.POLLOUT, 60)
-            except Exception as error:
-                log.log(logging.DEBUG if isinstance(error, OSError) else logging.ERROR,
-                        "writing to the %s failed: %s", self.remote, error)
-                self._fail()
-
-    def _fail(self) -> None:
-        self.close()
-        self._rest = []
-        self._next_frame()          # gives the role back
+            broken = isinstance(error, OSError)     # if not, the borrowed thread is not to blame: tell the log
+            log.log(logging.DEBUG if broken else logging.ERROR, "writing to the %s failed: %s", self.remote, error,
+                    exc_info=not broken)
 
     def _next_frame(self) -> bool:
         """Encode the next frame into `_rest`; give the role back if nothing waits, or never will."""
         with self._lock:
-            if self._closed or not (self._control or self._ranges):
+            if self.closed or not (self._control or self._ranges):
                 self._writing = False
                 if self._disposed:
                     self._seam.close()
@@ -797,7 +746,6 @@ class Connection:
             sent = self._seam.send(self._rest)
             if not sent:
                 return False
-            self.bytes_sent += sent
             while self._rest and sent >= len(self._rest[0]):
                 sent -= len(self._rest.pop(0))
             if sent:
@@ -828,7 +776,9 @@ class Connection:
             return messages
         if len(messages) != 1 or messages[0][0] != "range":
             raise Malformed("only a range has a body")
-        return [(*messages[0], self._receive_body(messages[0], body_size))]
+        body = self.destination(messages[0], body_size)
+        self._fill(body)
+        return [(*messages[0], body)]
 
     def has_input(self, seconds: float) -> bool:
         """Wait up to `seconds` for bytes; True if a receive() would find some."""
@@ -846,26 +796,17 @@ class Connection:
         count = self._seam.receive_into(view)
         if not count:
             raise EOFError
-        self.bytes_received += count
         return count
 
-    def _receive_body(self, message: Message, size: int) -> memoryview:
-        """Receive a range's bytes where they will stay, if anybody here waits for them."""
-        target = self.destination(message, size)
-        view = memoryview(bytearray(size)) if target is None else target
-        have = min(size, len(self._pending))
+    def _fill(self, view: memoryview) -> None:
+        """Receive a range's bytes where they will stay."""
+        have = min(len(view), len(self._pending))
         view[:have] = self._pending[:have]
         del self._pending[:have]
-        while have < size:
+        while have < len(view):
             have += self._receive_into(view[have:])
-        return view
 
     # ---- ending ----
-
-    @property
-    def closed(self) -> bool:
-        """True once either side ended it."""
-        return self._closed
 
     @property
     def waiting(self) -> int:
@@ -875,13 +816,13 @@ class Connection:
     def close(self) -> None:
         """End the connection; its threads wake. The descriptor goes when nobody can be using it any more."""
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return
-            self._closed = True
+            self.closed = True
             self._control.clear()
             self._ranges.clear()
             self._seam.shutdown()
-        self._handed.release()
+        self._handed.put(False)
 
     def dispose(self) -> None:
         """Close, called by the receiving thread when it has finished: nobody reads from the descriptor any more."""
@@ -893,29 +834,26 @@ class Connection:
 
     def abandon(self) -> None:
         """Close the descriptor without a word to the other end: for the child of a fork, whose socket it is not."""
-        self._closed = True
+        self.closed = True
         with contextlib.suppress(OSError):
             os.close(self._seam.sock.detach())
 
 
 def parse_address(address: str, default_port: int = DEFAULT_PORT) -> tuple[str, int]:
     """Split "host", "host:port", "[::1]:port" or "::1" into host and port; raise ValueError otherwise."""
-    text = address.strip()
-    if "://" in text:
-        raise ValueError(f"{address!r} is a URL; an address is host or host:port")
-    host, port = text, ""
-    if text.startswith("["):
-        host, bracket, port = text[1:].partition("]")
+    host, port = address.strip(), ""
+    if host.startswith("["):
+        host, bracket, port = host[1:].partition("]")
         host, port = host if bracket else "", port.removeprefix(":")
-    elif text.count(":") == 1:
-        host, _, port = text.partition(":")
+    elif host.count(":") == 1:
+        host, _, port = host.partition(":")
     if ":" in host:
         try:
             socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
         except OSError:
             host = ""
     if not host or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
-        raise ValueError(f"{address!r} is not an address: expected host or host:port")
+        raise ValueError(f"{address!r} is not an address: expected host or host:port, and no URL")
     return host, int(port or default_port)
 
 
@@ -935,33 +873,26 @@ class Blob:
         """Return `length` bytes from `offset` on; a view where they lie in one buffer."""
         found = []
         for part in self.parts:
-            if offset < len(part):
-                found.append(part[offset:offset + length])
-                length -= len(found[-1])
-                offset = 0
-                if not length:
-                    break
-            else:
-                offset -= len(part)
+            piece = part[offset:offset + length]
+            if len(piece):
+                found.append(piece)
+            length -= len(piece)
+            offset = max(0, offset - len(part))
         return found[0] if len(found) == 1 else b"".join(found)
 
 
 class Pull:
     """A large value on its way here: where its bytes go, and which of its ranges are still missing."""
 
-    def __init__(self, name: Name, size: int, done: Callable[[Any], None]) -> None:
-        self.name, self.size, self.done = name, size, done     # done(buffer), or done(None): nobody holds it
+    def __init__(self, size: int, done: Callable[[Any], None]) -> None:
+        self.size, self.done = size, done       # done(buffer), or done(None): nobody holds it
         self.buffer = bytearray(size)
         self.wanted = collections.deque(range(0, max(1, size), RANGE))  # offsets not asked for
-        self.asked: set[int] = set()                            # offsets asked for and not here
-        self.spoiled: collections.Counter[int] = collections.Counter()      # digests that did not match, by offset
+        self.spoiled: collections.Counter[int] = collections.Counter()  # digests that did not match, by offset
 
     def length(self, offset: int) -> int:
         """Return the length of the range at `offset`."""
         return min(RANGE, self.size - offset)
-
-
-PULLS_IN_FLIGHT = 2     # ranges asked for and unanswered, over all pulls of a connection: bounds the server's memory
 
 
 class Peer:
@@ -983,10 +914,11 @@ class Peer:
         self.instance = b""                                 # which life of the server we talk to
         self.trouble: BaseException | None = None           # why there is no connection
         self.lost_at: float | None = time.monotonic()       # since when; None while connected
+        self._failures = 0                                  # dials since the server last said something
         self.values: dict[Name, Blob] = {}                  # large values that others may pull; guarded by lock
         self._announce, self._on_batch, self._on_lost, self._on_idle = announce, on_batch, on_lost, on_idle
-        self._pulls: dict[Name, Pull] = {}                  # guarded by lock
-        self._in_flight = 0                                 # ranges asked for; guarded by lock
+        self._pulls: dict[Name, Pull] = {}                  # guarded by lock, as is
+        self._asked: list[tuple[Name, int]] = []            # which ranges are on their way: name, offset
         self._stopping = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"minipool-{name or role}-io", daemon=True)
 
@@ -1021,28 +953,21 @@ class Peer:
     # ---- the I/O thread ----
 
     def _run(self) -> None:
-        failures = 0
         while not self._stopping.is_set():
+            self._failures += 1                         # until the server has said something
             try:
-                connection = self._dial()
+                self._serve(self._dial())
+            except EOFError:
+                self.trouble = ConnectionError("the server closed the connection")
             except (OSError, UnicodeError, MinipoolError) as error:     # UnicodeError: no host can be called so
                 self.trouble = error
-                failures += 1
-                self._on_lost()
-                # full jitter, so that a thousand peers do not return at once; the cap keeps a restart short
-                self._stopping.wait(random.uniform(0, min(3.0, 0.1 * 2 ** min(failures, 6))))
-                continue
-            failures, began = 0, time.monotonic()
-            try:
-                self._serve(connection)
-            except (OSError, EOFError, Malformed) as error:
-                self.trouble = error if not isinstance(error, EOFError) else ConnectionError("the server closed")
             except Exception as error:                  # a bug of ours: log it, go on with a fresh connection
                 log.exception("minipool: the %s's I/O thread stumbled", self.role)
                 self.trouble = error
-            self._lose(connection)
-            if time.monotonic() - began < 1:            # turned away at once, as by a full server: do not storm it
-                self._stopping.wait(random.uniform(0, 1))
+            self._on_lost()
+            if self._failures:
+                # full jitter, so that a thousand peers do not return at once; the cap keeps a restart short
+                self._stopping.wait(random.uniform(0, min(3.0, 0.1 * 2 ** min(self._failures, 6))))
 
     def _dial(self) -> Connection:
         """Return an authenticated connection; tries every address of the host, resolved anew each time."""
@@ -1059,31 +984,30 @@ class Peer:
         return connection
 
     def _serve(self, connection: Connection) -> None:
-        with self.lock:
-            if self._stopping.is_set():
-                return connection.close()
-            connection.post(self._announce())
-            connection.post(self._ask_again())
-            self.connection, self.trouble, self.lost_at = connection, None, None
-            self._ask_more()                # what was wanted while there was no connection
-        connection.flush()
-        while True:
-            # the owner may hold small words back to ride on the next frame; after a quiet moment they go alone
-            while self._on_idle() and not connection.has_input(0.02):
-                connection.flush()
-            messages = connection.receive()
-            rest = [m for m in messages if m[0] not in ("pull", "range", "gone")]
-            if len(rest) != len(messages):
-                for message in messages:
-                    self._handle_range(connection, message)
-            if rest:
-                self._on_batch(rest)
-
-    def _lose(self, connection: Connection) -> None:
-        with self.lock:
-            self.connection, self.lost_at = None, time.monotonic()
-        connection.dispose()
-        self._on_lost()
+        """Announce, then hear until the connection is lost, which raises."""
+        try:
+            with self.lock:
+                if self._stopping.is_set():
+                    return
+                connection.post(self._announce())
+                self.connection, self.trouble, self.lost_at = connection, None, None
+                self._ask_more()            # what was wanted while there was no connection
+            connection.flush()
+            while True:
+                # the owner may hold small words back to ride on the next frame; after a quiet moment they go alone
+                while self._on_idle() and not connection.has_input(0.02):
+                    connection.flush()
+                rest = [message for message in connection.receive() if not self._handle_range(connection, message)]
+                self._failures = 0
+                if rest:
+                    self._on_batch(rest)
+        finally:
+            with self.lock:
+                self.connection, self.lost_at = None, time.monotonic()
+                for name, offset in self._asked:        # to be asked for again
+                    self._pulls[name].wanted.appendleft(offset)
+                self._asked.clear()
+            connection.dispose()
 
     # ---- large values ----
 
@@ -1092,89 +1016,76 @@ class Peer:
 
         The caller holds the lock, and flushes. Asking twice for a value that is on its way is asking once.
         """
-        if name in self._pulls:
-            return
-        self._pulls[name] = Pull(name, size, done)
-        self._ask_more()
+        if name not in self._pulls:
+            self._pulls[name] = Pull(size, done)
+            self._ask_more()
 
-    def forget_pull(self, name: Name) -> None:
+    def forget_pull(self, name: Name) -> Pull | None:
         """Stop wanting a value. The caller holds the lock."""
         pull = self._pulls.pop(name, None)
-        if pull:
-            self._in_flight -= len(pull.asked)
-            self._ask_more()
+        self._asked = [asked for asked in self._asked if asked[0] != name]
+        self._ask_more()
+        return pull
 
     def _ask_more(self) -> None:
         """Ask for ranges up to the bound, oldest pull first."""
-        if not self.connection:
-            return
-        for pull in self._pulls.values():
+        for name, pull in self._pulls.items():
             while pull.wanted:
-                if self._in_flight >= PULLS_IN_FLIGHT:
+                if not self.connection or len(self._asked) >= PULLS_IN_FLIGHT:
                     return
                 offset = pull.wanted.popleft()
-                pull.asked.add(offset)
-                self._in_flight += 1
-                self.connection.post([("pull", pull.name, offset, pull.length(offset))])
+                self._asked.append((name, offset))
+                self.connection.post([("pull", name, offset, pull.length(offset))])
 
-    def _ask_again(self) -> list[Message]:
-        """After a reconnection: what was asked for on the old connection is asked for again."""
-        return [("pull", pull.name, offset, pull.length(offset))
-                for pull in self._pulls.values() for offset in pull.asked]
-
-    def _destination(self, message: Message, size: int) -> memoryview | None:
-        """Return where the body of a range belongs."""
+    def _destination(self, message: Message, size: int) -> memoryview:
+        """Return where the body of a range belongs; if nobody here waits for it, somewhere."""
+        _, name, offset, _ = message
         with self.lock:
-            pull = self._pulls.get(message[1])
-            offset = message[2]
-            if pull is None or offset not in pull.asked or size != pull.length(offset):
-                return None
-            return memoryview(pull.buffer)[offset:offset + size]
+            if (name, offset) not in self._asked or size != self._pulls[name].length(offset):
+                return memoryview(bytearray(size))
+            return memoryview(self._pulls[name].buffer)[offset:offset + size]
 
-    def _handle_range(self, connection: Connection, message: Message) -> None:
+    def _handle_range(self, connection: Connection, message: Message) -> bool:
+        """Act on a message about large values; return False for any other."""
         if message[0] == "pull":
-            self._serve_range(connection, *message[1:])
+            connection.post([self._range(*message[1:])])
         elif message[0] == "range":
             self._take_range(*message[1:])
-            connection.flush()
         elif message[0] == "gone":
             with self.lock:
-                pull = self._pulls.get(message[1])
-                self.forget_pull(message[1])
-            connection.flush()
+                pull = self.forget_pull(message[1])
             if pull:
                 pull.done(None)
+        else:
+            return False
+        connection.flush()
+        return True
 
-    def _serve_range(self, connection: Connection, name: Name, offset: int, length: int) -> None:
+    def _range(self, name: Name, offset: int, length: int) -> Message:
         with self.lock:
             blob = self.values.get(name)
         if blob is None or offset + length > blob.size or length > RANGE:
-            connection.post([("gone", name)])
-        else:
-            body = blob.read(offset, length)
-            connection.post([("range", name, offset, hashlib.sha256(body).digest(), body)])
-        connection.flush()
+            return ("gone", name)
+        body = blob.read(offset, length)
+        return ("range", name, offset, hashlib.sha256(body).digest(), body)
 
     def _take_range(self, name: Name, offset: int, digest: bytes, body: Any = b"") -> None:
         """Check an arrived range; a spoiled one is asked for again, three times, then the value counts as lost."""
         intact = hashlib.sha256(body).digest() == digest
         with self.lock:
-            pull = self._pulls.get(name)
-            if pull is None or offset not in pull.asked:
+            if (name, offset) not in self._asked:
                 return
-            intact = intact and len(body) == pull.length(offset)
-            pull.asked.discard(offset)
-            self._in_flight -= 1
-            if not intact:
+            self._asked.remove((name, offset))
+            pull = self._pulls[name]
+            if not intact or len(body) != pull.length(offset):
                 pull.spoiled[offset] += 1
                 pull.wanted.appendleft(offset)
             lost = pull.spoiled[offset] > 3
-            if lost:
+            finished = not pull.wanted and all(asked != name for asked, _ in self._asked)
+            if lost or finished:
                 self.forget_pull(name)
-            finished = not lost and not pull.wanted and not pull.asked
-            if finished:
-                del self._pulls[name]
-            self._ask_more()
+            else:
+                self._ask_more()
         if lost or finished:
             pull.done(None if lost else pull.buffer)
 
@@ -1206,7 +1117,7 @@ LEGAL = {
     State.WAITING: {State.READY, State.RUNNING, State.FAILED, State.CANCELLED},     # running: adopted after a restart
     State.READY: {State.WAITING, State.RUNNING, State.DONE, State.FAILED, State.CANCELLED},
     State.RUNNING: {State.WAITING, State.READY, State.DONE, State.FAILED, State.CANCELLED},
-    State.DONE: set(), State.FAILED: {State.DONE}, State.CANCELLED: set(),
+    State.DONE: set(), State.FAILED: {State.DONE, State.CANCELLED}, State.CANCELLED: set(),
 }       # ready -> done: delivered just before its holder was lost; failed -> done: its client has the sentence
 
 T_DEAD = 15.0           # seconds without a byte from any connection of a host: the host is dead
@@ -1220,6 +1131,7 @@ T_STALL = 0.05          # seconds without a finished job after which a window is
 SHORT = 0.005           # seconds; jobs of a function that measures shorter are streamed
 WINDOW_SECONDS = 0.01   # of estimated work that may lie in a worker's inbox
 WINDOW_JOBS = 256       # at most; so no job is estimated shorter than WINDOW_SECONDS / WINDOW_JOBS
+FOREVER = float("inf")  # a time that never comes
 LONG = 1e9              # the estimate of a function not known to be short: nothing else fits beside it
 CREDIT_JOBS = 4096      # jobs a session may have at the server; the rest waits at the client, so memory is constant
 
@@ -1228,7 +1140,7 @@ class Job:
     """One call: what to run, where it stands, and who has it."""
     __slots__ = ("session", "number", "sequence", "fn", "payload", "log", "name", "priority", "on", "soft", "retries",
                  "max_deaths", "state", "token", "worker", "estimate", "attempts", "deaths", "delivering", "begun",
-                 "queued", "killed", "verdict", "history")
+                 "killed", "verdict", "history")
 
     def __init__(self, session: Session, number: int, sequence: int) -> None:
         self.session, self.number = session, number
@@ -1250,20 +1162,28 @@ class Job:
         self.attempts = self.deaths = 0
         self.delivering = False             # finished, and its client has not said that it has the outcome
         self.begun = False                  # the worker said that user code runs
-        self.queued = False                 # has an entry in its queue's heap
         self.killed = ""                    # the reason, once a kill was asked for
         self.verdict: tuple[Any, ...] | None = None     # the outcome of a job that failed without a worker's word
         self.history: list[str] = []        # the last states, for story()
 
 
-class Session:
-    """A client: what it sent, and how long it is waited for."""
+class Member:
+    """What dials the server: a client's Session, a Worker, a Node."""
+    grace = T_GONE                                  # seconds that it may stay away
 
     def __init__(self, id: bytes) -> None:
-        self.id = id
-        self.peer: Any = None
-        self.lost_at: float | None = None           # without a connection since then
-        self.name = ""
+        self.id, self.name = id, ""
+        self.peer: Any = None                       # its connection
+        self.lost_at = FOREVER                      # when it lost that; FOREVER while it has one, and after its end
+        self.asked: dict[tuple[Name, int, int], list[Any]] = {}     # ranges asked of it, and by which peers
+
+
+class Session(Member):
+    """A client: what it sent, and how long it is waited for."""
+    grace = T_LEASE
+
+    def __init__(self, id: bytes) -> None:
+        super().__init__(id)
         self.limit: int | None = None               # max_workers
         self.jobs: dict[int, Job] = {}              # all whose outcome it has not said to have
         self.objects: dict[Name, tuple[int, bytes | None]] = {}     # functions and log entries: size, bytes if small
@@ -1273,19 +1193,15 @@ class Session:
         self.tried: dict[Worker, None] = {}         # workers that were sent something of it
         self.unfit: dict[Worker, Value] = {}        # those on which its log raised, and what
         self.broken: Value | None = None            # the exception that broke it
-        self.queues: dict[Any, Queue] = {}
         self.estimates: dict[Name, float] = {}      # seconds, of functions that measure short
-        self.asked: dict[tuple[Name, int, int], list[Any]] = {}     # ranges asked of it, and by which peers
 
 
-class Worker:
+class Worker(Member):
     """One process, one device."""
 
     def __init__(self, id: bytes, node: Node) -> None:
-        self.id, self.node = id, node
-        self.peer: Any = None
-        self.lost_at: float | None = None
-        self.name = self.device = ""
+        super().__init__(id)
+        self.node, self.device = node, ""
         self.pid = self.finished = 0
         self.tags: frozenset[str] = frozenset()     # all that `on` can name: worker, node, tags
         self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: one that nobody wants
@@ -1299,18 +1215,14 @@ class Worker:
         self.recalled: list[int] = []               # asked back, not answered yet
         self.recall_at = 0.0
         self.watched = False                        # a timer looks after its window
-        self.draining = False
-        self.asked: dict[tuple[Name, int, int], list[Any]] = {}
 
 
-class Node:
+class Node(Member):
     """A host's supervisor: it owns death, and vouches for its workers."""
 
-    def __init__(self, id: bytes, name: str) -> None:
-        self.id, self.name = id, name
-        self.peer: Any = None
-        self.lost_at: float | None = None
-        self.heard_at = 0.0                         # a byte from any connection of the host
+    def __init__(self, id: bytes, now: float) -> None:
+        super().__init__(id)
+        self.heard_at = now                         # a byte from any connection of the host
         self.workers: dict[bytes, Worker] = {}
         self.dead: dict[bytes, bytes] = {}          # newest generation of each slot that is known to be dead
         self.info: dict[str, Any] = {}
@@ -1332,8 +1244,11 @@ class Queue:
 
     def __init__(self, session: Session, selection: Selection, soft: bool) -> None:
         self.session, self.selection, self.soft = session, selection, soft
-        self.heap: list[tuple[float, int, Job]] = []
-        self.dead = 0                           # entries of jobs that are not ready any more
+        self.heap: list[tuple[float, int, Job]] = []    # with entries of jobs that are not ready any more
+        self.dead = 0                           # so many of them
+
+
+Turn = tuple[float, int, int, Job, Worker, Queue]       # sorts by priority, load of the session, arrival
 
 
 class Actions(NamedTuple):
@@ -1355,27 +1270,19 @@ class Scheduler:
         self.counters: collections.Counter[str] = collections.Counter()     # lifetime: accepted, delivered, ...
         self._peers: dict[Any, Session | Worker | Node] = {}
         self._token = first_token       # the server's start in microseconds: later lives never repeat one
-        self._sequence = 0
-        self._queues: dict[Any, Queue] = {}             # those with entries
-        self._selections: dict[Any, Selection] = {}
+        self._order = itertools.count()                 # of arrival: it breaks ties of jobs, and of timers
+        self._queues: dict[tuple[Session, frozenset[str] | None, bool], Queue] = {}     # those with entries
+        self._selections: dict[frozenset[str] | None, Selection] = {}
         self._everybody = self._select(None)
         self._adopting = adopting
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
-        self._again: list[Job] = []                     # sent again: they wait for a worker that has them
         self._expected_workers = 0                      # as many as any returning client last saw
         self._timers: list[tuple[float, int, Callable[[Any, float], None], Any]] = []
-        self._timer_number = 0
         self._entered_at = now
         self._sends: dict[Any, list[Message]] = {}
         self._closes: list[Any] = []
-        self._handlers = {
-            "client": self._client, "node": self._node, "worker": self._worker, "bye": self._bye,
-            "beat": self._beat, "put": self._put, "drop": self._drop, "submit": self._submit,
-            "started": self._started, "finished": self._finished, "delivered": self._delivered,
-            "cancel": self._cancel, "recalled": self._recalled, "kill": self._kill, "over": self._over,
-            "died": self._died, "retire": self._retire, "log": self._log, "unfit": self._unfit, "pull": self._pull,
-            "range": self._range, "gone": self._gone, "ask": self._ask,
-        }
+        # the method that takes a message is named after it: "submit" goes to _submit
+        self._handlers = {k: getattr(self, f"_{k}") for k, line in CATALOGUE.items() if line.senders - {"server"}}
         if adopting:
             self._arm(now + T_ADOPT, self._end_adoption, None)
 
@@ -1394,24 +1301,18 @@ class Scheduler:
                 raise Malformed("only the first message is an announcement")
             self._handlers[message[0]](known or peer, now, *message[1:])
             known = self._peers.get(peer)
-        self._dispatch(now)
-        return self._take_actions()
+        return self._take_actions(now)
 
     def disconnected(self, peer: Any, now: float) -> Actions:
         """Advance on the loss of a connection. What hung on it is kept for a grace: losing one is harmless."""
         self._enter(now)
-        gone = self._peers.pop(peer, None)
-        if gone is not None and gone.peer == peer:
-            gone.peer, gone.lost_at = None, now
-            if isinstance(gone, Session):
-                self._arm(now + T_LEASE, self._expire, gone)
-            elif isinstance(gone, Worker):
-                self._refresh(gone)
-                self._arm(now + T_GONE, self._give_up_worker, gone)
-            else:
-                self._arm(now + T_GONE, self._give_up_node, gone)
-        self._dispatch(now)
-        return self._take_actions()
+        member = self._peers.pop(peer, None)
+        if member is not None:
+            member.peer = None
+            self._await(member, now)
+            if isinstance(member, Worker):
+                self._refresh(member)
+        return self._take_actions(now)
 
     def tick(self, now: float) -> Actions:
         """Advance on time alone; call it when `deadline` has come."""
@@ -1419,8 +1320,7 @@ class Scheduler:
         while self._timers and self._timers[0][0] <= now:
             _, _, step, about = heapq.heappop(self._timers)
             step(about, now)
-        self._dispatch(now)
-        return self._take_actions()
+        return self._take_actions(now)
 
     @property
     def deadline(self) -> float | None:
@@ -1434,7 +1334,8 @@ class Scheduler:
                 node.heard_at = now
         self._entered_at = max(now, self._entered_at)
 
-    def _take_actions(self) -> Actions:
+    def _take_actions(self, now: float) -> Actions:
+        self._dispatch(now)
         actions = Actions(self._sends, self._closes)
         self._sends, self._closes = {}, []
         return actions
@@ -1451,14 +1352,15 @@ class Scheduler:
 
         It compares `now` with the very sum it was armed with: (a + b) - a can be less than b.
         """
-        self._timer_number += 1
-        heapq.heappush(self._timers, (when, self._timer_number, step, about))
+        heapq.heappush(self._timers, (when, next(self._order), step, about))
 
     def _move(self, job: Job, state: str) -> None:
-        """Change a job's state, if the table allows it."""
+        """Change a job's state, if the table allows it. Who leaves a queue by another way than its head is buried."""
         if state not in LEGAL[job.state]:
             raise AssertionError(f"job {job.number} cannot go from {job.state} to {state}: {self.story(job)}")
-        job.state = state
+        was, job.state = job.state, state
+        if was == State.READY and state != State.RUNNING:
+            self._bury(job)
         job.history.append(state)
         if len(job.history) > 12:
             del job.history[:6]
@@ -1467,21 +1369,18 @@ class Scheduler:
 
     def _client(self, peer: Any, now: float, info: dict[str, Any], jobs: list[int]) -> None:
         """Admit a client, and reconcile: what it does not list it does not want, what we do not know it sends."""
-        held = dict.fromkeys(numbers_in(jobs))
+        held = dict.fromkeys(jobs)
         session = self._session(info["session"], now)
-        self._attach(session, peer)
         session.name, session.limit = info["name"], info["max_workers"]
         self._expected_workers = max(self._expected_workers, info["workers_seen"])
-        self._send(peer, ("welcome", {"log": len(session.log), "max_value": self.max_value,
-                                      "workers": self._worker_list(), "credit": self._credit()}))
-        for number in [n for n in session.jobs if n not in held]:
-            self._release(session, number)
+        self._admit(session, peer, {"log": len(session.log), "max_value": self.max_value,
+                                    "workers": self._worker_list(), "credit": self._credit()})
+        self._release(session, [n for n in session.jobs if n not in held])
         for number in held:
             self._tell_client_again(session.jobs.get(number) or self._new_job(session, number))
         self._send(peer, ("missing", [n for n in held if session.jobs[n].payload is None]))
         if session.broken is not None:
             self._send(peer, ("broken", session.broken))
-        self._ask_owner_again(session)
         self._maybe_end_adoption(now)
 
     def _session(self, id: bytes, now: float) -> Session:
@@ -1489,14 +1388,12 @@ class Scheduler:
         session = self.sessions.get(id)
         if session is None:
             session = self.sessions[id] = Session(id)
-            session.lost_at = now
-            self._arm(now + T_LEASE, self._expire, session)
+            self._await(session, now)
         return session
 
     def _new_job(self, session: Session, number: int) -> Job:
-        self._sequence += 1
         self.counters["accepted"] += 1
-        session.jobs[number] = job = Job(session, number, self._sequence)
+        session.jobs[number] = job = Job(session, number, next(self._order))
         return job
 
     def _tell_client_again(self, job: Job) -> None:
@@ -1511,19 +1408,19 @@ class Scheduler:
     def _node(self, peer: Any, now: float, info: dict[str, Any]) -> None:
         """Admit a node; a name that another host has gets a suffix."""
         node = self.nodes.get(info["id"]) or self._new_node(info["id"], info["name"], now)
-        self._attach(node, peer)
         node.info, node.heard_at = info, now
-        self._send(peer, ("welcome", {"name": node.name}))
+        self._admit(node, peer, {"name": node.name})
         for worker in node.workers.values():
             for job in worker.inbox.values():
-                if job is not None and job.killed and job.state == State.RUNNING:
-                    self._send(peer, ("kill", [job.token], job.killed))     # the old connection may have lost it
+                if job is not None and job.killed:
+                    self._kill_attempt(job, now)        # the old connection may have lost the word
 
     def _new_node(self, id: bytes, name: str, now: float) -> Node:
         taken = {node.name for node in self.nodes.values()}
         names = itertools.chain([name or "node"], (f"{name}~{i}" for i in itertools.count(2)))
-        node = self.nodes[id] = Node(id, next(n for n in names if n not in taken))
-        node.heard_at = node.lost_at = now
+        node = self.nodes[id] = Node(id, now)
+        node.name = next(name for name in names if name not in taken)
+        self._await(node, now)
         self._arm(now + T_BEAT, self._exchange_beats, node)
         return node
 
@@ -1537,112 +1434,94 @@ class Scheduler:
             self._send(peer, ("refuse", "ServerLost", "this process is dead to the pool"))
             return self._closes.append(peer)        # its last words, read after its death was told
         worker = worker or self._new_worker(node, info, now)
-        self._attach(worker, peer)
         worker.has, worker.positions = set(info["has"]), dict(info["positions"])
         worker.recalled, worker.acks = [], []
         for session_id in worker.positions:
             self._session(session_id, now).tried[worker] = None
-        self._send(peer, ("welcome", {"name": worker.name, "node_name": node.name, "max_value": self.max_value}))
+        self._admit(worker, peer, {"name": worker.name, "node_name": node.name, "max_value": self.max_value})
         self._reconcile(worker, {token: (name, kind) for token, name, kind in attempts}, now)
-        self._ask_owner_again(worker)
         self._refresh(worker)
         self._guard_window(worker, now)
         self._tell_clients()
         self._maybe_end_adoption(now)
 
     def _new_worker(self, node: Node, info: dict[str, Any], now: float) -> Worker:
+        slot, generation = info["id"][:16], info["id"][16:]
+        for older in [id for id in node.workers if id[:16] == slot and id[16:] < generation]:
+            self._died(node, now, older, None, {"what": "was replaced by a newer process"})
         worker = self.workers[info["id"]] = node.workers[info["id"]] = Worker(info["id"], node)
-        slot, generation = worker.id[:16], worker.id[16:]
-        for older in [w for w in node.workers.values() if w.id[:16] == slot and w.id[16:] < generation]:
-            node.dead[slot] = older.id[16:]         # a newer process of the same slot means that it is
-            self._lose(older, now, None, {"what": "was replaced by a newer process"})
         worker.device, worker.pid, worker.name = info["device"], info["pid"], f"{node.name}-{info['slot']}"
         worker.tags = frozenset([worker.name, node.name, *info["tags"]])
         for selection in self._selections.values():
             self._enlist(worker, selection)
         return worker
 
-    def _attach(self, owner: Session | Worker | Node, peer: Any) -> None:
-        """Make `peer` the connection of `owner`; an older one is superseded and what it still says is ignored."""
-        if owner.peer is not None and owner.peer != peer:
-            self._peers.pop(owner.peer, None)
-            self._closes.append(owner.peer)
-        owner.peer, owner.lost_at = peer, None
-        self._peers[peer] = owner
+    def _admit(self, member: Session | Worker | Node, peer: Any, welcome: dict[str, Any]) -> None:
+        """Make `peer` the connection of `member`. What it was asked over an older one it is asked again."""
+        self._detach(member)
+        member.peer = peer
+        self._peers[peer] = member
+        self._send(peer, ("welcome", welcome))
+        for name, offset, length in member.asked:
+            self._send(peer, ("pull", name, offset, length))
+
+    def _detach(self, member: Member) -> None:
+        """Close the connection of a member, if it has one; what still comes over it is ignored."""
+        member.lost_at = FOREVER
+        if member.peer is not None:
+            del self._peers[member.peer]
+            self._closes.append(member.peer)
+            member.peer = None
+
+    def _await(self, member: Session | Worker | Node, now: float) -> None:
+        """Give a member without a connection its grace to come back."""
+        member.lost_at = now
+        self._arm(now + member.grace, self._give_up, member)
 
     def _reconcile(self, worker: Worker, listed: dict[int, tuple[Name, str]], now: float) -> None:
         """Settle what a worker holds: assigned but unlisted goes back, listed but unassigned is adopted or dropped."""
-        for token, job in [*worker.inbox.items(), *worker.delivering.items()]:
-            if token not in listed:
-                self._unassign(worker, token)
-                self._put_back_if_current(job, token, now)
+        self._take_back(worker, [t for t in (*worker.inbox, *worker.delivering) if t not in listed], now)
         resend, forget = [], []
         for token, (name, kind) in listed.items():
             self._token = max(self._token, token)
-            job = self._find_or_wait(name, kind, now)
-            if job is not None and kind != "inbox" and job.state == State.WAITING:
+            session = self._session(name[0], now)
+            job = session.jobs.get(name[1])
+            if kind != "inbox" and job is None and session.peer is None:
+                job = self._new_job(session, name[1])       # its client is not back yet
+            if kind != "inbox" and job is not None and job.state == State.WAITING:
                 self._adopt(job, worker, token)
-            if job is not None and job.worker is worker and self._is_current(job, token):
-                if kind == "outcome":
-                    resend.append(token)    # it comes by the usual way: it may be one that wants a retry
-            elif kind == "begun":           # it cannot be taken back, and what comes of it is stale
+            if self._current(worker, token) is None:
                 self._unassign(worker, token)
-                worker.inbox[token] = None
-            else:
-                self._unassign(worker, token)
-                forget.append(token)
+                if kind == "begun":         # it cannot be taken back, and what comes of it is stale
+                    worker.inbox[token] = None
+                else:
+                    forget.append(token)
+            elif kind == "outcome":
+                resend.append(token)        # it comes by the usual way: it may be one that wants a retry
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
         self._send(worker.peer, ("resend", resend))
         self._send(worker.peer, ("forget", forget))
 
-    def _find_or_wait(self, name: Name, kind: str, now: float) -> Job | None:
-        """Return the job that a worker tells of; one whose client is not back yet is known from now on."""
-        session = self._session(name[0], now)
-        job = session.jobs.get(name[1])
-        if job is None and session.peer is None and kind != "inbox":
-            job = self._new_job(session, name[1])
-        return job
-
     def _adopt(self, job: Job, worker: Worker, token: int) -> None:
         """Take over an attempt that survived the server: the job is not run again."""
-        self._move(job, State.RUNNING)
-        job.token, job.worker, job.begun, job.attempts = token, worker, True, job.attempts + 1
-        job.estimate = LONG
         self._unassign(worker, token)       # as an attempt that nobody wanted
-        worker.inbox[token] = job
-        self._count_attempt(job, worker, 1)
+        self._place(job, worker, token, LONG)
+        job.begun = True
         self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
         self.counters["adopted"] += 1
 
-    @staticmethod
-    def _is_current(job: Job | None, token: int) -> bool:
-        """The fence: tell whether `token` is the attempt that counts; every other is stale."""
-        return job is not None and job.token == token and job.state == State.RUNNING
-
-    def _put_back_if_current(self, job: Job | None, token: int, now: float) -> None:
-        if job is not None and self._is_current(job, token):
-            self._put_back(job, now)
-
     def _maybe_end_adoption(self, now: float) -> None:
-        if self._adopting and self._expected_workers and self._connected_workers() >= self._expected_workers:
+        connected = sum(worker.peer is not None for worker in self.workers.values())
+        if self._adopting and self._expected_workers and connected >= self._expected_workers:
             self._end_adoption(None, now)
 
     def _end_adoption(self, _about: None, now: float) -> None:
-        """Whoever has one of the jobs has had the time to say so: the others run anew."""
+        """Whoever has one of the jobs that were sent again has had the time to say so: the others run anew."""
         self._adopting = False
-        waiting, self._again = self._again, []
-        for job in waiting:
-            if job.state == State.WAITING:
-                self._make_ready(job)
-
-    def _bye(self, who: Session | Worker | Node, now: float, reason: str) -> None:
-        """A planned end: nothing is waited for."""
-        if isinstance(who, Session):
-            self._end_session(who, now)
-        elif isinstance(who, Worker):
-            self._lose(who, now, None, {"what": reason, "planned": True})
-        else:
-            self._lose_node(who, now, {"what": reason, "planned": True})
+        for session in self.sessions.values():
+            for job in session.jobs.values():
+                if job.state == State.WAITING and job.payload is not None:
+                    self._make_ready(job)
 
     # ---- jobs ----
 
@@ -1651,14 +1530,13 @@ class Scheduler:
 
     def _drop(self, session: Session, now: float, names: list[Any]) -> None:
         """Forget objects that nobody will ask for again, here and in the workers."""
-        for name in map(tuple, names):
+        for name in names:
             session.objects.pop(name, None)
             session.estimates.pop(name, None)
         for worker in session.tried:
-            had = [name for name in map(tuple, names) if name in worker.has]
+            had = [name for name in names if name in worker.has]
             worker.has.difference_update(had)
-            if had:
-                self._send(worker.peer, ("drop", had))
+            self._send(worker.peer, ("drop", had))
 
     def _submit(self, session: Session, now: float, number: int, fn: Name, payload: Value, log: int,
                 options: dict[str, Any] | None) -> None:
@@ -1672,11 +1550,8 @@ class Scheduler:
         job.priority, job.retries = options.get("priority", 0), options.get("retries", 0)
         job.max_deaths = options.get("max_deaths", 3)
         job.on, job.soft = frozenset(options["on"]) if options.get("on") else None, bool(options.get("soft"))
-        if job.state == State.WAITING:
-            if self._adopting and options.get("again"):
-                self._again.append(job)
-            else:
-                self._make_ready(job)
+        if job.state == State.WAITING and not (self._adopting and options.get("again")):
+            self._make_ready(job)
 
     def _make_ready(self, job: Job) -> None:
         """Put a job into the heap of its class; one that its client has still to send waits for that."""
@@ -1684,54 +1559,73 @@ class Scheduler:
         self._move(job, State.READY if job.payload is not None else State.WAITING)
         if job.payload is None:
             return
-        session, key = job.session, (job.on, job.soft)
-        found = session.queues.get(key)
+        key = job.session, job.on, job.soft
+        found = self._queues.get(key)
         if found is None:
-            found = session.queues[key] = Queue(session, self._select(job.on), job.soft)
+            found = self._queues[key] = Queue(job.session, self._select(job.on), job.soft)
             found.selection.users += 1
-        if not found.heap:
-            self._queues[session.id, key] = found
         heapq.heappush(found.heap, (-job.priority, job.sequence, job))
-        job.queued = True
+
+    def _bury(self, job: Job) -> None:
+        """Leave a dead entry to be skipped; sweep when most of a heap is dead."""
+        queue = self._queues[job.session, job.on, job.soft]
+        queue.dead += 1
+        if queue.dead > 64 and queue.dead > len(queue.heap) // 2:
+            queue.heap = [entry for entry in queue.heap if entry[2].state == State.READY]
+            heapq.heapify(queue.heap)
+            queue.dead = 0
+
+    def _take_back(self, worker: Worker, tokens: Iterable[int], now: float) -> None:
+        """Return attempts that a worker has not begun to the queue, uncharged."""
+        for token in tokens:
+            job = self._current(worker, token)
+            self._unassign(worker, token)
+            if job is not None:
+                self._put_back(job, now)
 
     def _put_back(self, job: Job, now: float, charged: bool = False, cause: dict[str, Any] | None = None) -> None:
         """Return a running job to the queue; a charge counts, and beyond max_deaths it is the end."""
-        lost = job.worker
-        if charged:
-            job.deaths += 1
+        job.deaths += charged
         if job.killed:
-            self._fail(job, KILLED, {**(cause or {}), "reason": job.killed}, lost)
+            self._fail(job, KILLED, {**(cause or {}), "reason": job.killed})
         elif charged and job.deaths > job.max_deaths:
-            self._fail(job, DIED, cause or {}, lost)
+            self._fail(job, DIED, cause or {})
         else:
             self._make_ready(job)
 
-    def _fail(self, job: Job, status: str, evidence: dict[str, Any], worker: Worker | None) -> None:
+    def _fail(self, job: Job, status: str, evidence: dict[str, Any]) -> None:
         """End a job without a worker's word; the verdict is kept until its client has it."""
         self._move(job, State.FAILED)
         job.delivering = False
         evidence = {**evidence, "job": job.name, "attempts": job.attempts, "deaths": job.deaths}
+        worker = job.worker
         if worker is not None:
             evidence.update(worker=worker.name, node=worker.node.name, device=worker.device)
         job.verdict = (status, evidence, worker.name if worker else "", job.attempts)
         self._send(job.session.peer, ("done", job.number, *job.verdict))
 
+    @staticmethod
+    def _current(worker: Worker, token: int) -> Job | None:
+        """The fence: return the job of a worker's attempt if that is the one that counts; every other is stale."""
+        job = worker.inbox.get(token) or worker.delivering.get(token)
+        return job if job is not None and job.state == State.RUNNING else None
+
     def _started(self, worker: Worker, now: float, token: int) -> None:
-        job = worker.inbox.get(token)
-        if job is not None and self._is_current(job, token):
+        job = self._current(worker, token)
+        if job is not None:
             job.begun = True
             self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
 
     def _finished(self, worker: Worker, now: float, token: int, status: str, value: Value, seconds: float,
                   retry: bool) -> None:
         """Take an outcome, if the attempt is current; a stale one is dropped here, in this one place."""
-        job = worker.inbox.get(token) or worker.delivering.get(token)
+        job = self._current(worker, token)
         if token in worker.inbox:
             worker.moved_at = now
             worker.finished += 1
             self._unassign(worker, token)
             self._refresh(worker)
-        if job is None or not self._is_current(job, token):
+        if job is None:
             return self._forget(worker, token)
         if not job.delivering:
             self._learn(job, seconds)
@@ -1744,41 +1638,24 @@ class Scheduler:
         self._send(job.session.peer, ("done", job.number, status, value, worker.name, job.attempts))
 
     def _delivered(self, session: Session, now: float, numbers: list[int]) -> None:
-        for number in numbers_in(numbers):
-            self._release(session, number)
+        self._release(session, numbers)
 
     def _cancel(self, session: Session, now: float, numbers: list[int]) -> None:
-        for number in numbers_in(numbers):
-            self._release(session, number, State.CANCELLED)
+        self._release(session, numbers, State.CANCELLED)
 
-    def _release(self, session: Session, number: int, state: str = State.DONE) -> None:
-        """Forget a job: its client has the outcome, or does not want one."""
-        job = session.jobs.pop(number, None)
-        if job is None:
-            return
-        if state == State.DONE and not (job.delivering or job.verdict or job.state == State.READY):
-            state = State.CANCELLED         # the client lists it no more, and it had not finished
-        self.counters["delivered" if state == State.DONE else "cancelled"] += 1
-        if job.queued:
-            self._bury(job)
-        if job.delivering and job.worker:
-            job.worker.delivering.pop(job.token, None)
-            self._forget(job.worker, job.token)
-        elif job.state == State.RUNNING and job.worker and job.token in job.worker.inbox:
-            self._send(job.worker.peer, ("recall", [job.token]))      # it keeps the slot until the worker answers
-        if job.state == State.FAILED:
-            state = State.DONE
-        self._move(job, state)
-
-    def _bury(self, job: Job) -> None:
-        """Leave a dead entry to be skipped; sweep when most of a heap is dead."""
-        queue = job.session.queues[job.on, job.soft]
-        queue.dead += 1
-        job.queued = False
-        if queue.dead > 64 and queue.dead > len(queue.heap) // 2:
-            queue.heap = [entry for entry in queue.heap if entry[2].queued]
-            heapq.heapify(queue.heap)
-            queue.dead = 0
+    def _release(self, session: Session, numbers: Iterable[int], state: str = State.DONE) -> None:
+        """Forget jobs: their client has the outcomes, or does not want them."""
+        for job in [session.jobs.pop(number) for number in numbers if number in session.jobs]:
+            # what had not finished was not delivered: its client lists it no more
+            ended = job.delivering or job.verdict or job.state == State.READY
+            end = state if ended else State.CANCELLED
+            self.counters["delivered" if end == State.DONE else "cancelled"] += 1
+            if job.delivering and job.worker:
+                del job.worker.delivering[job.token]
+                self._forget(job.worker, job.token)
+            elif job.state == State.RUNNING and job.worker:
+                self._send(job.worker.peer, ("recall", [job.token]))    # it keeps the slot until the worker answers
+            self._move(job, end)
 
     def _forget(self, worker: Worker, token: int) -> None:
         """Let a worker forget an outcome; the word rides on its next run, or goes now if it has nothing to do."""
@@ -1787,8 +1664,9 @@ class Scheduler:
             self._send_acks(worker)
 
     def _send_acks(self, worker: Worker) -> None:
-        self._send(worker.peer, ("forget", worker.acks))
-        worker.acks = []
+        if worker.acks:
+            self._send(worker.peer, ("forget", worker.acks))
+            worker.acks = []
 
     # ---- dispatch: heads of classes, in the order of priority, fairness, arrival ----
 
@@ -1798,52 +1676,53 @@ class Scheduler:
             self._send(worker.peer, ("bye", "nothing is left to do or to deliver"))
             self._lose(worker, now, None, {"what": "left", "planned": True})
         while self._queues and (self._everybody.idle or self._everybody.roomy):
-            best: tuple[float, int, int] | None = None
-            choice: tuple[Job, Worker, Queue] | None = None
-            for key, queue in list(self._queues.items()):
-                job = self._head(queue)
-                if job is None:
-                    self._retire_queue(key, queue)
-                    continue
-                rank = (-job.priority, queue.session.load, job.sequence)     # the session that has least goes first
-                if best is not None and rank >= best:
-                    continue
-                worker = self._room_for(job, queue)
-                if worker is not None:
-                    best, choice = rank, (job, worker, queue)
-            if choice is None:
+            turns = sorted(found for queue in list(self._queues.values()) if (found := self._turn(queue)))
+            if not turns:
                 return
-            job, worker, queue = choice
-            heapq.heappop(queue.heap)
-            job.queued = False
-            self._assign(job, worker, now)
+            turn: Turn | None = turns[0]
+            second = turns[1] if len(turns) > 1 else None
+            # meanwhile room only shrinks and loads only grow: whoever comes before the second as it was is the first
+            while turn and (second is None or turn < second):
+                *_, job, worker, queue = turn
+                heapq.heappop(queue.heap)
+                self._assign(job, worker, now)
+                turn = self._turn(queue)
+
+    def _turn(self, queue: Queue) -> Turn | None:
+        """Return when a queue's head has its turn, the session that has least going first, and who is to take it."""
+        job = self._head(queue)
+        if job is None:
+            self._retire_queue(queue)
+            return None
+        worker = self._room_for(job, queue)
+        return (-job.priority, queue.session.load, job.sequence, job, worker, queue) if worker else None
 
     def _head(self, queue: Queue) -> Job | None:
         heap = queue.heap
-        while heap and not heap[0][2].queued:
+        while heap and heap[0][2].state != State.READY:
             heapq.heappop(heap)
             queue.dead -= 1
         return heap[0][2] if heap else None
 
-    def _retire_queue(self, key: Any, queue: Queue) -> None:
+    def _retire_queue(self, queue: Queue) -> None:
         """Take an empty queue out of the dispatch, and its selection when nobody else looks there."""
-        del self._queues[key]
-        del queue.session.queues[key[1]]
-        queue.selection.users -= 1
-        if not queue.selection.users and queue.selection is not self._everybody:
-            del self._selections[queue.selection.on]
-            for worker in queue.selection.members:
-                worker.selections.remove(queue.selection)
+        selection = queue.selection
+        del self._queues[queue.session, selection.on, queue.soft]
+        selection.users -= 1
+        if not selection.users and selection is not self._everybody:
+            del self._selections[selection.on]
+            for worker in selection.members:
+                worker.selections.remove(selection)
 
     def _room_for(self, job: Job, queue: Queue) -> Worker | None:
         """Return the worker that should take a job now; None if no eligible one has room."""
-        selection = queue.selection
+        session, selection = queue.session, queue.selection
         if queue.soft and not selection.members:
             selection = self._everybody
-        session = queue.session
-        candidates = itertools.chain(selection.idle, selection.roomy if self._estimate(job) < LONG else ())
+        roomy = selection.roomy if self._estimate(job) < LONG else {}
+        candidates: Iterable[Worker] = itertools.chain(selection.idle, roomy)
         if session.limit is not None and len(session.workers) >= session.limit:
-            candidates = (w for w in candidates if w in session.workers)
+            candidates = (w for w in session.workers if w in roomy)     # its own, of which none is idle
         return next((w for w in candidates if w not in session.unfit), None)
 
     def _estimate(self, job: Job) -> float:
@@ -1854,32 +1733,20 @@ class Scheduler:
 
     def _learn(self, job: Job, seconds: float) -> None:
         """Update the estimate of a function; one long sample ends its streaming."""
-        estimates = job.session.estimates
-        if seconds > 2 * SHORT:
-            estimates.pop(job.fn, None)
-        else:
-            old = estimates.get(job.fn, seconds)
-            estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
-            if estimate < SHORT:
-                estimates[job.fn] = estimate
-            else:
-                estimates.pop(job.fn, None)
+        old = job.session.estimates.pop(job.fn, seconds)
+        estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
+        if estimate < SHORT and seconds <= 2 * SHORT:
+            job.session.estimates[job.fn] = estimate
 
     def _assign(self, job: Job, worker: Worker, now: float) -> None:
         """Begin an attempt: everything the worker lacks goes before the run, in the same frame."""
         self._token += 1
-        self._move(job, State.RUNNING)
-        job.token, job.worker, job.begun, job.attempts = self._token, worker, False, job.attempts + 1
-        job.estimate = self._estimate(job)
         if not worker.inbox:
             worker.moved_at = now
-        worker.inbox[job.token] = job
-        worker.load += job.estimate
-        self._count_attempt(job, worker, 1)
+        self._place(job, worker, self._token, self._estimate(job))
         self._refresh(worker)
         self._equip(worker, job)
-        if worker.acks:
-            self._send_acks(worker)
+        self._send_acks(worker)
         options: dict[str, Any] = {"name": job.name} if job.name else {}
         if job.attempts > 1:
             options["attempt"] = job.attempts
@@ -1892,31 +1759,29 @@ class Scheduler:
         self._guard_window(worker, now)
 
     def _equip(self, worker: Worker, job: Job) -> None:
-        """Send the function and the part of the session's log that this worker has not got."""
+        """Send the part of the session's log, and the function, that this worker has not got."""
         session = job.session
         position = worker.positions.get(session.id, 0)
-        for entry in range(position, min(job.log, len(session.log))):
-            name = session.log[entry]
-            self._give(worker, session, name)
-            self._send(worker.peer, ("log", session.id, entry, name))
-        worker.positions[session.id] = max(position, min(job.log, len(session.log)))
+        entries = session.log[position:job.log]
+        for number, name in enumerate([*entries, job.fn], position):
+            if name not in worker.has and name in session.objects:
+                worker.has.add(name)
+                self._send(worker.peer, ("put", name, *session.objects[name]))
+            if number < position + len(entries):
+                self._send(worker.peer, ("log", session.id, number, name))
+        worker.positions[session.id] = position + len(entries)
         session.tried[worker] = None
-        self._give(worker, session, job.fn)
 
-    def _give(self, worker: Worker, session: Session, name: Name) -> None:
-        if name not in worker.has and name in session.objects:
-            worker.has.add(name)
-            size, data = session.objects[name]
-            self._send(worker.peer, ("put", name, size, data))
-
-    def _count_attempt(self, job: Job, worker: Worker, change: int) -> None:
+    def _place(self, job: Job, worker: Worker, token: int, estimate: float) -> None:
+        """Put an attempt into a worker's inbox."""
+        self._move(job, State.RUNNING)
+        job.token, job.worker, job.estimate = token, worker, estimate
+        job.attempts += 1
+        worker.inbox[token] = job
+        worker.load += estimate
         session = job.session
-        session.load += change
-        count = session.workers.get(worker, 0) + change
-        if count:
-            session.workers[worker] = count
-        else:
-            session.workers.pop(worker, None)
+        session.load += 1
+        session.workers[worker] = session.workers.pop(worker, 0) + 1    # at the end, so that they are used in turn
 
     def _unassign(self, worker: Worker, token: int) -> None:
         """Take an attempt out of a worker's inbox or shelf."""
@@ -1924,8 +1789,12 @@ class Scheduler:
             job = worker.inbox.pop(token)
             worker.load = worker.load - (job.estimate if job else LONG) if worker.inbox else 0.0
             if job is not None:
-                self._count_attempt(job, worker, -1)
-            if worker.acks and not worker.inbox:
+                session = job.session
+                session.load -= 1
+                session.workers[worker] -= 1
+                if not session.workers[worker]:
+                    del session.workers[worker]
+            if not worker.inbox:
                 self._send_acks(worker)
         worker.delivering.pop(token, None)
 
@@ -1947,7 +1816,7 @@ class Scheduler:
 
     def _refresh(self, worker: Worker) -> None:
         """Sort a worker by its room; it moves to the end, so that equals are used in turn."""
-        able = worker.peer is not None and not worker.draining and not worker.recalled
+        able = worker.peer is not None and worker not in self._leaving and not worker.recalled
         idle = able and not worker.inbox
         roomy = able and not idle and worker.load < WINDOW_SECONDS
         for selection in worker.selections:
@@ -1958,10 +1827,10 @@ class Scheduler:
             elif roomy:
                 selection.roomy[worker] = None
 
-    def _guard_window(self, worker: Worker, now: float) -> None:
+    def _guard_window(self, worker: Worker, since: float) -> None:
         if not worker.watched:
             worker.watched = True
-            self._arm(now + T_STALL, self._watch_window, worker)
+            self._arm(since + T_STALL, self._watch_window, worker)
 
     def _watch_window(self, worker: Worker, now: float) -> None:
         """A window that does not move holds a job that is not short: ask back what has not begun.
@@ -1970,13 +1839,12 @@ class Scheduler:
         """
         worker.watched = False
         quiet = [job for job in worker.inbox.values() if job is not None and job.estimate < LONG and not job.begun]
-        if self.workers.get(worker.id) is not worker or worker.recalled or not (quiet or len(worker.inbox) > 1):
+        if worker.recalled or not (quiet or len(worker.inbox) > 1):
             return
         if now >= worker.moved_at + T_STALL:
             self._recall(worker, now)
         else:
-            worker.watched = True
-            self._arm(worker.moved_at + T_STALL, self._watch_window, worker)
+            self._guard_window(worker, worker.moved_at)
 
     def _recall(self, worker: Worker, now: float) -> None:
         """Ask for all that has not begun. A question: only the worker knows, so the jobs stay assigned."""
@@ -1990,34 +1858,26 @@ class Scheduler:
 
     def _recalled(self, worker: Worker, now: float, asked: list[int], taken: list[int]) -> None:
         """The worker's answer: what it took out goes back uncharged; what it did not has begun, and is not short."""
-        for token in numbers_in(taken):
-            job = worker.inbox.get(token)
-            self._unassign(worker, token)
-            self._put_back_if_current(job, token, now)
+        self._take_back(worker, taken, now)
         for token in set(asked).difference(taken):
             job = worker.inbox.get(token)
-            if job is not None and job.killed and job.state == State.RUNNING:
+            if job is not None and job.killed:
                 self._send(worker.node.peer, ("kill", [token], job.killed))  # it began after the cell was first read
             if job is not None and not job.begun:
                 self._started(worker, now, token)
         if worker.recalled == asked:
             worker.recalled = []
-            for token in asked:
-                job = worker.inbox.get(token)
-                if job is not None:
-                    worker.load = LONG          # nothing joins it until it ends
+            if worker.inbox:
+                worker.load = LONG              # nothing joins what is not short until it ends
         self._refresh(worker)
 
     def _despair_of_recall(self, worker: Worker, now: float) -> None:
         """No answer: the process cannot even read. All but the job it must be at run elsewhere, under new tokens."""
-        if not worker.recalled or now < worker.recall_at + T_RECALL or self.workers.get(worker.id) is not worker:
+        if not worker.recalled or now < worker.recall_at + T_RECALL:
             return
-        for token in worker.recalled[1:]:
-            job = worker.inbox.get(token)
-            if job is not None and self._is_current(job, token):
-                self._unassign(worker, token)
-                worker.inbox[token] = None      # it keeps the slot busy: the worker still has it
-                self._put_back(job, now)
+        lost = [token for token in worker.recalled[1:] if token in worker.inbox and self._current(worker, token)]
+        self._take_back(worker, lost, now)
+        worker.inbox.update(dict.fromkeys(lost))    # they keep the slot busy: the worker still has them
         worker.load = LONG
 
     # ---- the session's log: initializers, and what else must have run before ----
@@ -2029,34 +1889,54 @@ class Scheduler:
     def _unfit(self, worker: Worker, now: float, session_id: bytes, position: int, value: Value,
                taken: list[int]) -> None:
         """A log entry raised on a worker: it gets no more of the session; nobody left means a broken session."""
+        self._take_back(worker, taken, now)
+        self._refresh(worker)
         session = self.sessions.get(session_id)
         if session is not None:
             session.unfit[worker] = value
-        for token in numbers_in(taken):
-            job = worker.inbox.get(token)
-            self._unassign(worker, token)
-            self._put_back_if_current(job, token, now)
-        self._refresh(worker)
-        if session is not None and session.tried.keys() <= session.unfit.keys():
-            self._break(session)
+            if session.tried.keys() <= session.unfit.keys():
+                self._break(session)
 
     def _break(self, session: Session) -> None:
         """Every worker that tried the session's log is unfit: its client fails all its futures."""
         if session.broken is None:
             session.broken = next(reversed(session.unfit.values()))
             self._send(session.peer, ("broken", session.broken))
-            for number in list(session.jobs):
-                self._release(session, number, State.CANCELLED)
+            self._release(session, list(session.jobs), State.CANCELLED)
 
     def _judge_fitness(self, session: Session, now: float) -> None:
         """Some time after a loss: if all who are left are unfit, nobody will ever run this session's jobs."""
         left = set(self.workers.values())
-        if left and left <= session.unfit.keys() and self.sessions.get(session.id) is session:
+        if left and left <= session.unfit.keys():
             self._break(session)
 
     # ---- endings ----
 
-    def _died(self, node: Node, now: float, worker_id: bytes, token: int, cause: dict[str, Any]) -> None:
+    def _bye(self, member: Session | Worker | Node, now: float, reason: str) -> None:
+        """A planned end: nothing is waited for."""
+        self._end(member, now, {"what": reason, "planned": True})
+
+    def _give_up(self, member: Session | Worker | Node, now: float) -> None:
+        """Let go of what stayed away, but for a worker for which its node vouches, and a node that has workers."""
+        if now < member.lost_at + member.grace:
+            return
+        if isinstance(member, Worker) and member.node.peer is not None:
+            self._arm(now + T_GONE, self._give_up, member)
+        elif not (isinstance(member, Node) and member.workers):
+            self._end(member, now, {"what": "its host went away"})
+
+    def _end(self, member: Session | Worker | Node, now: float, cause: dict[str, Any]) -> None:
+        if isinstance(member, Session):
+            self._end_session(member, now)
+        elif isinstance(member, Worker):
+            self._lose(member, now, None, cause)
+        else:
+            del self.nodes[member.id]
+            for worker in list(member.workers.values()):
+                self._lose(worker, now, None, cause)
+            self._detach(member)
+
+    def _died(self, node: Node, now: float, worker_id: bytes, token: int | None, cause: dict[str, Any]) -> None:
         """A node's word on the death of its worker is final, and its cell's token says who is to blame."""
         slot, generation = worker_id[:16], worker_id[16:]
         node.dead[slot] = max(node.dead.get(slot, b""), generation)
@@ -2066,98 +1946,57 @@ class Scheduler:
 
     def _lose(self, worker: Worker, now: float, token: int | None, cause: dict[str, Any]) -> None:
         """Remove a worker. `token` is what its cell showed; None: nobody could read it, the oldest is charged."""
-        if self.workers.get(worker.id) is not worker:
-            return
-        del self.workers[worker.id]
+        del self.workers[worker.id], worker.node.workers[worker.id]
         self._leaving.pop(worker, None)
-        worker.node.workers.pop(worker.id, None)
+        self._detach(worker)
+        self._refresh(worker)
+        for selection in worker.selections:
+            selection.members.remove(worker)
         if token is None and not cause.get("planned"):
             token = next(iter(worker.inbox), 0)
-        for selection in worker.selections:
-            selection.members.discard(worker)
-            selection.idle.pop(worker, None)
-            selection.roomy.pop(worker, None)
-        worker.selections = []
-        for attempt, job in [*worker.inbox.items(), *worker.delivering.items()]:
-            was_running = attempt in worker.inbox
+        for attempt in [*worker.inbox, *worker.delivering]:
+            job = self._current(worker, attempt)
             self._unassign(worker, attempt)
-            if job is not None and self._is_current(job, attempt):
+            if job is not None:
                 # max_deaths=0 promises at most once: then what may have begun is charged, and so is what had finished
-                blamed = attempt == token if was_running else False
-                blamed = blamed or (not job.max_deaths and (job.begun or job.delivering))
-                self._put_back(job, now, charged=blamed, cause=cause)
+                once = not job.max_deaths and (job.begun or job.delivering)
+                self._put_back(job, now, once or (attempt == token and not job.delivering), cause)
         for session in self.sessions.values():
             session.unfit.pop(worker, None)
             session.tried.pop(worker, None)
             if session.unfit:
                 self._arm(now + T_DEAD, self._judge_fitness, session)       # time enough for who replaces it to come
-        self._deny_pulls(worker)
-        if worker.peer is not None:
-            self._peers.pop(worker.peer, None)
-            self._closes.append(worker.peer)
-            worker.peer = None
+        self._gone(worker, now)
         self.counters["workers lost"] += 1
         self._tell_clients()
-
-    def _give_up_worker(self, worker: Worker, now: float) -> None:
-        """A closed connection that did not come back, unless its node says that the process lives."""
-        if worker.peer is None and worker.lost_at is not None and now >= worker.lost_at + T_GONE:
-            if worker.node.peer is not None:
-                self._arm(now + T_GONE, self._give_up_worker, worker)
-            else:
-                self._lose(worker, now, None, {"what": "its host went away"})
-
-    def _give_up_node(self, node: Node, now: float) -> None:
-        """A node that stays away vouches for nobody; workers with a live connection speak for themselves."""
-        if node.peer is None and node.lost_at is not None and now >= node.lost_at + T_GONE and not node.workers:
-            self.nodes.pop(node.id, None)
 
     def _exchange_beats(self, node: Node, now: float) -> None:
         """Beat once a second; a host of which no connection carried a byte for T_DEAD is dead."""
         if self.nodes.get(node.id) is not node:
             return
         if now - node.heard_at >= T_DEAD:
-            return self._lose_node(node, now, {"what": f"its host was silent for {T_DEAD:g} s"})
+            return self._end(node, now, {"what": f"its host was silent for {T_DEAD:g} s"})
         self._send(node.peer, ("beat",))
         self._arm(now + T_BEAT, self._exchange_beats, node)
-        self._give_up_node(node, now)
-
-    def _lose_node(self, node: Node, now: float, cause: dict[str, Any]) -> None:
-        self.nodes.pop(node.id, None)
-        for worker in list(node.workers.values()):
-            self._lose(worker, now, None, cause)
-        if node.peer is not None:
-            self._peers.pop(node.peer, None)
-            self._closes.append(node.peer)
-            node.peer = None
+        self._give_up(node, now)
 
     def _beat(self, node: Node, now: float) -> None:
         """Nothing to do: that it was received says all."""
 
-    def _expire(self, session: Session, now: float) -> None:
-        if session.peer is None and session.lost_at is not None and now >= session.lost_at + T_LEASE:
-            self._end_session(session, now)
-
     def _end_session(self, session: Session, now: float) -> None:
         """Forget a client and all that hung on it."""
-        if self.sessions.pop(session.id, None) is None:
-            return
-        for number in list(session.jobs):
-            self._release(session, number, State.CANCELLED)
-        for worker in self.workers.values():
-            if session.id in worker.positions:
-                del worker.positions[session.id]
-                worker.has = {name for name in worker.has if name[0] != session.id}
-                self._send(worker.peer, ("leave", session.id))
-        self._deny_pulls(session)
-        if session.peer is not None:
-            self._peers.pop(session.peer, None)
-            self._closes.append(session.peer)
+        del self.sessions[session.id]
+        self._release(session, list(session.jobs), State.CANCELLED)
+        for worker in session.tried:
+            worker.positions.pop(session.id, None)
+            worker.has = {name for name in worker.has if name[0] != session.id}
+            self._send(worker.peer, ("leave", session.id))
+        self._gone(session, now)
+        self._detach(session)
 
     def _retire(self, who: Worker | Node, now: float, reason: str) -> None:
         """A planned exit of a worker, or of all of a node's: nothing new, what has not begun comes back."""
         for worker in [who] if isinstance(who, Worker) else list(who.workers.values()):
-            worker.draining = True
             self._leaving[worker] = None
             if worker.inbox and not worker.recalled:
                 self._recall(worker, now)
@@ -2165,41 +2004,35 @@ class Scheduler:
 
     def _kill(self, session: Session, now: float, numbers: list[int], reason: str) -> None:
         """End jobs by force: the node of a running one reads the cell, and kills only what is still at it."""
-        for number in numbers_in(numbers):
+        for number in numbers:
             job = session.jobs.get(number)
             if job is None or job.delivering or job.verdict:
                 continue
-            if job.state == State.RUNNING and job.worker:
-                job.killed = reason
-                self._kill_attempt((job, job.token), now)
+            if job.state == State.RUNNING:
+                job.killed = reason         # it is the last attempt
+                self._kill_attempt(job, now)
             else:
-                if job.queued:
-                    self._bury(job)
-                self._fail(job, KILLED, {"reason": reason}, None)
+                self._fail(job, KILLED, {"reason": reason})
 
-    def _kill_attempt(self, about: tuple[Job, int], now: float) -> None:
+    def _kill_attempt(self, job: Job, now: float) -> None:
         """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has."""
-        job, token = about
         worker = job.worker
-        if worker and worker.inbox.get(token) is job:
-            self._send(worker.peer, ("recall", [token]))
-            self._send(worker.node.peer, ("kill", [token], job.killed))
+        if worker and worker.inbox.get(job.token) is job:
+            self._send(worker.peer, ("recall", [job.token]))
+            self._send(worker.node.peer, ("kill", [job.token], job.killed))
 
     def _over(self, node: Node, now: float, token: int) -> None:
         """The cell did not show the attempt: its outcome is on its way, or it began just after both looked."""
         for worker in node.workers.values():
             job = worker.inbox.get(token)
-            if job is not None and job.killed and job.token == token:
-                self._arm(now + T_KILL_AGAIN, self._kill_attempt, (job, token))
+            if job is not None and job.killed:
+                self._arm(now + T_KILL_AGAIN, self._kill_attempt, job)
 
     # ---- ranges: relayed as they come, to whoever asked ----
 
-    def _owner(self, name: Name) -> Session | Worker | None:
-        return self.sessions.get(name[0]) or self.workers.get(name[0])
-
     def _pull(self, reader: Session | Worker, now: float, name: Name, offset: int, length: int) -> None:
         """Ask a value's creator for a range. Who else asks for it meanwhile shares the answer."""
-        owner = self._owner(name)
+        owner = self.sessions.get(name[0]) or self.workers.get(name[0])
         if owner is None:
             return self._send(reader.peer, ("gone", name))
         readers = owner.asked.setdefault((name, offset, length), [])
@@ -2213,26 +2046,16 @@ class Scheduler:
         for peer in owner.asked.pop((name, offset, len(body)), ()):
             self._send(peer, ("range", name, offset, digest, body))
 
-    def _gone(self, owner: Session | Worker, now: float, name: Name) -> None:
-        self._deny_pulls(owner, name)
-
-    def _deny_pulls(self, owner: Session | Worker, name: Name | None = None) -> None:
-        for key in [k for k in owner.asked if name is None or k[0] == name]:
+    def _gone(self, owner: Session | Worker, now: float, name: Name | None = None) -> None:
+        """An owner has a value no more, or (None) is no more itself."""
+        for key in [key for key in owner.asked if name in (None, key[0])]:
             for peer in owner.asked.pop(key):
                 self._send(peer, ("gone", key[0]))
-
-    def _ask_owner_again(self, owner: Session | Worker) -> None:
-        """After the owner's reconnection: what was asked on the old connection is asked again."""
-        for name, offset, length in owner.asked:
-            self._send(owner.peer, ("pull", name, offset, length))
 
     # ---- looking ----
 
     def _credit(self) -> int:
         return max(CREDIT_JOBS, 4 * WINDOW_JOBS * len(self.workers))
-
-    def _connected_workers(self) -> int:
-        return sum(worker.peer is not None for worker in self.workers.values())
 
     def _worker_list(self) -> list[dict[str, Any]]:
         return [{"name": w.name, "node": w.node.name, "device": w.device, "tags": sorted(w.tags)}
@@ -2259,11 +2082,10 @@ class Scheduler:
                        "silent_s": round(max(0.0, now - n.heard_at), 1),
                        **{k: n.info.get(k) for k in ("host", "pid", "python")}}
                       for n in self.nodes.values()],
-            "workers": [{"name": w.name, "node": w.node.name, "device": w.device, "pid": w.pid,
-                         "tags": sorted(w.tags), "connected": w.peer is not None, "finished": w.finished,
-                         "state": "draining" if w.draining else "busy" if w.inbox else "idle",
+            "workers": [{**told, "pid": w.pid, "connected": w.peer is not None, "finished": w.finished,
+                         "state": "draining" if w in self._leaving else "busy" if w.inbox else "idle",
                          "jobs": [job.name or f"job {job.number}" for job in list(w.inbox.values())[:3] if job]}
-                        for w in self.workers.values()],
+                        for told, w in zip(self._worker_list(), self.workers.values())],
             "jobs": {**{s: states[s] for s in (State.WAITING, State.READY, State.RUNNING, "delivering", State.FAILED)},
                      **{k: self.counters[k] for k in ("accepted", "delivered", "cancelled")}},
             "clients": [{"name": s.name, "connected": s.peer is not None, "jobs": len(s.jobs)}
@@ -2280,11 +2102,11 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert every invariant; the only step that walks everything. For tests, and after a stumble."""
-        queued = [entry[2] for queue in self._queues.values() for entry in queue.heap if entry[2].queued]
-        assert len(queued) == len(set(map(id, queued))), "a job is queued twice"
+        queued = collections.Counter(entry[2] for ready in self._queues.values() for entry in ready.heap)
         for session in self.sessions.values():
             for number, job in session.jobs.items():
                 self._check_job(session, number, job)
+                assert job.state != State.READY or queued[job] == 1, f"{self.story(job)}: queued {queued[job]} times"
             load = sum(job is not None and job.session is session for w in self.workers.values()
                        for job in w.inbox.values())
             assert session.load == load == sum(session.workers.values()), "a session's load is miscounted"
@@ -2296,7 +2118,6 @@ class Scheduler:
         story = self.story(job)
         assert job.session is session and job.number == number, story
         assert job.state in (State.WAITING, State.READY, State.RUNNING, State.FAILED), story
-        assert job.queued == (job.state == State.READY), story
         assert (job.verdict is not None) == (job.state == State.FAILED), story
         assert job.deaths <= job.max_deaths + 1, story
         holders = [w for w in self.workers.values()
@@ -2313,14 +2134,14 @@ class Scheduler:
         for selection in worker.selections:
             assert worker in selection.members
             assert (worker in selection.idle) == (worker.peer is not None and not worker.inbox
-                                                  and not worker.draining and not worker.recalled), worker.name
+                                                  and worker not in self._leaving and not worker.recalled), worker.name
 
     def _check_conservation(self) -> None:
         """No ready job beside a worker that could take it; and no job lost count of."""
-        for queue in self._queues.values():
-            job = self._head(queue)
+        for ready in self._queues.values():
+            job = self._head(ready)
             if job is not None:
-                assert self._room_for(job, queue) is None, f"an eligible worker idles beside {self.story(job)}"
+                assert self._room_for(job, ready) is None, f"an eligible worker idles beside {self.story(job)}"
         alive = sum(len(session.jobs) for session in self.sessions.values())
         ended = self.counters["delivered"] + self.counters["cancelled"]
         assert self.counters["accepted"] == alive + ended, "jobs went missing"
@@ -2652,19 +2473,11 @@ def check_announcement(message: Message, role: str, identity: bytes) -> Message 
     info = message[1] if len(message) > 1 else None
     if message[0] != role or type(info) is not dict:
         raise Malformed(f"a {role} begins with its announcement")
-    for field, kinds in ANNOUNCED[role].items():
-        if type(info.get(field)) not in kinds:
+    for field, is_good in ANNOUNCED[role].items():
+        if not is_good(info.get(field)):
             raise Malformed(f"a {role}'s announcement has no good {field!r}")
-    if role == "worker":
-        if info["id"] != identity:
-            raise Malformed("a worker announces another worker's identity")
-        if any(type(tag) is not str for tag in info["tags"]):
-            raise Malformed("a worker's tags are not text")
-        for attempt in message[2]:
-            if type(attempt) is not tuple or len(attempt) != 3 or type(attempt[0]) is not int:
-                raise Malformed("a worker lists its attempts as (token, job, kind)")
-        for name in [*info["has"], *(attempt[1] for attempt in message[2])]:
-            check_name(name)
+    if role == "worker" and info["id"] != identity:
+        raise Malformed("a worker announces another worker's identity")
     if info["python"] != PYTHON:
         return ("refuse", "VersionMismatch", f"the server runs Python {PYTHON}, this {role} {info['python']}: "
                 "functions travel as byte code, so all members of a pool need the same minor version")
@@ -2778,21 +2591,20 @@ def is_server_running(address: str | None = None) -> bool:
 # and a redefined helper arrives. Only bindings are compared: a list changed in place is not sent again.
 # ==================================================================================================================
 
-_PicklerBase: Any = pickle.Pickler if TYPE_CHECKING else object
+_PicklerBase: Any = object  # _pickler() adds cloudpickle's class, once that is imported
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})  # nothing in them can refer to anything
 OUT_OF_BAND = 32 * 1024  # bytes; below, copying into the pickle is cheaper than a buffer of its own
 MAX_ENTRIES, MAX_BYTES = 1000, 32 << 20  # pickled functions kept at the client: far more than a program has
 _MISSING: Any = object()
 _NEVER = ("minipool", "minipool_worker", "cloudpickle")  # there on every worker, though often under the cwd
 _HEADER = ("__name__", "__package__", "__file__", "__path__")
-_OWN = frozenset({*_HEADER, "__doc__", "__builtins__", "__spec__", "__loader__", "__cached__"})  # never set by name
+_OWN = frozenset({*_HEADER, "__doc__", "__builtins__", "__spec__", "__loader__", "__cached__", "__minipool__"})
 
 
 def _cloudpickle() -> Any:
-    import cloudpickle.cloudpickle  # type: ignore[import-untyped]
+    import cloudpickle.cloudpickle
 
     return cloudpickle.cloudpickle
-
 
 
 # ---- both halves: classes ----
@@ -2801,35 +2613,34 @@ def _cloudpickle() -> Any:
 # only by the process that made it; the others set attributes only if the version is newer than theirs.
 
 _class_versions = itertools.count(1)
-_classes: weakref.WeakKeyDictionary[type, tuple[int, bool]] = weakref.WeakKeyDictionary()  # version, made elsewhere?
-_snapshots: dict[int, tuple[type, int, tuple[Any, ...]]] = {}  # class, version, names and values of its dictionary;
-# strong, since values refer to their class in any case, hence bounded
+_MADE_HERE = sys.maxsize  # newer than every version
+_classes: weakref.WeakKeyDictionary[type, int] = weakref.WeakKeyDictionary()  # the version that was set, or _MADE_HERE
+# Of a class made here: version, names and values of its attributes. Bounded, since values refer to their class.
+_snapshots: dict[type, tuple[int, tuple[Any, ...]]] = {}
 
 
 def _class_version(cls: type) -> int:
-    """Return the version of `cls`, raised if it is ours and one of its attributes became another object."""
-    now, own = cls.__dict__, _snapshots.get(id(cls))
-    same = own and own[0] is cls and len(own[2]) == 2 * len(now)
-    if own and same and all(map(operator.is_, itertools.chain(now, now.values()), own[2])):
-        return own[1]
-    version, foreign = _classes.get(cls, (0, False))
-    if foreign:
+    """Return the version of `cls`, raised if it was made here and one of its attributes became another object."""
+    version = _classes.setdefault(cls, _MADE_HERE)
+    if version != _MADE_HERE:
         return version
-    while len(_snapshots) >= MAX_ENTRIES:  # a forgotten class only costs a newer version
-        _snapshots.pop(next(iter(_snapshots)), None)
-    version = next(_class_versions)
-    _classes[cls], _snapshots[id(cls)] = (version, False), (cls, version, (*now, *now.values()))
+    now = (*cls.__dict__, *cls.__dict__.values())
+    version, then = _snapshots.get(cls, (0, ()))
+    if len(now) != len(then) or not all(map(operator.is_, now, then)):
+        while len(_snapshots) >= MAX_ENTRIES:  # a forgotten class only costs a newer version
+            _snapshots.pop(next(iter(_snapshots)), None)
+        version = next(_class_versions)
+        _snapshots[cls] = version, now
     return version
 
 
 def _set_class(cls: type, state: tuple[Any, Any, int]) -> None:
-    version, foreign = _classes.get(cls, (0, True))
-    if foreign and state[2] > version:
+    if state[2] > _classes.get(cls, 0):
         _cloudpickle()._class_setstate(cls, state[:2])
-        _classes[cls] = state[2], True
+        _classes[cls] = state[2]
 
 
-class _ByValue(_PicklerBase):
+class _ByValue(_PicklerBase):  # type: ignore[misc]
     """cloudpickle's pickler with versioned classes: enough for results; `_FunctionPickler` adds shared modules."""
 
     def reducer_override(self, obj: Any) -> Any:
@@ -2858,23 +2669,18 @@ def _keep_large(buffers: list[Any]) -> Callable[[pickle.PickleBuffer], bool]:
 
 # ---- client half ----
 
-_local: dict[str, bool] = {}  # module name -> travels by value; files do not move while a program runs
-
-
 def travels_by_value(name: str) -> bool:
     """Tell whether a worker cannot be expected to import module `name`: the user's own files and made-up modules."""
-    module: Any = sys.modules.get(name)
-    if name in ("__main__", "__mp_main__") or module is None:
-        return True
-    if name not in _local:
-        _local[name] = name.partition(".")[0] not in _NEVER and _is_users(module)
-    return _local[name]
+    module = sys.modules.get(name)
+    return name in ("__main__", "__mp_main__") or module is None or _is_users(name, module)
 
 
-def _is_users(module: types.ModuleType) -> bool:
-    import importlib.machinery
+@functools.cache  # files do not move while a program runs
+def _is_users(name: str, module: types.ModuleType) -> bool:
     import sysconfig
 
+    if name.partition(".")[0] in _NEVER:
+        return False
     file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
     if file is None:
         return getattr(module, "__spec__", None) is None  # made by hand; built-in modules have a spec
@@ -2883,34 +2689,30 @@ def _is_users(module: types.ModuleType) -> bool:
     installed = [sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()]
     home, system = (tuple(os.path.join(os.path.realpath(f), "") for f in folders) for folders in (homes, installed))
     path = os.path.realpath(file)
-    return (path.startswith(home) and not path.startswith(system)
-            and not {"site-packages", "dist-packages"} & set(path.split(os.sep))
-            and not path.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES)))
-
-
-def _imports(module: types.ModuleType) -> bool:
-    return sys.modules.get(module.__name__) is module and not travels_by_value(module.__name__)
+    return (path.startswith(home) and not path.startswith(system) and not path.endswith((".so", ".pyd"))
+            and not {"site-packages", "dist-packages"} & set(path.split(os.sep)))
 
 
 class _Module:
-    """One globals dictionary of the client; in a pickle it stands for the worker's module object."""
+    """One globals dictionary of the client; pickled, it is the worker's module object for it."""
 
-    def __init__(self, space: dict[str, Any], serial: int) -> None:
+    def __init__(self, session: bytes, space: dict[str, Any], serial: int) -> None:
         name = str(space.get("__name__", "?"))
         self.space = space
-        self.key = name, serial  # two dictionaries may bear one name: notebooks, exec
-        self.header = {k: space[k] for k in _HEADER if k in space}
         self.names: dict[str, tuple[Any, int]] = {}  # what was sent: object and version
         self.left_out: dict[str, Any] = {}  # what could not be pickled, as long as it is that object
         # A wrapper made by a library's decorator has the library's globals: the worker imports them, locks and all.
         self.importable = getattr(sys.modules.get(name), "__dict__", None) is space and not travels_by_value(name)
+        header = {k: space[k] for k in _HEADER if k in space}
+        self.reduced = (_cloudpickle().subimport, (name,)) if self.importable else (
+            _shared, (session, (name, serial), header))  # a number, as two dictionaries may bear one name: notebooks
 
 
 class _Slot:
     """One name to be set in a module at the worker. A soft one, met while a module is filled, may be left out."""
 
-    def __init__(self, module: _Module, name: str, binding: tuple[Any, int], soft: bool) -> None:
-        self.module, self.name, (self.value, self.version), self.soft = module, name, binding, soft
+    def __init__(self, module: _Module, name: str, value: Any, version: int, soft: bool) -> None:
+        self.module, self.name, self.value, self.version, self.soft = module, name, value, version, soft
 
 
 class _SlotEnd:
@@ -2918,22 +2720,26 @@ class _SlotEnd:
 
 
 class _FunctionPickler(_ByValue):
-    """Collects, while it pickles, everything that the validity of the pickle depends on."""
+    """Collects in `seen` what the validity of the pickle depends on; keeps in `path` the slots it is inside of."""
 
-    def __init__(self, owner: Functions, file: io.BytesIO, buffers: list[Any] | None = None) -> None:
+    def __init__(self, owner: Functions, root: Any, file: io.BytesIO, buffers: list[Any] | None) -> None:
         super().__init__(file, 5, buffer_callback=None if buffers is None else _keep_large(buffers))
-        self.owner, self.path, self.filled = owner, list[_Slot](), set[int]()
-        self.functions, self.cells, self.classes, self.sizes = list[Any](), list[Any](), list[Any](), list[Any]()
-        self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        self.owner, self.root, self.path, self.filled, self.seen = owner, root, list[_Slot](), set[int](), _Seen()
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
         if self.owner.reference_types and isinstance(obj, self.owner.reference_types):
             return self.owner.on_reference(obj)
-        if kind in _OURS:
-            return _OURS[kind](self, obj)
-        if isinstance(obj, types.ModuleType) and not _imports(obj):
-            return self._reduce_module(obj)
+        if kind is _Module:
+            return obj.reduced
+        if kind is _Slot:
+            self.path.append(obj)
+            return _set_name, (obj.module, obj.name, obj.version, obj.value, _SlotEnd())
+        if kind is _SlotEnd:
+            self.path.pop()
+            return int, ()
+        if isinstance(obj, types.ModuleType):
+            return self._reduce_module(self.owner.module(vars(obj)))
         if kind is types.FunctionType and obj.__module__ and travels_by_value(obj.__module__):
             return self._dynamic_function_reduce(obj)
         if issubclass(kind, type):
@@ -2944,9 +2750,10 @@ class _FunctionPickler(_ByValue):
         return super().reducer_override(obj) if bound is None else self._reduce_bound(obj, *bound)
 
     def _dynamic_function_reduce(self, fn: Any) -> Any:
-        _, (code, _, *new), (attributes, slots), *_ = super()._dynamic_function_reduce(fn)  # type: ignore[misc]
-        self.functions.append((fn, code, fn.__defaults__, fn.__kwdefaults__))
-        self.cells += [(cell, _contents(cell)) for cell in fn.__closure__ or ()]
+        _, (code, _, *new), (attributes, slots), *_ = super()._dynamic_function_reduce(fn)
+        # None stands for the function itself: the record must not keep a lambda and what it captured alive.
+        self.seen.functions.append((None if fn is self.root else fn, code, fn.__defaults__, fn.__kwdefaults__))
+        self.seen.cells += [(cell, _contents(cell)) for cell in fn.__closure__ or ()]
         module = self.owner.module(fn.__globals__)
         named = () if module.importable else self._slots(module, _cloudpickle()._extract_code_globals(code))
         slots["__globals__"] = {}  # the named slots ride where cloudpickle has what is to be loaded and thrown away
@@ -2955,56 +2762,40 @@ class _FunctionPickler(_ByValue):
 
     def _slots(self, module: _Module, names: Any, filling: bool = False) -> list[_Slot]:
         soft = filling or bool(self.path and self.path[-1].soft)
-        bindings = [(name, self.owner.binding(module, name)) for name in names if name not in _OWN]
-        for name, (value, _) in bindings:
-            self.names[id(module), name] = module.space.get, name, value
-        if soft and not filling and id(module) in self.filled:
-            return []  # the module's own slots bring all its names; so the depth does not grow with the call graph
-        return [_Slot(module, name, binding, soft) for name, binding in bindings if binding[0] is not _MISSING
-                and not (soft and module.left_out.get(name, _MISSING) is binding[0])]
+        slots = []
+        for name in names:
+            if name not in _OWN:
+                value, version = self.owner.binding(module, name)
+                self.seen.names[id(module), name] = module.space.get, name, value
+                if value is not _MISSING and not (soft and module.left_out.get(name, _MISSING) is value):
+                    slots.append(_Slot(module, name, value, version, soft))
+        # A filled module's own slots bring all its names; so the depth does not grow with the call graph.
+        return [] if soft and not filling and id(module) in self.filled else slots
 
-    def _reduce_module(self, obj: types.ModuleType) -> Any:
-        module = self.owner.module(vars(obj))
+    def _reduce_module(self, module: _Module) -> Any:
+        if module.importable:
+            return module.reduced
         self.filled.add(id(module))
-        self.sizes.append((module.space, len(module.space)))
+        self.seen.sizes.append((module.space, len(module.space)))
         slots = self._slots(module, list(module.space), filling=True)
-        return getattr, (module, "module"), slots, None, None, operator.is_  # a setter that does nothing
+        return *module.reduced, slots, None, None, operator.is_  # a setter that does nothing
 
     def _reduce_class(self, cls: type) -> Any:
-        known = cls in _cloudpickle()._BUILTIN_TYPE_NAMES
-        if known or not isinstance(cls.__module__, str) or not travels_by_value(cls.__module__):
-            reduced = super().reducer_override(cls)
-        else:
-            reduced = self._versioned(cls, _cloudpickle()._dynamic_class_reduce(cls))
+        by_value = isinstance(cls.__module__, str) and travels_by_value(cls.__module__)
+        dynamic = _cloudpickle()._dynamic_class_reduce
+        reduced = self._versioned(cls, dynamic(cls)) if by_value else super().reducer_override(cls)
         if reduced is not NotImplemented and len(reduced) == 6:
-            self.classes.append((cls, reduced[2][2]))
+            self.seen.classes.append((cls, reduced[2][2]))
         return reduced
 
     def _reduce_bound(self, obj: Any, module: _Module, name: str) -> Any:
         """Keep `def f(x=MISSING): return x is MISSING` true: a global without state is one object per worker."""
         value, version = module.names[name]
-        plain = type(obj).__reduce_ex__ is object.__reduce_ex__ and type(obj).__reduce__ is object.__reduce__
-        plain = plain and value is obj and type(obj) not in self.dispatch_table
-        if plain and not any((new := obj.__reduce_ex__(5))[2:]):
+        cls: Any = type(obj)
+        plain = cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__
+        if value is obj and plain and cls not in self.dispatch_table and not any((new := obj.__reduce_ex__(5))[2:]):
             return _sentinel, (module, name, version, *new[:2])
         return super().reducer_override(obj)
-
-    def _reduce_slot(self, slot: _Slot) -> Any:
-        self.path.append(slot)
-        value = slot.value
-        if slot.soft and isinstance(value, types.ModuleType) and _imports(value):
-            # A library that the worker lacks costs only that name.
-            return _set_import, (slot.module, slot.name, slot.version, value.__name__, _SlotEnd())
-        return _set_name, (slot.module, slot.name, slot.version, value, _SlotEnd())
-
-    def _reduce_end(self, end: _SlotEnd) -> Any:
-        self.path.pop()
-        return int, ()
-
-
-_OURS: dict[type, Callable[[Any, Any], Any]] = {
-    _Module: lambda pickler, module: (_shared, (pickler.owner.session, module.key, module.header, module.importable)),
-    _Slot: _FunctionPickler._reduce_slot, _SlotEnd: _FunctionPickler._reduce_end}
 
 
 # What pickles as a name of its module, though the worker has no such module to import.
@@ -3013,27 +2804,18 @@ _BY_NAME: dict[type, Callable[[Any], Any]] = {
     TypeVar: lambda t: (_cloudpickle()._make_typevar, _cloudpickle()._decompose_typevar(t))}
 
 
-class Entry:
-    """One pickled function: its number, digest and bytes."""
-
-    __slots__ = ("alive", "blob", "digest", "number", "used")
-
-    def __init__(self, number: int, digest: bytes, blob: bytes) -> None:
-        self.number, self.digest, self.blob = number, digest, blob
-        self.used = False  # again, since the hand of the eviction clock last passed
-        self.alive = True  # false once evicted
+class Entry(NamedTuple):
+    """One pickled function: the number that it is known by, and its bytes."""
+    number: int
+    blob: bytes
 
 
-class _Known:
-    """A function object, its entry and all that must still be the same for the entry to stand for it."""
+class _Seen:
+    """All that must still be the same for a pickle to stand for its function."""
 
-    __slots__ = ("cells", "classes", "entry", "functions", "names", "ref", "sizes")
-
-    def __init__(self, fn: Any, entry: Entry, seen: _FunctionPickler, forget: Callable[[Any], Any]) -> None:
-        self.ref, self.entry = weakref.ref(fn, forget), entry
-        # None stands for the function itself: the record must not keep a lambda and what it captured alive.
-        self.functions = [(None if f is fn else f, *parts) for f, *parts in seen.functions]
-        self.cells, self.names, self.classes, self.sizes = seen.cells, [*seen.names.values()], seen.classes, seen.sizes
+    def __init__(self) -> None:
+        self.functions, self.cells, self.classes, self.sizes = list[Any](), list[Any](), list[Any](), list[Any]()
+        self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
 
     def holds(self, fn: Any) -> bool:
         """Tell whether the pickle is still valid; on the path of every submit, hence plain loops, cheapest first."""
@@ -3041,7 +2823,7 @@ class _Known:
             f = fn if f is None else f
             if f.__code__ is not code or f.__defaults__ is not defaults or f.__kwdefaults__ is not kwdefaults:
                 return False
-        for get, name, value in self.names:
+        for get, name, value in self.names.values():
             if get(name, _MISSING) is not value:
                 return False
         for cell, value in self.cells:
@@ -3058,13 +2840,6 @@ def _contents(cell: types.CellType) -> Any:
         return _MISSING
 
 
-def _cacheable(fn: Any) -> bool:
-    """Tell whether all state of `fn` is in sight; methods of instances, partials and callables may change unseen."""
-    if isinstance(fn, types.BuiltinFunctionType):
-        return isinstance(fn.__self__, types.ModuleType)
-    return isinstance(fn, (types.FunctionType, type))
-
-
 class Functions:
     """The pickles of one session, made and kept by the client; every method may be called by any thread."""
 
@@ -3079,19 +2854,23 @@ class Functions:
         # Reentrant: a finalizer that submits may run inside. It guards all below; hot reads go without.
         self._lock = threading.RLock()
         self._modules: dict[int, _Module] = {}
-        self._entries: dict[bytes, Entry] = {}  # in the order in which the eviction clock visits them
+        self._entries: collections.OrderedDict[bytes, Entry] = collections.OrderedDict()  # by digest; used last is last
         self._size = 0  # bytes in _entries
-        self._known: dict[int, _Known] = {}  # id of a function -> its record; a weak reference's callback removes it
+        # id of a function -> its weak reference, whose callback removes the record, its pickle's digest, what was seen
+        self._known: dict[int, tuple[weakref.ref[Any], bytes, _Seen]] = {}
 
     def function(self, fn: Any) -> Entry:
         """Return the entry of `fn`, pickled at most once while all that it names stays the same.
 
         Equal pickles share one entry. Raises `pickle.PicklingError`, which names what cannot travel.
         """
-        known = self._known.get(id(fn))
-        if known is not None and known.entry.alive and known.ref() is fn and known.holds(fn):
-            known.entry.used = True
-            return known.entry
+        ref, digest, seen = self._known.get(id(fn), (None, b"", None))
+        if ref and seen and ref() is fn and seen.holds(fn):
+            try:
+                self._entries.move_to_end(digest)  # needs no lock: one step in C
+                return self._entries[digest]
+            except KeyError:
+                pass  # evicted
         try:
             blob, seen = self._dump(fn)
         except Exception as error:
@@ -3107,11 +2886,11 @@ class Functions:
         try:
             return self._dump((args, kwargs, *more), buffers)[0], buffers
         except Exception as error:
-            parts = [(f"argument {label} of {name_of(fn)}()", value) for label, value in _arguments(fn, args, kwargs)]
-            for what, value in [*parts, *((f"{name_of(value)}()", value) for value in more)]:
-                if not self.picklable(value):
-                    raise _explain(self, what, value, error) from error
-            raise pickle.PicklingError(f"cannot pickle the arguments of {name_of(fn)}(): {error}") from error
+            parts = {f"argument {label!r} of {name_of(fn)}()": a for label, a in _arguments(fn, args, kwargs).items()}
+            parts.update({f"{name_of(value)}()": value for value in more})
+            culprits = ((what, value) for what, value in parts.items() if not self.picklable(value))
+            what, value = next(culprits, (f"the arguments of {name_of(fn)}()", (args, kwargs)))
+            raise _explain(self, what, value, error) from error
 
     def picklable(self, value: Any) -> bool:
         try:
@@ -3124,7 +2903,7 @@ class Functions:
         """Return the record of a globals dictionary; kept for good, since its names' versions must never fall."""
         with self._lock:
             if id(space) not in self._modules:
-                self._modules[id(space)] = _Module(space, len(self._modules))
+                self._modules[id(space)] = _Module(self.session, space, len(self._modules))
             return self._modules[id(space)]
 
     def binding(self, module: _Module, name: str) -> tuple[Any, int]:
@@ -3140,13 +2919,13 @@ class Functions:
                 module.names[name] = value, version
             return value, version
 
-    def _dump(self, value: Any, buffers: list[Any] | None = None) -> tuple[bytes, _FunctionPickler]:
+    def _dump(self, value: Any, buffers: list[Any] | None = None) -> tuple[bytes, _Seen]:
         while True:  # each turn leaves one more unpicklable name out of a module
             file = io.BytesIO()
-            pickler = _pickler(_FunctionPickler)(self, file, buffers)
+            pickler = _pickler(_FunctionPickler)(self, value, file, buffers)
             try:
                 pickler.dump(value)
-                return file.getvalue(), pickler
+                return file.getvalue(), pickler.seen
             except Exception as error:
                 slot = pickler.path[-1] if pickler.path else None
                 if slot is None or not slot.soft or isinstance(error.__cause__ or error, RecursionError):
@@ -3155,37 +2934,27 @@ class Functions:
                 if buffers:
                     buffers.clear()
 
-    def _enter(self, fn: Any, blob: bytes, seen: _FunctionPickler) -> Entry:
+    def _enter(self, fn: Any, blob: bytes, seen: _Seen) -> Entry:
         digest, gone = hashlib.sha256(blob).digest(), list[Entry]()
         with self._lock:
-            entry = self._entries.get(digest)
-            if entry is None:
-                entry = self._entries[digest] = Entry(self._next_number(), digest, blob)
+            if digest not in self._entries:
+                self._entries[digest] = Entry(self._next_number(), blob)
                 self._size += len(blob)
-                gone = self._evict(entry)
-            else:
-                entry.used = True
-            if _cacheable(fn):
+            self._entries.move_to_end(digest)
+            entry = self._entries[digest]
+            while len(self._entries) > MAX_ENTRIES or (self._size > MAX_BYTES and len(self._entries) > 1):
+                gone.append(self._entries.popitem(last=False)[1])
+                self._size -= len(gone[-1].blob)
+            # Methods of instances, partials and callables may change unseen, so they are pickled every time.
+            builtin = isinstance(fn, types.BuiltinFunctionType) and isinstance(fn.__self__, types.ModuleType)
+            if builtin or isinstance(fn, (types.FunctionType, type)):
                 key, known = id(fn), self._known
                 while len(known) >= 4 * MAX_ENTRIES:
                     known.pop(next(iter(list(known))), None)
-                known[key] = _Known(fn, entry, seen, lambda ref: [known.pop(key, None)])
+                known[key] = weakref.ref(fn, lambda ref: [known.pop(key, None)]), digest, seen
         for old in gone:
             self._on_evict(old)
         return entry
-
-    def _evict(self, newest: Entry) -> list[Entry]:
-        """Drop entries not used since the last visit: a clock, for to move an entry at each use would need the lock."""
-        gone = []
-        while len(self._entries) > MAX_ENTRIES or (self._size > MAX_BYTES and len(self._entries) > 1):
-            digest = next(iter(self._entries))
-            entry = self._entries.pop(digest)
-            if entry.used or entry is newest:
-                entry.used, self._entries[digest] = False, entry
-            else:
-                entry.alive, self._size = False, self._size - len(entry.blob)
-                gone.append(entry)
-        return gone
 
 
 def name_of(fn: Any) -> str:
@@ -3194,21 +2963,18 @@ def name_of(fn: Any) -> str:
     return getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None) or type(fn).__name__
 
 
-def _arguments(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _arguments(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
     import inspect
 
     try:
-        parameters = [p for p in inspect.signature(fn).parameters.values() if p.kind < p.VAR_POSITIONAL]
+        return inspect.signature(fn).bind(*args, **kwargs).arguments
     except (TypeError, ValueError):  # many builtins do not tell
-        parameters = []
-    for i, value in enumerate(args):
-        yield repr(parameters[i].name) if i < len(parameters) else str(i), value
-    yield from ((repr(name), value) for name, value in kwargs.items())
+        return {**dict(enumerate(args)), **kwargs}
 
 
 def _explain(functions: Functions, what: str, value: Any, error: Exception) -> pickle.PicklingError:
     """Return an error that says where the culprit sits, found by pickling the parts of what failed, level by level."""
-    if isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError):
+    if isinstance(error.__cause__ or error, RecursionError):
         return pickle.PicklingError(f"cannot pickle {what}: its objects are nested too deeply")
     where = ""
     for _ in range(8):  # levels; a culprit deeper than that is named by what holds it
@@ -3242,65 +3008,46 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 # ---- worker half: what the pickles call ----
 
-class _Shared:
-    """One client module at this worker process."""
-
-    def __init__(self, name: str, header: dict[str, Any]) -> None:
-        self.module = types.ModuleType(name)  # its __dict__ is the functions' globals
-        self.versions: dict[str, int] = {}
-        self.sentinels: dict[tuple[str, int], Any] = {}
-        vars(self.module).update(header, __builtins__=__builtins__)
-
-
-_shared_modules: dict[bytes, dict[tuple[str, int], _Shared]] = {}  # by session and module; forget_session() drops them
+_shared_modules: dict[bytes, dict[tuple[str, int], types.ModuleType]] = {}  # by session and key
 _shared_lock = threading.RLock()  # jobs may load in several threads
 
 
-def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any], importable: bool) -> _Shared:
+def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any]) -> types.ModuleType:
+    """Return this process's object for a client module; its __dict__ is the functions' globals.
+
+    Its `__minipool__` holds the version of each name that was set, and by name and version the sentinels.
+    """
     with _shared_lock:
         modules = _shared_modules.setdefault(session, {})
         if key not in modules:
-            modules[key] = _Shared(key[0], header)
-            if importable:
-                import importlib
-                modules[key].module = importlib.import_module(key[0])
+            modules[key] = types.ModuleType(key[0])
+            vars(modules[key]).update(header, __builtins__=__builtins__, __minipool__={})
         return modules[key]
 
 
-def _make_function(shared: _Shared, code: types.CodeType, *rest: Any) -> types.FunctionType:
-    return types.FunctionType(code, vars(shared.module), *rest)
+def _make_function(module: types.ModuleType, code: types.CodeType, *rest: Any) -> types.FunctionType:
+    return types.FunctionType(code, vars(module), *rest)
 
 
 def _recached(fn: Any, parameters: dict[str, Any]) -> Any:
     return functools.lru_cache(**parameters)(fn)
 
 
-def _set_name(shared: _Shared, name: str, version: int, value: Any, end: int) -> None:
+def _set_name(module: types.ModuleType, name: str, version: int, value: Any, end: int) -> None:
+    space = vars(module)
     with _shared_lock:
-        if version > shared.versions.get(name, 0):
-            shared.versions[name] = version
-            vars(shared.module)[name] = value
+        if version > space["__minipool__"].get(name, 0):
+            space["__minipool__"][name] = version
+            space[name] = value
 
 
-def _set_import(shared: _Shared, name: str, version: int, module: str, end: int) -> None:
-    import importlib
-    try:
-        _set_name(shared, name, version, importlib.import_module(module), end)
-    except ImportError:  # only jobs that use it fail, with NameError
-        pass
-
-
-def _sentinel(shared: _Shared, name: str, version: int, make: Any, args: Any) -> Any:
-    with _shared_lock:
-        if (name, version) not in shared.sentinels:
-            shared.sentinels[name, version] = make(*args)
-        return shared.sentinels[name, version]
+def _sentinel(module: types.ModuleType, name: str, version: int, make: Any, args: Any) -> Any:
+    return vars(module)["__minipool__"].setdefault((name, version), make(*args))
 
 
 def forget_session(session: bytes) -> None:
     """Drop the modules of a session that is over."""
-    with _shared_lock:
-        _shared_modules.pop(session, None)
+    _shared_modules.pop(session, None)
 
 
 # ---- both halves: values ----
@@ -3413,6 +3160,7 @@ def _verdict(status: str, evidence: dict[str, Any]) -> BaseException:
 # ==================================================================================================================
 
 CREDIT_BYTES = 32 << 20     # of inline payloads that a client may have at the server
+ACKNOWLEDGE = 16            # outcomes that wait for a frame to ride on; a worker that dies with more has them run again
 URGENT_SHARE = 2            # 1/this of the credit is kept for jobs above the lowest priority that is out
 
 as_completed = concurrent.futures.as_completed
@@ -3788,7 +3536,7 @@ class Client:
                     getattr(self, f"_on_{message[0]}")(*message[1:])
             self._send_backlog()
             connection = self.peer.connection
-        if connection and connection.waiting:
+        if connection and (connection.waiting or len(self._delivered) >= ACKNOWLEDGE):
             self._flush_delivered()
             connection.flush()
 
