@@ -1248,7 +1248,7 @@ class Queue:
         self.dead = 0                           # so many of them
 
 
-Turn = tuple[float, int, int, Job, Worker, Queue]       # sorts by priority, load of the session, arrival
+Turn = tuple[float, int, int, Job, Queue]       # sorts by priority, load of the session, arrival
 
 
 class Actions(NamedTuple):
@@ -1672,30 +1672,31 @@ class Scheduler:
 
     def _dispatch(self, now: float) -> None:
         """Hand out ready jobs while there is room for them; let those go that wait to go."""
-        for worker in [w for w in self._leaving if not (w.inbox or w.delivering)]:
-            self._send(worker.peer, ("bye", "nothing is left to do or to deliver"))
-            self._lose(worker, now, None, {"what": "left", "planned": True})
-        while self._queues and (self._everybody.idle or self._everybody.roomy):
-            turns = sorted(found for queue in list(self._queues.values()) if (found := self._turn(queue)))
-            if not turns:
-                return
-            turn: Turn | None = turns[0]
-            second = turns[1] if len(turns) > 1 else None
-            # meanwhile room only shrinks and loads only grow: whoever comes before the second as it was is the first
-            while turn and (second is None or turn < second):
-                *_, job, worker, queue = turn
+        for idler in [w for w in self._leaving if not (w.inbox or w.delivering)]:
+            self._send(idler.peer, ("bye", "nothing is left to do or to deliver"))
+            self._lose(idler, now, None, {"what": "left", "planned": True})
+        everybody = self._everybody
+        turns: list[Turn] = []
+        if everybody.idle or everybody.roomy:
+            turns = sorted(filter(None, map(self._turn, list(self._queues.values()))))
+        while turns and (everybody.idle or everybody.roomy):
+            _, load, _, job, queue = heapq.heappop(turns)
+            if load == queue.session.load:          # else its session was given something meanwhile: not its turn yet
+                worker = self._room_for(job, queue)
+                if worker is None:
+                    continue                        # nor will there be: within a pass room only shrinks
                 heapq.heappop(queue.heap)
                 self._assign(job, worker, now)
-                turn = self._turn(queue)
+            if turn := self._turn(queue):
+                heapq.heappush(turns, turn)
 
     def _turn(self, queue: Queue) -> Turn | None:
-        """Return when a queue's head has its turn, the session that has least going first, and who is to take it."""
+        """Return the rank and the head of a queue: the session that has least goes first."""
         job = self._head(queue)
-        if job is None:
-            self._retire_queue(queue)
-            return None
-        worker = self._room_for(job, queue)
-        return (-job.priority, queue.session.load, job.sequence, job, worker, queue) if worker else None
+        if job is not None:
+            return -job.priority, queue.session.load, job.sequence, job, queue
+        self._retire_queue(queue)
+        return None
 
     def _head(self, queue: Queue) -> Job | None:
         heap = queue.heap
@@ -2152,10 +2153,10 @@ class Scheduler:
 #
 # The shell round the scheduler: sockets, threads, the clock. One lock guards the scheduler; under it a batch is fed
 # and its actions are appended to the peers' outboxes, outside it they are written. Lock order: scheduler, then
-# outbox; no other nesting. Threads: the doorkeeper (strangers), the ticker (time), and
-# one reader per peer that proved it knows the secret.
+# outbox; no other nesting. Threads: the doorkeeper (strangers), the ticker (time), one reader per authenticated peer.
 # ==================================================================================================================
 
+_HERE = f"127.0.0.1:{DEFAULT_PORT}"
 GUESTS = 1024               # strangers at a time; beyond it a random one is dropped, never is accept() held up
 GUESTS_PER_SOURCE = 64      # of one address, loopback exempt
 PEERS = 4096                # authenticated connections, a thread each
@@ -2189,15 +2190,17 @@ class Doorkeeper:
     def stop(self) -> None:
         """Close the door and send the guests away."""
         self._stopping = True
+        with contextlib.suppress(OSError):              # where a listener cannot be shut down, the poll notices
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(5)
 
     def _run(self) -> None:
         while not self._stopping:
-            for key, _ in self._selector.select(0.2):       # also how soon stop() and a deadline are noticed
+            for key, _ in self._selector.select(0.2):       # also how soon a deadline is noticed
                 if key.fileobj is self._listener:
                     self._welcome_guests()
                 elif key.fileobj in self._guests:           # else it was dismissed a moment ago, to make room
-                    self._hear(self._guests[key.fileobj])   # type: ignore[index]
+                    self._hear(self._guests[key.fileobj])
             now = time.monotonic()
             for guest in [g for g in self._guests.values() if g.deadline < now]:
                 self._dismiss(guest, "was silent")
@@ -2211,7 +2214,7 @@ class Doorkeeper:
             try:
                 sock, source = self._listener.accept()
             except OSError as error:
-                if not isinstance(error, BlockingIOError):
+                if not isinstance(error, BlockingIOError) and not self._stopping:
                     log.warning("the server cannot accept a connection: %s", error)
                     time.sleep(0.05)        # out of descriptors: do not spin, they may come back
                 return
@@ -2219,7 +2222,7 @@ class Doorkeeper:
             guest = _Guest(sock, source[0])
             if len(self._guests) >= GUESTS:
                 self._dismiss(random.choice(list(self._guests.values())), "made room")
-            same = sum(g.source == guest.source for g in self._guests.values()) if self._guests else 0
+            same = sum(g.source == guest.source for g in self._guests.values())
             if same >= GUESTS_PER_SOURCE and not guest.source.startswith(("127.", "::1")):
                 sock.close()
                 continue
@@ -2228,17 +2231,17 @@ class Doorkeeper:
 
     def _hear(self, guest: _Guest) -> None:
         """Take what a stranger says; every step is of a known size, any misfit is a quiet close."""
-        wanted = 32 if guest.keys else _FIRST.size
+        wanted, step = (32, self._judge) if guest.keys else (_FIRST.size, self._answer)
         try:
             data = guest.sock.recv(wanted - len(guest.data))
-            if not data:
-                return self._dismiss(guest)
             guest.data += data
             if not guest.keys and guest.data[:8] != MAGIC[:len(guest.data)]:
-                return self._dismiss(guest, _looks_like(guest.data))
+                raise Malformed(_looks_like(guest.data))
             if len(guest.data) == wanted:
-                (self._judge if guest.keys else self._answer)(guest)
-        except (BlockingIOError, InterruptedError):
+                step(guest)
+            elif not data:
+                self._dismiss(guest)
+        except BlockingIOError:
             return
         except (OSError, Malformed) as error:
             self._dismiss(guest, str(error))
@@ -2250,7 +2253,7 @@ class Doorkeeper:
         second = second_hello(self._instance)
         guest.sock.sendall(second)
         if version != PROTOCOL:         # the dialer reads our version in it, and names both
-            return self._dismiss(guest, f"speaks protocol {version}")
+            raise Malformed(f"speaks protocol {version}")
         key = self._secret.role_key(guest.role, self._instance, guest.identity)
         guest.keys = SessionKeys.derive(key, first, second)
 
@@ -2259,15 +2262,17 @@ class Doorkeeper:
         assert guest.keys
         if not hmac.compare_digest(guest.data, guest.keys.prove_dialer()):
             guest.sock.sendall(REFUSED)
-            return self._dismiss(guest, "has another secret")
+            raise Malformed("has another secret")
         guest.sock.sendall(guest.keys.prove_server(guest.data))
-        self._selector.unregister(guest.sock)
-        del self._guests[guest.sock]
+        self._forget(guest)
         self._admit(guest.sock, guest.role, guest.identity, guest.keys)
 
-    def _dismiss(self, guest: _Guest, why: str = "") -> None:
+    def _forget(self, guest: _Guest) -> None:
         self._selector.unregister(guest.sock)
         del self._guests[guest.sock]
+
+    def _dismiss(self, guest: _Guest, why: str = "") -> None:
+        self._forget(guest)
         guest.sock.close()
         now = time.monotonic()
         if why and now - self._spoken.get(guest.source, -60) > 10:      # one line per source and 10 s
@@ -2312,16 +2317,15 @@ class Server:
         self._connections: dict[int, Connection] = {}   # by peer; guarded by _lock
         self._peer_numbers = itertools.count(1)
         self._stopping = threading.Event()
-        self._scheduler: Scheduler | None = None
-        self._threads: list[threading.Thread] = []
+        self._scheduler: Scheduler                      # made by start()
+        self._doorkeeper: Doorkeeper | None = None
+        self._threads: list[threading.Thread] = []      # to be joined
 
     @property
     def address(self) -> str:
         """host:port that a client can dial."""
-        host = self._host
-        if host in ("0.0.0.0", "::", ""):
-            host = _own_address() if host != "::" else socket.gethostname()
-        return format_address(host, self._port)
+        everywhere = self._host in ("0.0.0.0", "::", "")
+        return format_address(_own_address() if everywhere else self._host, self._port)
 
     @property
     def secret(self) -> str:
@@ -2337,14 +2341,14 @@ class Server:
         about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, max_value=self.max_value,
                                     adopting=not self._embedded, about=about)
-        self._ticker = threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)
-        self._ticker.start()
+        self._threads = [threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)]
+        self._threads[0].start()
         self._doorkeeper = Doorkeeper(listener, self._secret, instance, self._admit)
         return self
 
     def stop(self) -> None:
         """Close the port and every connection; nothing that a living client or worker holds is lost."""
-        if self._scheduler is None or self._stopping.is_set():
+        if self._doorkeeper is None or self._stopping.is_set():
             return
         self._stopping.set()
         self._doorkeeper.stop()
@@ -2353,7 +2357,7 @@ class Server:
             connections = list(self._connections.values())
         for connection in connections:
             connection.close()
-        for thread in [self._ticker, *self._threads]:
+        for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(2)
 
@@ -2362,7 +2366,7 @@ class Server:
         return self._stopping.wait(timeout)
 
     def __enter__(self) -> Server:
-        return self.start() if self._scheduler is None else self
+        return self if self._doorkeeper else self.start()
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
@@ -2388,20 +2392,17 @@ class Server:
 
     def _serve_peer(self, peer: int, connection: Connection, identity: bytes) -> None:
         try:
-            opening = connection.receive()
-            refusal = check_announcement(opening[0], connection.remote, identity)
+            messages = connection.receive()
+            refusal = check_announcement(messages[0], connection.remote, identity)
             if refusal:
                 connection.post([refusal])
                 connection.flush()
                 return
-            messages, later = opening, opening[1:]
             while not self._stopping.is_set():
-                if any(message[0] == connection.remote for message in later):
-                    raise Malformed("a second announcement")
                 if log.isEnabledFor(logging.DEBUG):
                     log.debug("< %d %s", peer, ", ".join(map(brief, messages)))
-                self._perform(lambda scheduler, now, batch=messages: scheduler.receive(peer, batch, now))
-                messages = later = connection.receive()
+                self._perform(Scheduler.receive, peer, messages)
+                messages = connection.receive()
         except (OSError, EOFError):
             pass
         except Malformed as error:
@@ -2416,17 +2417,15 @@ class Server:
             self._connections.pop(peer, None)
         connection.dispose()
         with contextlib.suppress(Exception):
-            self._perform(lambda scheduler, now: scheduler.disconnected(peer, now))
+            self._perform(Scheduler.disconnected, peer)
 
-    def _perform(self, step: Callable[[Scheduler, float], Actions]) -> None:
+    def _perform(self, step: Callable[..., Actions], *arguments: Any) -> None:
         """Feed the scheduler and do what it asks: append under the lock, write outside it."""
-        assert self._scheduler
         touched: list[Connection] = []
         with self._lock:
-            actions = step(self._scheduler, time.monotonic())
+            actions = step(self._scheduler, *arguments, time.monotonic())
             for peer, messages in actions.sends.items():
-                connection = self._connections.get(peer)
-                if connection:
+                if connection := self._connections.get(peer):
                     connection.post(messages)
                     touched.append(connection)
             closing = [self._connections[p] for p in actions.closes if p in self._connections]
@@ -2439,28 +2438,24 @@ class Server:
             connection.close()
 
     def _tick(self) -> None:
-        assert self._scheduler
         while not self._stopping.is_set():
             with self._lock:
-                deadline = self._scheduler.deadline
-                now = time.monotonic()
+                now, deadline = time.monotonic(), self._scheduler.deadline
                 self._planned = now + 60 if deadline is None else deadline
                 if self._planned > now and not self._stopping.is_set():
                     self._clock.wait(self._planned - now)
-                self._planned = 0.0
-                due = (self._scheduler.deadline or now + 60) <= time.monotonic()
-            if due and not self._stopping.is_set():
-                try:
-                    self._perform(lambda scheduler, now: scheduler.tick(now))
-                except Exception:
-                    self._stumbled()
+                    self._planned = 0.0
+                    continue            # the deadline may have moved meanwhile
+            try:
+                self._perform(Scheduler.tick)
+            except Exception:
+                self._stumbled()
 
     def _stumbled(self) -> None:
         """A bug of ours: go on if all invariants hold, else stop loudly; the peers can rebuild everything."""
         log.exception("the server stumbled")
         try:
             with self._lock:
-                assert self._scheduler
                 self._scheduler.check()
         except Exception as error:
             log.critical("an invariant of the scheduler is broken (%s): the server stops", error)
@@ -2470,9 +2465,9 @@ class Server:
 
 def check_announcement(message: Message, role: str, identity: bytes) -> Message | None:
     """Raise Malformed unless a connection's first message is its role's announcement; return a refusal, or None."""
-    info = message[1] if len(message) > 1 else None
-    if message[0] != role or type(info) is not dict:
+    if message[0] != role:
         raise Malformed(f"a {role} begins with its announcement")
+    info = message[1]
     for field, is_good in ANNOUNCED[role].items():
         if not is_good(info.get(field)):
             raise Malformed(f"a {role}'s announcement has no good {field!r}")
@@ -2485,16 +2480,10 @@ def check_announcement(message: Message, role: str, identity: bytes) -> Message 
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)      # a restart finds its port free
-        listener.bind((host, port))
-        listener.listen(1024)
-        listener.setblocking(False)
-    except BaseException:
-        listener.close()
-        raise
+    v6 = ":" in host                    # "::" is for IPv4 too
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if v6 else socket.AF_INET, backlog=1024,
+                                    dualstack_ipv6=v6)
+    listener.setblocking(False)
     return listener
 
 
@@ -2512,8 +2501,7 @@ def _own_address() -> str:
 
 def secret_path() -> str:
     """Return where this user's secret is kept."""
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return os.path.join(base, "minipool", "secret")
+    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "minipool", "secret")
 
 
 def find_secret(secret: str | None = None, path: str | None = None, *, make: bool = False) -> Secret:
@@ -2525,12 +2513,10 @@ def find_secret(secret: str | None = None, path: str | None = None, *, make: boo
     if secret is not None:
         return Secret(secret)
     path = path or os.environ.get("MINIPOOL_SECRET_FILE")
-    if path:
-        return _read_secret(path)
-    if os.environ.get("MINIPOOL_SECRET"):
+    if not path and os.environ.get("MINIPOOL_SECRET"):
         return Secret(os.environ["MINIPOOL_SECRET"])
-    if os.path.lexists(secret_path()):
-        return _read_secret(secret_path())
+    if path or os.path.lexists(secret_path()):
+        return _read_secret(path or secret_path())
     if not make:
         raise Refused("no secret found: give secret= (--secret-file on the command line), set MINIPOOL_SECRET_FILE or "
                       f"MINIPOOL_SECRET, or start the server as this user, which makes {secret_path()}")
@@ -2539,7 +2525,7 @@ def find_secret(secret: str | None = None, path: str | None = None, *, make: boo
 
 def _read_secret(path: str) -> Secret:
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))) as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
             status, text = os.fstat(file.fileno()), file.read(4096)
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"the secret file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
@@ -2554,9 +2540,9 @@ def _make_secret(path: str) -> Secret:
     made = Secret.new()
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     draft = f"{path}.{secrets.token_hex(8)}"
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with open(descriptor, "w") as file:
             file.write(made.text + "\n")
         os.link(draft, path)                    # appears whole or not at all
     except FileExistsError:                     # another process of ours was faster
@@ -2566,11 +2552,15 @@ def _make_secret(path: str) -> Secret:
     return made
 
 
+def find_address(address: str | None = None) -> tuple[str, int]:
+    """Return host and port: of `address`, MINIPOOL_ADDRESS, or this machine's server."""
+    return parse_address(address or os.environ.get("MINIPOOL_ADDRESS") or _HERE)
+
+
 def is_server_running(address: str | None = None) -> bool:
     """Return whether a minipool server answers at `address` (default: this machine's port 8899)."""
-    host, port = parse_address(address or f"127.0.0.1:{DEFAULT_PORT}")
     try:
-        with socket.create_connection((host, port), timeout=2) as sock:
+        with socket.create_connection(parse_address(address or _HERE), timeout=2) as sock:
             sock.sendall(first_hello("client"))
             return _read_exactly(sock, _SECOND.size).startswith(MAGIC)
     except OSError:
@@ -3193,15 +3183,17 @@ def job_id(name: Name) -> str:
     return f"{name[0][:4].hex()}-{name[1]}"
 
 
-class Future(concurrent.futures.Future):    # type: ignore[type-arg]
+class Future(concurrent.futures.Future[Any]):
     """A job's outcome: a concurrent.futures.Future that also knows `id`, `name`, `worker` and `attempts`."""
 
-    def __init__(self, client: Client, number: int, view: Executor) -> None:
+    def __init__(self, client: Client, number: int, view: Executor, call: _Call) -> None:
         super().__init__()
+        self.name: str = call.options["name"]
+        self.key: str | None = None             # the identity given by `options(key=)`
         self.worker: str | None = None          # who runs or ran it; None before it begins
         self.attempts = 0
         self._client, self._number, self._view = client, number, view
-        self._call: _Call | None = None         # what it takes to send it; dropped with the outcome
+        self._call: _Call | None = call         # dropped with the outcome
         self._raw: tuple[str, Any] | None = None        # an outcome that nobody has looked at yet
         self._face: Callable[[], Future | None] = lambda: None      # the object that the user has, if it is another
 
@@ -3209,11 +3201,6 @@ class Future(concurrent.futures.Future):    # type: ignore[type-arg]
     def id(self) -> str:
         """The job's name as text, as in logs and in the job's MINIPOOL_JOB."""
         return job_id((self._client.session, self._number))
-
-    @property
-    def key(self) -> None:
-        """The identity given by `options(key=)`; None here."""
-        return None
 
     def cancel(self) -> bool:
         """Cancel the job unless it began; what arrives later for it is dropped. Never blocks on the network."""
@@ -3240,6 +3227,9 @@ class Future(concurrent.futures.Future):    # type: ignore[type-arg]
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return the job's exception, None if it has a value; TimeoutError after `timeout` seconds."""
         super().exception(timeout)
+        if self._raw and self._condition._is_owned():       # type: ignore[attr-defined]
+            # wait(FIRST_EXCEPTION) asks, which holds the conditions of all its futures: no user code under them
+            return None if self._raw[0] == OK else RemoteError("not decoded yet")
         self._decode()
         return super().exception(0)
 
@@ -3257,9 +3247,12 @@ class Future(concurrent.futures.Future):    # type: ignore[type-arg]
         raw = self._raw
         if raw is None:
             return
-        value, error = None, None
+        value = error = None
         try:
-            value, error = (decode_value(raw[1]), None) if raw[0] == OK else (None, decode_failure(*raw))
+            if raw[0] == OK:
+                value = decode_value(raw[1])
+            else:
+                error = decode_failure(*raw)
         except BaseException as problem:    # a value that does not unpickle costs this future only
             error = problem
         with self._condition:
@@ -3295,34 +3288,82 @@ class Future(concurrent.futures.Future):    # type: ignore[type-arg]
         self._invoke_callbacks()
 
     def _invoke_callbacks(self) -> None:
-        if self._done_callbacks:
-            if self._client.lock._is_owned():      # type: ignore[attr-defined]  # no user code under it
-                self._client.later(super()._invoke_callbacks)
-            else:
-                super()._invoke_callbacks()
+        invoke = super()._invoke_callbacks                  # type: ignore[misc]
+        if not self._client.lock._is_owned():               # type: ignore[attr-defined]
+            invoke()
+        elif self._done_callbacks:                          # type: ignore[attr-defined]
+            self._client.later(invoke)                      # no user code under the lock
 
 
 class _Call(NamedTuple):
     """What it takes to send a job, and to send it again."""
     fn: Entry
     payload: bytes | Blob
-    log: int
-    priority: float
-    options: dict[str, Any] | None
+    log: int                    # how much of the session's log a worker must have applied before it
+    options: dict[str, Any]     # those that the server needs to know
+
+
+class ChildProcess:
+    """A child that serves an embedded pool or a node: told what to do by one line, ended by the end of its stdin."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._line, theirs = socket.socketpair()
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "minipool_worker.py")
+        with theirs:        # a session of its own: Ctrl-C in the terminal is for the client alone
+            self._process = subprocess.Popen([sys.executable, script, "_child"], stdin=theirs.fileno(),
+                                             start_new_session=True)
+        try:
+            self._line.settimeout(job.get("connect_timeout") or 60)
+            self._line.sendall(json.dumps(job).encode() + b"\n")
+            self.answer = self._read_answer()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _read_answer(self) -> dict[str, Any]:
+        with self._line.makefile("rb") as file:
+            try:
+                line = file.readline()
+            except TimeoutError:
+                raise ServerLost("no server answered in time") from None
+        if not line.endswith(b"\n"):
+            raise ServerLost(f"the child process ended with exit code {self._process.wait(5)}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            kinds = {kind.__name__: kind for kind in (ServerLost, Refused, VersionMismatch, OSError)}
+            raise kinds.get(answer["error"], ValueError)(answer["text"])
+        return answer
+
+    def stop(self) -> None:
+        """End the child, and with it its workers."""
+        self._line.close()
+        if not self.wait(10):
+            self._process.kill()
+            self._process.wait()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the child has ended."""
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
 
 class Client:
     """One connection to a server, and everything that waits on it. Executors are its views."""
 
     def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None,
-                 connect_timeout: float, reconnect_timeout: float) -> None:
+                 connect_timeout: float, reconnect_timeout: float, child: ChildProcess | None = None) -> None:
+        self.child = child                              # the embedded pool; it ends with this client
         self.session = secrets.token_bytes(16)
         self.lock = threading.RLock()
         self.numbers = itertools.count(1)               # of jobs and objects alike
         self.functions = Functions(self.session, lambda: next(self.numbers), self._evicted)
         self.workers: list[dict[str, Any]] = []
         self.max_value = 64 << 30
-        self._name, self._max_workers, self._reconnect_timeout = name, max_workers, reconnect_timeout
+        self._name, self._max_workers = name, max_workers
+        self._patience = float("inf")                   # seconds of an outage that are ridden out
         # all below is guarded by lock
         self._changed = threading.Condition(self.lock)  # a future ended, a worker came or went, an answer came
         self.unfinished: dict[int, Future] = {}         # every future without an outcome
@@ -3335,105 +3376,99 @@ class Client:
         self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
         self._answers: dict[int, Any] = {}
         self._credit = CREDIT_JOBS
-        self._seen = 0                                  # workers that the last server had
-        self._lives = 0                                 # welcomes so far
+        self._welcomed = False                          # the server has settled what we hold: jobs may be sent
         self.broken: Callable[[], BaseException] | None = None  # makes what every call and future then raises
-        self.closing = self.closed = False
-        self._callbacks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.closing = False                            # it takes no more jobs, and ends with the last
+        self._callbacks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._callback_thread = threading.Thread(target=self._run_callbacks, name="minipool-callbacks", daemon=True)
         self.peer = Peer("client", address, secret, lock=self.lock, announce=self._announce, on_batch=self._on_batch,
                          on_lost=self._on_lost, on_idle=self._flush_delivered, name="client")
         self._callback_thread.start()
         self.peer.start()
-        self._connect(connect_timeout)
+        try:
+            self._connect(connect_timeout)
+        except BaseException:
+            self.close()
+            raise
+        self._patience = reconnect_timeout
         _clients.add(self)
 
     def _connect(self, timeout: float) -> None:
         """Wait for the first welcome."""
-        give_up = time.monotonic() + timeout
+        final = Refused, VersionMismatch        # trying again does not help
         with self._changed:
-            while not self._lives:
-                trouble, left = self.peer.trouble, give_up - time.monotonic()
-                if isinstance(trouble, Refused | VersionMismatch) or left <= 0:
-                    break
-                self._changed.wait(left)
-            if self._lives:
+            self._changed.wait_for(lambda: self._welcomed or isinstance(self.peer.trouble, final), timeout)
+            if self._welcomed:
                 return
-        self.close()
-        if isinstance(trouble, Refused | VersionMismatch):
+            trouble = self.peer.trouble
+        if isinstance(trouble, final):
             raise trouble
         raise ServerLost(f"no minipool server at {format_address(*self.peer.address)} within {timeout:g} s "
                          f"({trouble}): start one there with `minipool serve`, or check the address")
 
     # ---- jobs ----
 
-    def submit(self, view: Executor, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
-               options: dict[str, Any]) -> Future:
+    def submit(self, view: Executor, options: dict[str, Any], fn: Any, args: tuple[Any, ...],
+               kwargs: dict[str, Any]) -> Future:
         """Take a snapshot of the call, and send it or queue it here."""
         if not callable(fn):
             raise TypeError(f"submit() needs something callable, not {type(fn).__name__}")
         entry = self.functions.function(fn)
-        retry_on = options.get("retry_on", (Exception,)) if options.get("retries") else None
+        retry_on = options.get("retry_on", (Exception,)) if options.get("retries") else ()
         payload = pack(*self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ())))
         if isinstance(payload, Blob) and payload.size > self.max_value:
             raise TooLarge(f"the arguments of {name_of(fn)}() take {payload.size} bytes; the server allows "
                            f"{self.max_value} (serve --max-value)")
         wire = self._wire_options(options, fn)
         with self.lock:
-            self._refuse_if_over()
+            if self.broken is not None:
+                raise self.broken()
+            if self.closing:
+                raise RuntimeError("cannot schedule new futures after shutdown")
             number = next(self.numbers)
-            future = Future(self, number, view)
-            future.name = wire.get("name", "")      # type: ignore[attr-defined]
-            future._call = _Call(entry, payload, len(self._log), wire.get("priority", 0), wire or None)
+            future = Future(self, number, view, _Call(entry, payload, len(self._log), wire))
             self.unfinished[number] = future
-            heapq.heappush(self._backlog, (-future._call.priority, number))
+            heapq.heappush(self._backlog, (-wire.get("priority", 0), number))
             self._send_backlog()
             connection, busy = self.peer.connection, len(self._sent) > 2 * len(self.workers)
         if connection:      # few jobs out: go now; many: go on submitting while the writer makes batches
             (connection.hand_over if busy else connection.flush)()
         return future._weakly() if options.get("weak") else future
 
-    def _wire_options(self, options: dict[str, Any], fn: Any) -> dict[str, Any]:
+    @staticmethod
+    def _wire_options(options: dict[str, Any], fn: Any) -> dict[str, Any]:
         """Return the options that the server needs to know."""
         wire = {name: options[name] for name in ("priority", "retries", "max_deaths") if options.get(name) is not None}
-        on = options.get("on") or options.get("prefer")
-        if on:
-            wire["on"] = list(on)
-            if not options.get("on"):
-                wire["soft"] = True
         wire["name"] = options.get("name") or name_of(fn)
+        if options.get("on"):
+            wire["on"] = list(options["on"])
+        elif options.get("prefer"):
+            wire.update(on=list(options["prefer"]), soft=True)
         return wire
-
-    def _refuse_if_over(self) -> None:
-        if self.broken is not None:
-            raise self.broken()
-        if self.closing:
-            raise RuntimeError("cannot schedule new futures after shutdown")
 
     def _send_backlog(self) -> None:
         """Send what the credit allows, most urgent first. Holds the lock; somebody flushes."""
         connection = self.peer.connection
-        if not connection or not self._lives or not self._welcomed:
+        if not connection or not self._welcomed:
             return
         if not self._sent:
             self._lowest = float("inf")
         messages: list[Message] = []
         while self._backlog:
             priority, number = -self._backlog[0][0], self._backlog[0][1]
-            future = self.unfinished.get(number)
-            if future is None or number in self._sent:
-                heapq.heappop(self._backlog)        # cancelled here
-                continue
+            future = self.unfinished.get(number)        # None: cancelled here
             share = 1 if priority > self._lowest else URGENT_SHARE
-            if self._sent and (len(self._sent) >= self._credit // share or self._sent_bytes >= CREDIT_BYTES // share):
+            full = len(self._sent) >= self._credit // share or self._sent_bytes >= CREDIT_BYTES // share
+            if future and self._sent and full:
                 break
             heapq.heappop(self._backlog)
-            self._lowest = min(self._lowest, priority)
-            self._send_job(future, messages, False)
+            if future:
+                self._lowest = min(self._lowest, priority)
+                self._send_job(future, messages)
         if messages:
             connection.post(messages)
 
-    def _send_job(self, future: Future, messages: list[Message], again: bool) -> None:
+    def _send_job(self, future: Future, messages: list[Message], again: bool = False) -> None:
         """Add the messages that send one job, with its function if this server has not got it."""
         call = future._call
         assert call
@@ -3446,7 +3481,7 @@ class Client:
         else:
             payload = call.payload
             self._sent_bytes += 0 if again else len(payload)
-        options = {**(call.options or {}), "again": True} if again else call.options
+        options = {**call.options, "again": True} if again else call.options
         messages.append(("submit", future._number, (self.session, call.fn.number), payload, call.log, options))
 
     def _put(self, number: int, data: bytes | Blob, messages: list[Message]) -> None:
@@ -3454,20 +3489,18 @@ class Client:
         if number in self._known_objects:
             return
         self._known_objects.add(number)
-        name = (self.session, number)
-        if isinstance(data, bytes) and len(data) <= INLINE:
-            messages.append(("put", name, len(data), data))
+        name, packed = (self.session, number), pack(data) if isinstance(data, bytes) else data
+        if isinstance(packed, Blob):
+            self.peer.values[name] = packed
+            messages.append(("put", name, packed.size, None))
         else:
-            blob = data if isinstance(data, Blob) else Blob([data])
-            self.peer.values[name] = blob
-            messages.append(("put", name, blob.size, None))
+            messages.append(("put", name, len(packed), packed))
 
     def _evicted(self, entry: Entry) -> None:
         """A function's pickle left the cache: nobody will ask for it again, unless a job is still out with it."""
         with self.lock:
-            if any(f._call and f._call.fn is entry for f in self.unfinished.values()):
-                return      # it stays until the session ends: rare, and harmless
-            if entry.number in self._known_objects:
+            in_use = any(f._call and f._call.fn is entry for f in self.unfinished.values())
+            if not in_use and entry.number in self._known_objects:  # else it stays until the end: rare, and harmless
                 self._known_objects.discard(entry.number)
                 self.peer.values.pop((self.session, entry.number), None)
                 self.peer.send(("drop", [(self.session, entry.number)]))
@@ -3490,31 +3523,27 @@ class Client:
             self.peer.connection.post(messages)
 
     def cancelled(self, future: Future) -> None:
-        """A future was cancelled here: that decides it, and the server is told."""
-        with self.lock:
-            was_sent = future._number in self._sent
-            self._retire(future)
-            if was_sent:
-                self.peer.send(("cancel", [future._number]))
+        """A future was cancelled here: that decides it, and the server is told. The caller holds the lock."""
+        if future._number in self._sent:
+            self.peer.send(("cancel", [future._number]))
+        self._retire(future)
 
-    def kill(self, futures: Iterable[Future], reason: str) -> None:
+    def kill(self, futures: Sequence[Future], reason: str) -> None:
         """End running jobs by force; those that have not begun fail with JobKilled too."""
         with self.lock:
-            numbers = [f._number for f in futures if f._number in self.unfinished]
-            waiting = [n for n in numbers if n not in self._sent]
-            for number in waiting:
-                self._finish(self.unfinished[number], KILLED, {"reason": reason})
-            if numbers:
-                self.peer.send(("kill", [n for n in numbers if n in self._sent], reason))
+            sent = [future._number for future in futures if future._number in self._sent]
+            for future in futures:
+                if future._number not in self._sent:
+                    self._finish(future, KILLED, {"reason": reason})
+            if sent:
+                self.peer.send(("kill", sent, reason))
 
     # ---- the I/O thread ----
-
-    _welcomed = False       # the server has settled what we hold: jobs may be sent
 
     def _announce(self) -> list[Message]:
         self._known_objects.clear()     # a put may have been lost with the old connection: each is sent again at need
         info = {"session": self.session, "name": self._name, "python": PYTHON, "max_workers": self._max_workers,
-                "workers_seen": self._seen}
+                "workers_seen": len(self.workers)}
         return [("client", info, list(self._sent))]
 
     def _on_lost(self) -> None:
@@ -3522,7 +3551,7 @@ class Client:
             self._welcomed = False
             self._changed.notify_all()
             lost_for = time.monotonic() - (self.peer.lost_at or time.monotonic())
-            if self._lives and not self.closed and lost_for > self._reconnect_timeout:
+            if lost_for > self._patience:
                 text = (f"the server at {format_address(*self.peer.address)} was gone for {lost_for:.0f} s "
                         f"({self.peer.trouble})")
                 self._break(lambda: ServerLost(text))
@@ -3550,15 +3579,13 @@ class Client:
             return bool(connection and connection.waiting)
 
     def _on_welcome(self, info: dict[str, Any]) -> None:
-        self._lives += 1
         self._welcomed = True
         self.max_value = info["max_value"]
         self._on_workers(info["workers"], info["credit"])
         self._post_log(info["log"])
 
     def _on_refuse(self, error: str, text: str) -> None:
-        kinds: dict[str, type[MinipoolError]] = {"VersionMismatch": VersionMismatch, "Refused": Refused}
-        self.peer.trouble = kinds.get(error, Refused)(text)
+        self.peer.trouble = (VersionMismatch if error == "VersionMismatch" else Refused)(text)
         self._changed.notify_all()
 
     def _on_missing(self, numbers: list[int]) -> None:
@@ -3567,7 +3594,7 @@ class Client:
         for number in numbers:
             future = self._sent.get(number)
             if future is not None:
-                self._send_job(future, messages, True)
+                self._send_job(future, messages, again=True)
         if self.peer.connection:
             self.peer.connection.post(messages)
 
@@ -3613,14 +3640,14 @@ class Client:
         if not self.unfinished:
             self._changed.notify_all()
             if self.closing:
-                self.later(self.close)
+                self.later(self._end)
 
     def _on_broken(self, value: Value) -> None:
         def error() -> BaseException:
-            error = concurrent.futures.BrokenExecutor(
+            broken = concurrent.futures.BrokenExecutor(
                 "the initializer raised on every worker that tried it, so no job of this executor can run")
-            error.__cause__ = decode_failure(RAISED, value) if value else None      # empty: too long to be told
-            return error
+            broken.__cause__ = decode_failure(RAISED, value) if value else None     # empty: too long to be told
+            return broken
         self._break(error)
 
     def _break(self, error: Callable[[], BaseException]) -> None:
@@ -3632,7 +3659,6 @@ class Client:
 
     def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
         self.workers, self._credit = workers, credit
-        self._seen = max(self._seen, len(workers))
         self._changed.notify_all()
 
     def _on_answer(self, number: int, value: Any) -> None:
@@ -3644,61 +3670,51 @@ class Client:
 
     def ask(self, what: str, about: Any = None, timeout: float | None = None) -> Any:
         """Ask the server a question; return its answer, or raise TimeoutError."""
-        give_up = None if timeout is None else time.monotonic() + timeout
+        give_up = float("inf") if timeout is None else time.monotonic() + timeout
         with self._changed:
             number = next(self.numbers)
             while number not in self._answers:
                 self.peer.send(("ask", number, what, about))        # again after a second: it may have been lost
-                left = 1.0 if give_up is None else min(1.0, give_up - time.monotonic())
-                if left <= 0 or self.closed:
-                    raise TimeoutError(f"the server did not answer {what!r} within {timeout:g} s")
-                self._changed.wait_for(lambda: number in self._answers or self.closed, left)
+                left = min(1.0, give_up - time.monotonic())
+                if left <= 0 or not self._callback_thread.is_alive():
+                    raise TimeoutError(f"the server did not answer {what!r} in time")
+                self._changed.wait_for(lambda: number in self._answers, left)
             return self._answers.pop(number)
 
     # ---- callbacks and the end ----
 
-    def later(self, callback: Callable[[], None]) -> None:
-        """Run something on the callback thread."""
+    def later(self, callback: Callable[[], object]) -> None:
+        """Run something on the callback thread; takes no lock, so that a collector may call it."""
         self._callbacks.put(callback)
 
     def _run_callbacks(self) -> None:
-        while True:
-            callback = self._callbacks.get()
-            if callback is None:
-                return
+        """Run callbacks, and after the last one end all that this client started: nobody waits for it in vain."""
+        while (callback := self._callbacks.get()) is not None:
             try:
                 callback()
-            except Exception:
+            except BaseException:       # SystemExit too: the end below must come
                 log.exception("a callback raised")
             del callback                # it may hold the last reference to a future and its value
-
-    def wait_idle(self, timeout: float | None = None) -> bool:
-        """Block until no future is unfinished."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self.unfinished, timeout)
-
-    def finish(self) -> None:
-        """Close once everything has ended, without waiting for it."""
-        with self.lock:
-            self.closing = True
-            if not self.unfinished and not self.closed:
-                self.later(self.close)
-
-    def close(self) -> None:
-        """End the connection and the threads."""
-        with self.lock:
-            if self.closed:
-                return
-            self.closing = self.closed = True
-            self._flush_delivered()
-            for future in list(self.unfinished.values()):
-                future.cancel()
-            self._changed.notify_all()
+        self._flush_delivered()
         self.peer.stop(("bye", "the client has finished"))
-        self._callbacks.put(None)
-        if self._callback_thread is not threading.current_thread():
-            self._callback_thread.join(10)
+        if self.child:
+            self.child.stop()
         _clients.discard(self)
+
+    def close(self, wait: bool = True) -> None:
+        """Take no more jobs; once all have ended, end the connection, the threads and the child."""
+        with self._changed:
+            self.closing = True
+            if not self.unfinished:
+                self.later(self._end)
+            if wait:
+                self._changed.wait_for(lambda: not self.unfinished)
+        if wait and self._callback_thread is not threading.current_thread():
+            self._callback_thread.join()
+
+    def _end(self) -> None:
+        with self.lock:         # who ends the last future has queued its callbacks before this
+            self._callbacks.put(None)
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()       # those that are open
@@ -3707,7 +3723,6 @@ _clients: weakref.WeakSet[Client] = weakref.WeakSet()       # those that are ope
 def _finish_all() -> None:
     """At interpreter exit: as in the standard library, pending work is waited for."""
     for client in list(_clients):
-        client.wait_idle()
         client.close()
 
 
@@ -3715,7 +3730,8 @@ def _forget_all() -> None:
     """In the child of a fork: the connections belong to the parent, and no thread of theirs is here."""
     for client in list(_clients):
         client.lock = threading.RLock()
-        client.closing = True
+        client._changed = threading.Condition(client.lock)
+        client.unfinished.clear()
         client.broken = lambda: RuntimeError("this executor belongs to the parent process: a fork must open its own")
         connection, client.peer.connection = client.peer.connection, None
         if connection:
@@ -3728,60 +3744,42 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
 
-class ChildProcess:
-    """A child that serves an embedded pool or a node: told what to do by one line, ended by the end of its stdin."""
-
-    def __init__(self, job: dict[str, Any]) -> None:
-        ours, theirs = socket.socketpair()
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "minipool_worker.py")
-        with theirs:        # a session of its own: Ctrl-C in the terminal is for the client alone
-            self._process = subprocess.Popen([sys.executable, script, "_child"], stdin=theirs, start_new_session=True)
-        self._line = ours
-        try:
-            ours.sendall(json.dumps(job).encode() + b"\n")
-            ours.settimeout(job.get("connect_timeout") or 60)
-            self.answer: dict[str, Any] = self._read_answer()
-        except BaseException:
-            self.stop()
-            raise
-        ours.settimeout(None)
-
-    def _read_answer(self) -> dict[str, Any]:
-        line = b""
-        while not line.endswith(b"\n"):
-            try:
-                data = self._line.recv(65536)
-            except TimeoutError:
-                raise ServerLost("no server answered in time") from None
-            if not data:
-                raise ServerLost(f"the child process ended with exit code {self._process.wait(5)}")
-            line += data
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            kinds = {kind.__name__: kind for kind in (ServerLost, Refused, VersionMismatch, OSError)}
-            raise kinds.get(answer["error"], ValueError)(answer["text"])
-        return answer
-
-    def stop(self) -> None:
-        """End the child, and with it its workers."""
-        self._line.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the child has ended."""
-        try:
-            self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-
-_OPTIONS = {"retries", "retry_on", "priority", "on", "prefer", "name", "max_deaths", "weak", "timeout"}
 _said: set[str] = set()         # sentences for stderr that this process has had
+
+# What arguments and options must be: (test, error, text) each. The words are the standard library's where it has some.
+_Rule = tuple[Callable[[Any], Any], type[Exception], str]
+_Rules = dict[str, list[_Rule]]
+_INT: _Rule = (lambda v: isinstance(v, int) and not isinstance(v, bool), TypeError, "must be an integer or None")
+_COUNT: list[_Rule] = [_INT, (lambda v: v >= 0, ValueError, "must be >= 0")]
+_NAMES: list[_Rule] = [(lambda v: v and all(isinstance(n, str) for n in v), TypeError,
+                        "is the name of a worker, node or tag, or a list of them")]
+_ARGUMENTS: _Rules = {
+    "address": [(lambda v: isinstance(v, str), TypeError, "is text such as 'host:port'")],
+    "initializer": [(callable, TypeError, "must be a callable")],
+    "max_workers": [_INT, (lambda v: v > 0, ValueError, "must be greater than 0")],
+    "max_tasks_per_child": [_INT, (lambda v: v >= 1, ValueError, "must be >= 1")],
+    "buffersize": [_INT, (lambda v: v > 0, ValueError, "must be None or > 0")],
+}
+_OPTIONS: _Rules = {
+    "retries": _COUNT,
+    "retry_on": [(lambda v: all(isinstance(t, type) and issubclass(t, BaseException) for t in v), TypeError,
+                  "is an exception type, or a list of them")],
+    "priority": [(lambda v: isinstance(v, int | float) and v == v, ValueError, "must be a number")],    # NaN is none
+    "on": _NAMES,
+    "prefer": _NAMES,
+    "name": [],
+    "max_deaths": _COUNT,
+    "weak": [],
+    "timeout": [],
+}
+
+
+def _check(rules: _Rules, **values: Any) -> None:
+    """Raise what the rules say about a value; None is the same as not given."""
+    for name, value in values.items():
+        for fits, error, text in rules[name]:
+            if value is not None and not fits(value):
+                raise error(f"{name} {text}, not {value!r}")
 
 
 class Executor(concurrent.futures.Executor):
@@ -3802,66 +3800,46 @@ class Executor(concurrent.futures.Executor):
                  tls: bool = False, connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
         if isinstance(address, int) and not isinstance(address, bool):
             address, max_workers = None, address
-        self._check_arguments(address, max_workers, initializer, max_tasks_per_child, tls)
-        self._options: dict[str, Any] = {}
-        self._parent: Executor | None = None
-        self._view_closed = False
-        self._child: ChildProcess | None = None
-        where = address or os.environ.get("MINIPOOL_ADDRESS") or "local"
-        if where == "local":
-            self._child, key = self._embed(max_workers, max_tasks_per_child)
-            where = self._child.answer["address"]
-            self._planned = len(self._child.answer["devices"])
-        else:
-            key, self._planned = find_secret(secret), 1
-        try:
-            self._client = Client(parse_address(where), key, name=name or os.path.basename(sys.argv[0] or "python"),
-                                  max_workers=None if self._child else max_workers, connect_timeout=connect_timeout,
-                                  reconnect_timeout=3.0 if self._child else reconnect_timeout)  # it is never restarted
-            if initializer is not None:
-                self._client.add_to_log(initializer, tuple(initargs), {})
-        except BaseException:
-            if "_client" in vars(self):
-                self._client.close()
-            if self._child:
-                self._child.stop()
-            raise
-        if address is None and self._child:
-            self._say_embedded()
-        # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
-        end = functools.partial(_let_go, self._client, self._child)
-        self._finalizer = weakref.finalize(self, self._client.later, end)       # a collector takes no lock
-        self._finalizer.atexit = False
-
-    @staticmethod
-    def _check_arguments(address: Any, max_workers: Any, initializer: Any, max_tasks: Any, tls: bool) -> None:
-        if address is not None and not isinstance(address, str):
-            raise TypeError(f"address is text such as 'host:port', not {type(address).__name__}")
-        if max_workers is not None and (not isinstance(max_workers, int) or isinstance(max_workers, bool)):
-            raise TypeError(f"max_workers is an int, not {type(max_workers).__name__}")
-        if max_workers is not None and max_workers <= 0:
-            raise ValueError("max_workers must be greater than 0")
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
-        if max_tasks is not None and (not isinstance(max_tasks, int) or max_tasks <= 0):
-            raise ValueError("max_tasks_per_child must be >= 1")
+        _check(_ARGUMENTS, address=address, max_workers=max_workers, initializer=initializer,
+               max_tasks_per_child=max_tasks_per_child)
         if tls:
             raise NotImplementedError("tls= is not there yet")
+        self._options: dict[str, Any] = {}
+        self._parent: Executor | None = None
+        self._closed = False            # this view
+        child, limit, patience = None, max_workers, reconnect_timeout
+        where: Any = address or os.environ.get("MINIPOOL_ADDRESS") or "local"
+        if where == "local":            # a private child serves this machine, with a throw-away secret
+            key = Secret.new()
+            path = list(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))    # it works in another folder
+            child = ChildProcess({"serve": True, "secret": key.text, "options": {
+                "name": "local", "workers": max_workers, "max_tasks": max_tasks_per_child, "sys_path": path}})
+            where, limit, patience = child.answer["address"], None, 3.0     # it is never restarted
+        else:
+            key = find_secret(secret)
+        self._client = Client(parse_address(where), key, name=name or os.path.basename(sys.argv[0] or "python"),
+                              max_workers=limit, connect_timeout=connect_timeout, reconnect_timeout=patience,
+                              child=child)
+        # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
+        end = functools.partial(self._client.close, wait=False)
+        weakref.finalize(self, self._client.later, end).atexit = False      # a collector takes no lock
+        if initializer is not None:
+            try:
+                self._client.add_to_log(initializer, tuple(initargs), {})
+            except BaseException:
+                self._client.close()
+                raise
+        if address is None and child:
+            self._say_embedded(child.answer["devices"])
 
     @staticmethod
-    def _embed(workers: int | None, max_tasks: int | None) -> tuple[ChildProcess, Secret]:
-        """Start the private child that serves this machine, with a throw-away secret."""
-        secret = Secret.new()
-        options = {"name": "local", "workers": workers, "max_tasks": max_tasks, "sys_path": _absolute_path()}
-        return ChildProcess({"serve": True, "secret": secret.text, "options": options}), secret
-
-    def _say_embedded(self) -> None:
+    def _say_embedded(devices: list[str]) -> None:
         """Say once per process what was started, so that nobody believes to be on a cluster."""
         if "embedded" in _said:
             return
         _said.add("embedded")
-        devices = collections.Counter(self._child.answer["devices"] if self._child else ())
-        text = ", ".join(f"{n} worker{'s' * (n > 1)} on {device}" for device, n in devices.items())
+        counts = collections.Counter(devices).items()
+        text = ", ".join(f"{n} worker{'s' * (n > 1)} on {device}" for device, n in counts)
         line = (f"minipool: embedded pool, {text}, {os.cpu_count()} cores (max_workers= for more, MINIPOOL_ADDRESS= "
                 "for a server)")
         if is_server_running():
@@ -3878,13 +3856,13 @@ class Executor(concurrent.futures.Executor):
         Arguments are copied now; changing them later changes nothing. Raises pickle.PicklingError naming what cannot
         be pickled, TooLarge, RuntimeError after shutdown, BrokenExecutor after a failed initializer.
         """
-        if self._view_closed:
+        if self._closed:
             raise RuntimeError("cannot schedule new futures after shutdown")
         if "timeout" in self._options:
             raise TypeError("options(timeout=) is for calls that wait; a limit on a job's run time is job_timeout")
-        return self._client.submit(self, fn, args, kwargs, self._options)
+        return self._client.submit(self, self._options, fn, args, kwargs)
 
-    def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None,  # type: ignore
+    def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None,
             chunksize: int = 1, buffersize: int | None = None) -> Iterator[Any]:
         """Return an iterator of fn's results in the order of the input, as in the newest standard library.
 
@@ -3893,43 +3871,41 @@ class Executor(concurrent.futures.Executor):
         """
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
-        if buffersize is not None and not isinstance(buffersize, int):
-            raise TypeError("buffersize must be an integer or None")
-        if buffersize is not None and buffersize < 1:
-            raise ValueError("buffersize must be None or > 0")
+        _check(_ARGUMENTS, buffersize=buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
-        calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
-        if chunksize == 1:
-            return _results(self, fn, calls, deadline, buffersize)
-        chunks = ((chunk,) for chunk in iter(lambda: tuple(itertools.islice(calls, chunksize)), ()))
-        return itertools.chain.from_iterable(_results(self, _Chunk(fn), chunks, deadline, buffersize))
+        inputs = zip(*iterables, strict=False)
+        calls: Iterator[tuple[Any, ...]] = inputs
+        if chunksize > 1:
+            fn = _Chunk(fn)
+            calls = ((chunk,) for chunk in iter(lambda: tuple(itertools.islice(inputs, chunksize)), ()))
+        futures = collections.deque(self.submit(fn, *args) for args in itertools.islice(calls, buffersize))
+        results = self._results(futures, fn, iter(()) if buffersize is None else calls, deadline)
+        return results if chunksize == 1 else itertools.chain.from_iterable(results)
+
+    def _results(self, futures: collections.deque[Future], fn: Callable[..., Any], more: Iterator[tuple[Any, ...]],
+                 deadline: float | None) -> Iterator[Any]:
+        """Yield the futures' results in order; with each one taken, submit one of the calls that are left."""
+        try:
+            while futures:
+                futures.extend(self.submit(fn, *args) for args in itertools.islice(more, 1))
+                left = None if deadline is None else deadline - time.monotonic()
+                # it cancels a future that is late, and keeps no value in this frame
+                yield concurrent.futures._base._result_or_cancel(futures.popleft(), left)   # type: ignore[attr-defined]
+        finally:
+            for future in futures:
+                future.cancel()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more jobs; wait for those there are, or cancel what has not begun. Of a view: this view only."""
-        self._view_closed = True
-        client = self._client
-        mine = [f for f in list(client.unfinished.values()) if self._parent is None or f._view is self]
+        self._closed = True
+        mine = [f for f in list(self._client.unfinished.values()) if self._parent is None or f._view is self]
         if cancel_futures:
             for future in mine:
                 future.cancel()
-        if self._parent is not None:
-            if wait:
-                concurrent.futures.wait(mine)
-            return
-        with client.lock:
-            client.closing = True
-        if wait:
-            client.wait_idle()
-            self._finalizer.detach()
-            client.close()
-            if self._child:
-                self._child.stop()
-        else:
-            self._finalizer()
-
-    def terminate_workers(self) -> None:
-        """End this executor's running jobs by force (they raise JobKilled), cancel the rest, shut down."""
-        self.kill_workers()
+        if self._parent is None:
+            self._client.close(wait)
+        elif wait:
+            concurrent.futures.wait(mine)
 
     def kill_workers(self) -> None:
         """End this executor's running jobs by force (they raise JobKilled), cancel the rest, shut down."""
@@ -3940,6 +3916,8 @@ class Executor(concurrent.futures.Executor):
             self._client.kill(futures, "kill_workers() was called")
         self.shutdown(wait=True)
 
+    terminate_workers = kill_workers        # a worker's process has nothing to save: there is one way to end it
+
     # ---- beyond it ----
 
     def options(self, **options: Any) -> Executor:
@@ -3949,33 +3927,39 @@ class Executor(concurrent.futures.Executor):
         first; `on`: only on these workers, nodes or tags, `prefer`: there if there is one; `name` for logs;
         `max_deaths`: workers it may take down; `weak`; `timeout`. Raises TypeError for an unknown option.
         """
-        unknown = set(options) - _OPTIONS
+        unknown = sorted(set(options) - set(_OPTIONS))
         if unknown:
-            raise TypeError(f"options() got unknown {', '.join(sorted(unknown))}; known are {', '.join(sorted(_OPTIONS))}")
+            raise TypeError(f"options() got unknown {', '.join(unknown)}; known are {', '.join(sorted(_OPTIONS))}")
+        for name in {"on", "prefer", "retry_on"} & set(options):        # these take one thing or several
+            if isinstance(options[name], str | type):
+                options[name] = (options[name],)
+            elif options[name] is not None:
+                options[name] = tuple(options[name])
+        _check(_OPTIONS, **options)
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
-        view._options = {**self._options, **_checked(options)}
-        view._parent, view._view_closed = self, False
+        view._options = {**self._options, **options}
+        view._parent, view._closed = self, False
         self._check_on(view._options.get("on"))
         return view
 
-    def _check_on(self, on: frozenset[str] | None) -> None:
+    def _check_on(self, on: tuple[str, ...] | None) -> None:
         """A name of no worker is an error in an embedded pool, which cannot grow, and a warning elsewhere."""
         if not on:
             return
         with self._client._changed:
-            self._client._changed.wait_for(lambda: len(self._client.workers) >= self._planned, 10)
+            self._client._changed.wait_for(lambda: len(self._client.workers) >= self.size, 10)
             known = {tag for worker in self._client.workers for tag in worker["tags"]}
-        if not on & known:
+        if known.isdisjoint(on):
             text = f"on={sorted(on)} names no worker, node or tag; there are {', '.join(sorted(known)) or 'none yet'}"
-            if self._child:
+            if self._client.child:
                 raise ValueError(text)
             warnings.warn(f"{text}: such jobs wait until one joins", RuntimeWarning, stacklevel=3)
 
     def kill(self, target: Future) -> None:
         """End the running job of a future by ending its worker's process; the future raises JobKilled."""
-        if not isinstance(target, Future):
-            raise TypeError(f"kill() takes a future of this executor, not {type(target).__name__}")
+        if not isinstance(target, Future) or target._client is not self._client:
+            raise TypeError(f"kill() takes a future of this executor, not {target!r}")
         self._client.kill([target], "kill() was called")
 
     def info(self) -> dict[str, Any]:
@@ -3986,51 +3970,15 @@ class Executor(concurrent.futures.Executor):
     @property
     def size(self) -> int:
         """How many workers there are now, at least 1; third-party libraries size their batches by it."""
-        return max(1, self._planned if self._child else len(self._client.workers))
+        child = self._client.child
+        return len(child.answer["devices"]) if child else max(1, len(self._client.workers))
 
     _max_workers = size
 
     def __repr__(self) -> str:
         devices = ", ".join(sorted({worker["device"] for worker in self._client.workers})) or "no device yet"
-        where = "embedded" if self._child else format_address(*self._client.peer.address)
+        where = "embedded" if self._client.child else format_address(*self._client.peer.address)
         return f"<minipool.Executor {where}, {len(self._client.workers)} workers on {devices}>"
-
-
-def _let_go(client: Client, child: ChildProcess | None) -> None:
-    """Close a dropped executor once its jobs have ended."""
-    client.finish()
-    if child:
-        threading.Thread(target=lambda: (client._callback_thread.join(), child.stop()), name="minipool-let-go",
-                         daemon=True).start()
-
-
-def _checked(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options with their values checked and `on` and `prefer` as sets of names."""
-    for name in ("retries", "max_deaths"):
-        value = options.get(name, 0)
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} is an int of 0 or more, not {value!r}")
-    if not isinstance(options.get("priority", 0), int | float) or options.get("priority", 0) != options.get("priority", 0):
-        raise ValueError(f"priority is a number, not {options['priority']!r}")
-    checked = dict(options)
-    for name in ("on", "prefer"):
-        if options.get(name) is not None:
-            names = [options[name]] if isinstance(options[name], str) else list(options[name])
-            if not names or not all(isinstance(n, str) for n in names):
-                raise TypeError(f"{name}= takes the name of a worker, node or tag, or a list of them")
-            checked[name] = frozenset(names)
-    retry_on = options.get("retry_on")
-    if retry_on is not None:
-        types_ = retry_on if isinstance(retry_on, tuple | list) else (retry_on,)
-        if not all(isinstance(t, type) and issubclass(t, BaseException) for t in types_):
-            raise TypeError("retry_on= takes an exception type, or a list of them")
-        checked["retry_on"] = tuple(types_)
-    return checked
-
-
-def _absolute_path() -> list[str]:
-    """Return this program's sys.path, as a child in another folder would need it."""
-    return list(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
 
 
 class _Chunk:
@@ -4044,32 +3992,6 @@ class _Chunk:
         return [self.fn(*args) for args in chunk]
 
 
-def _results(executor: Executor, fn: Callable[..., Any], calls: Iterator[tuple[Any, ...]], deadline: float | None,
-             buffersize: int | None) -> Iterator[Any]:
-    """Submit now, as far as the buffer goes; return the iterator over the results."""
-    first = calls if buffersize is None else itertools.islice(calls, buffersize)
-    futures = collections.deque(executor.submit(fn, *args) for args in first)
-
-    def results() -> Iterator[Any]:
-        try:
-            while futures:
-                if buffersize is not None:
-                    futures.extend(executor.submit(fn, *args) for args in itertools.islice(calls, 1))
-                yield _result_or_cancel(futures.popleft(), deadline)
-        finally:
-            for future in futures:
-                future.cancel()
-    return results()
-
-
-def _result_or_cancel(future: Future, deadline: float | None) -> Any:
-    try:
-        return future.result(None if deadline is None else deadline - time.monotonic())
-    finally:
-        future.cancel()
-        del future      # the caller's frame must not keep the value
-
-
 # ==================================================================================================================
 # 8 CLI
 #
@@ -4077,73 +3999,51 @@ def _result_or_cancel(future: Future, deadline: float | None) -> Any:
 # the user's is one sentence, never a traceback; the exit code says what kind it was.
 # ==================================================================================================================
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_REFUSED, EXIT_VERSIONS, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
-EXIT_BROKEN = 70        # an invariant of the scheduler is broken: the server stopped itself
+EXIT_OK, EXIT_FAILED = 0, 1         # argparse ends with 2 for a misused command
+EXIT_CODES: dict[type[BaseException], int] = {ServerLost: 3, Refused: 4, VersionMismatch: 5, KeyboardInterrupt: 130}
+EXIT_BROKEN = 70                    # an invariant of the scheduler is broken: the server stopped itself
 
 
-def set_up_logging(verbose: bool) -> None:
-    """Log to stderr, as MINIPOOL_LOG or -v says."""
-    level = (os.environ.get("MINIPOOL_LOG") or ("debug" if verbose else "info")).upper()
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger().setLevel(level if level in logging.getLevelNamesMapping() else "INFO")
-
-
-def run_command(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """Run a command; turn what can go wrong into a sentence and an exit code."""
+def run_command(options: argparse.Namespace, log_to: Any = None) -> int:
+    """Run a command, with the log that MINIPOOL_LOG or -v asks for; a mistake is one sentence and an exit code."""
+    level = (os.environ.get("MINIPOOL_LOG") or ("debug" if options.verbose else "info")).upper()
+    logging.basicConfig(stream=log_to, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S",
+                        level=level if level in logging.getLevelNamesMapping() else "INFO")
     try:
-        return command(options)
-    except Refused as error:
-        code, text = EXIT_REFUSED, str(error)
-    except VersionMismatch as error:
-        code, text = EXIT_VERSIONS, str(error)
-    except ServerLost as error:
-        code, text = EXIT_UNREACHABLE, str(error)
-    except KeyboardInterrupt:
-        code, text = EXIT_INTERRUPTED, "interrupted"
-    except (MinipoolError, OSError, ValueError) as error:
-        code, text = EXIT_FAILED, str(error)
-    print(f"minipool: {text}", file=sys.stderr)
-    return code
+        code: int = options.run(options)
+        return code
+    except (MinipoolError, OSError, OverflowError, ValueError, KeyboardInterrupt) as error:
+        print(f"minipool: {error if str(error) else 'interrupted'}", file=sys.stderr)
+        return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), EXIT_FAILED)
 
 
 def _serve(options: argparse.Namespace) -> int:
     """Run a server until a signal ends it."""
-    path = options.secret_file
     server = Server(options.host, options.port, max_value=options.max_value,
-                    secret=find_secret(path=path, make=True).text)
-    try:
-        server.start()
-    except OSError as error:
-        raise OSError(f"cannot listen on {format_address(options.host, options.port)}: {error.strerror or error}"
-                      ) from None
+                    secret=find_secret(path=options.secret_file, make=True).text)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    node = None
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(server)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         _print_lines(server, options)
         if options.with_node:
             from minipool_worker import Node
-            node = Node(server.address, secret=server.secret).start()
+            stack.enter_context(Node(server.address, secret=server.secret))
         while not stop.wait(0.5) and not server.wait(0):
             pass
-    finally:
-        if node:
-            node.stop()
-        server.stop()
     return EXIT_BROKEN if server.failure else EXIT_OK
 
 
 def _print_lines(server: Server, options: argparse.Namespace) -> None:
     """Print the exact lines to paste for workers and clients."""
     address, loopback = server.address, _is_loopback(options.host)
-    source = options.secret_file or os.environ.get("MINIPOOL_SECRET_FILE")
-    source = source or ("MINIPOOL_SECRET" if os.environ.get("MINIPOOL_SECRET") else secret_path())
+    source = (options.secret_file or os.environ.get("MINIPOOL_SECRET_FILE")
+              or ("MINIPOOL_SECRET" if os.environ.get("MINIPOOL_SECRET") else secret_path()))
     prefix = "" if loopback else f"MINIPOOL_SECRET={server.secret if sys.stdout.isatty() else '...'} "
     if loopback and options.secret_file:
         prefix = f"MINIPOOL_SECRET_FILE={options.secret_file} "
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "minipool_worker.py")
-    worker = "minipool-worker" if "site-packages" in script else f"python {os.path.basename(script)}"
+    worker = "minipool-worker" if "site-packages" in os.path.abspath(__file__) else "python minipool_worker.py"
     lines = [f"minipool {__version__} server on {address} (Python {PYTHON}); the secret is from {source}",
              f"  workers:  {prefix}{worker} connect {address}",
              f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}",
@@ -4154,15 +4054,10 @@ def _print_lines(server: Server, options: argparse.Namespace) -> None:
     print("\n".join(lines), flush=True)
 
 
-def _client_for(options: argparse.Namespace) -> Client:
-    address = options.address or os.environ.get("MINIPOOL_ADDRESS") or f"127.0.0.1:{DEFAULT_PORT}"
-    return Client(parse_address(address), find_secret(path=options.secret_file), name="minipool status",
-                  max_workers=None, connect_timeout=5, reconnect_timeout=5)
-
-
 def _status(options: argparse.Namespace) -> int:
     """Print one snapshot of the pool."""
-    client = _client_for(options)
+    client = Client(find_address(options.address), find_secret(path=options.secret_file), name="minipool status",
+                    max_workers=None, connect_timeout=5, reconnect_timeout=5)
     try:
         info = client.ask("info", timeout=10)
     except TimeoutError as error:
@@ -4173,10 +4068,15 @@ def _status(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def count(things: Sequence[Any], noun: str) -> str:
+    """Return "1 worker" or "2 workers"."""
+    return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
+
+
 def _describe(info: dict[str, Any]) -> str:
     jobs = info["jobs"]
-    lines = [f"server {info['address']} (Python {info['python']}): {len(info['nodes'])} nodes, "
-             f"{len(info['workers'])} workers",
+    lines = [f"server {info['address']} (Python {info['python']}): {count(info['nodes'], 'node')}, "
+             f"{count(info['workers'], 'worker')}",
              "jobs   " + ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered"))]
     width = max((len(w["name"]) for w in info["workers"]), default=0)
     lines += [f"  {w['name']:{width}}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
@@ -4186,14 +4086,13 @@ def _describe(info: dict[str, Any]) -> str:
 
 def _versions(options: argparse.Namespace) -> int:
     """Print the versions that must agree between the members of a pool."""
-    import importlib.metadata
-    def version(package: str) -> str:
+    from importlib import metadata  # late: slow to import, and nothing else needs it
+    rows = {"minipool": __version__, "protocol": PROTOCOL, "python": sys.version.split()[0]}
+    for package in ("cloudpickle", "nvidia-ml-py"):
         try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
-    rows = {"minipool": __version__, "protocol": str(PROTOCOL), "python": sys.version.split()[0],
-            "cloudpickle": version("cloudpickle"), "nvidia-ml-py": version("nvidia-ml-py")}
+            rows[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            rows[package] = "not installed"
     print("\n".join(f"{name:13} {value}" for name, value in rows.items()))
     return EXIT_OK
 
@@ -4206,41 +4105,47 @@ def _secret(options: argparse.Namespace) -> int:
 
 def _size(text: str) -> int:
     """Read a size such as 64G."""
-    units = {"K": 10, "M": 20, "G": 30, "T": 40}
-    number, unit = (text[:-1], text[-1].upper()) if text and text[-1].upper() in units else (text, "")
+    exponent = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:].upper())
     try:
-        return int(float(number) * (1 << units.get(unit, 0)))
-    except ValueError:
+        return int(float(text[:-1]) * (1 << exponent)) if exponent else int(float(text))
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 64G") from None
 
 
+def subcommands(program: str, description: str) -> tuple[argparse.ArgumentParser, Callable[..., Any]]:
+    """Return a parser, and the function that adds a command to it: name, what runs it, one line of help."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(run=run)
+        command.add_argument("--secret-file", metavar="F", help="file that holds the pool's secret")
+        command.add_argument("-v", "--verbose", action="store_true", help="log every message")
+        return command
+    return parser, add
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="minipool", description="A pool of GPU workers across machines.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--secret-file", metavar="F", help="file that holds the pool's secret")
-    common.add_argument("-v", "--verbose", action="store_true", help="log every message")
-    serve = commands.add_parser("serve", parents=[common], help="run the server")
+    parser, add = subcommands("minipool", "A pool of GPU workers across machines.")
+    serve = add("serve", _serve, "run the server")
     serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: loopback only)")
     serve.add_argument("--port", type=int, default=DEFAULT_PORT, help="default: %(default)s; 0: a free one")
     serve.add_argument("--max-value", type=_size, default=64 << 30, metavar="SIZE", help="largest value, e.g. 64G")
     serve.add_argument("--with-node", action="store_true", help="use this machine's devices too")
-    status = commands.add_parser("status", parents=[common], help="show nodes, workers and jobs")
+    status = add("status", _status, "show nodes, workers and jobs")
     status.add_argument("--address", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then this machine")
     status.add_argument("--json", action="store_true", help="one JSON object")
-    commands.add_parser("versions", parents=[common], help="show what must agree between machines")
-    commands.add_parser("secret", parents=[common], help="print the secret")
+    add("versions", _versions, "show what must agree between machines")
+    add("secret", _secret, "print the secret")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    options = _parser().parse_args(arguments)
-    set_up_logging(options.verbose)
-    command = {"serve": _serve, "status": _status, "versions": _versions, "secret": _secret}[options.command]
-    return run_command(command, options)
+    return run_command(_parser().parse_args(arguments))
 
 
 if __name__ == "__main__":
-    from minipool import main as _main      # one copy of every class, not two
+    from minipool import main as _main  # one copy of every class, not two
     raise SystemExit(_main())

@@ -28,9 +28,9 @@ import collections
 import contextlib
 import ctypes
 import faulthandler
+import fcntl
 import heapq
 import importlib
-import itertools
 import json
 import logging
 import multiprocessing.connection
@@ -251,14 +251,15 @@ def read_gauges(slots: Iterable[Slot]) -> list[dict[str, Any]]:
 # begun, begins nothing, and announces all that it holds when it is back.
 # ==================================================================================================================
 
-class Attempt:
+class Attempt(NamedTuple):
     """One attempt at a job, from its arrival until its outcome is made."""
-    __slots__ = ("token", "job", "fn", "payload", "log", "options", "missing")
-
-    def __init__(self, token: int, job: Name, fn: Name, payload: Value, log: int, options: dict[str, Any] | None):
-        self.token, self.job, self.fn, self.payload, self.log = token, job, fn, payload, log
-        self.options = options or {}
-        self.missing: set[Name] = set()         # objects that are still on their way
+    token: int
+    job: Name
+    fn: Name
+    payload: Value
+    log: int
+    options: dict[str, Any]
+    missing: set[Name]                          # objects that are still on their way
 
 
 class SessionState:
@@ -280,9 +281,9 @@ class Worker:
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)    # the main thread waits here
         # all below is guarded by _lock
-        self._inbox: list[tuple[float, int, Attempt]] = []      # a heap, in the order of the server's queue
-        self._waiting: dict[int, Attempt] = {}          # attempts with something missing, by token
-        self._begun: Attempt | None = None
+        self._inbox: dict[int, Attempt] = {}            # attempts that have not begun, by token
+        self._ready: list[tuple[float, int]] = []       # of those with nothing missing; a heap in the order of the
+        self._begun: Attempt | None = None              # server's queue, which may still name some that were recalled
         self._outcomes: dict[int, tuple[Name, Message]] = {}    # by token: job, and the message that tells it
         self._objects: dict[Name, Any] = {}             # small or pulled objects, as bytes
         self._functions: dict[Name, Any] = {}           # those that were opened; for the main thread
@@ -320,14 +321,18 @@ class Worker:
         """Wait for the attempt to begin next, and mark it begun; None: it is time to go."""
         self._catch_up()
         with self._wake:
-            while not (self._inbox and self._welcomed and not self._leaving):
+            while not (self._has_ready() and self._welcomed and not self._leaving):
                 if self._dismissed:
                     return None
                 self._wake.wait()
-            attempt = heapq.heappop(self._inbox)[2]
-            self._begun = attempt
+            attempt = self._begun = self._inbox.pop(heapq.heappop(self._ready)[1])
             self._cell[0] = attempt.token
             return attempt
+
+    def _has_ready(self) -> bool:
+        while self._ready and self._ready[0][1] not in self._inbox:
+            heapq.heappop(self._ready)
+        return bool(self._ready)
 
     def _catch_up(self) -> None:
         """After half a second of not listening (a job held the GIL), hear first what was said meanwhile: a recall.
@@ -381,7 +386,7 @@ class Worker:
             self._cell[0] = 0
             self._cell[1] += 1
             self._done_jobs += 1
-            more = bool(self._inbox)
+            more = self._has_ready()
             connection = self.peer.connection
             if connection:
                 connection.post([message])
@@ -411,7 +416,7 @@ class Worker:
         with self._lock:
             self._begun = None
             self._cell[0] = 0
-            taken = self._take_out([a.token for a in self._held() if a.job[0] == session])
+            taken = self._take_out([a.token for a in self._inbox.values() if a.job[0] == session])
             self.peer.send(("unfit", session, position, value, [attempt.token, *taken]))
 
     def _function(self, name: Name) -> Any:
@@ -433,7 +438,7 @@ class Worker:
     def _announce(self) -> list[Message]:
         """Return the announcement: this is all I hold."""
         attempts = [(token, job, "outcome") for token, (job, _) in self._outcomes.items()]
-        attempts += [(a.token, a.job, "inbox") for a in self._held()]
+        attempts += [(a.token, a.job, "inbox") for a in self._inbox.values()]
         if self._begun:
             attempts.append((self._begun.token, self._begun.job, "begun"))
         pulling = set(self.peer._pulls)
@@ -466,22 +471,17 @@ class Worker:
 
     def _on_run(self, token: int, job: Name, fn: Name, payload: Value, log: int,
                 options: dict[str, Any] | None) -> None:
-        attempt = Attempt(token, job, fn, payload, log, options)
         state = self._sessions.setdefault(job[0], SessionState())
-        if fn not in self._objects:
-            attempt.missing.add(fn)
-        if state.applied < log:
-            attempt.missing.update(name for name in state.log[state.applied:log] if name not in self._objects)
+        missing = {name for name in (fn, *state.log[state.applied:log]) if name not in self._objects}
+        attempt = self._inbox[token] = Attempt(token, job, fn, payload, log, options or {}, missing)
         if type(payload) is tuple:
-            attempt.missing.add(payload[0])
+            missing.add(payload[0])
             self.peer.pull(payload[0], payload[1], lambda data: self._arrived(payload[0], data))
-        if attempt.missing:
-            self._waiting[token] = attempt
-        else:
-            self._enqueue(attempt)
+        self._check_ready(attempt)
 
-    def _enqueue(self, attempt: Attempt) -> None:
-        heapq.heappush(self._inbox, (-attempt.options.get("priority", 0), attempt.token, attempt))
+    def _check_ready(self, attempt: Attempt) -> None:
+        if not attempt.missing:
+            heapq.heappush(self._ready, (-attempt.options.get("priority", 0), attempt.token))
 
     def _on_put(self, name: Name, size: int, data: bytes | None) -> None:
         if data is not None:
@@ -494,13 +494,12 @@ class Worker:
         with self._wake:
             if data is not None:
                 self._objects[name] = data
-            for attempt in [a for a in self._waiting.values() if name in a.missing]:
-                attempt.missing.discard(name)
+            for attempt in [a for a in self._inbox.values() if name in a.missing]:
                 if data is None:
-                    del self._waiting[attempt.token]
-                    self.peer.send(("recalled", [], [attempt.token]))
-                elif not attempt.missing:
-                    self._enqueue(self._waiting.pop(attempt.token))
+                    self.peer.send(("recalled", [], self._take_out([attempt.token])))
+                else:
+                    attempt.missing.discard(name)
+                    self._check_ready(attempt)
             self._wake.notify()
 
     def _on_log(self, session: bytes, position: int, name: Name) -> None:
@@ -508,20 +507,13 @@ class Worker:
         if position == len(state.log):
             state.log.append(name)
 
-    def _held(self) -> list[Attempt]:
-        return [entry[2] for entry in self._inbox] + list(self._waiting.values())
-
-    def _take_out(self, tokens: Iterable[int]) -> list[int]:
+    def _take_out(self, tokens: list[int]) -> list[int]:
         """Remove from the inbox those of `tokens` that have not begun; return them."""
-        wanted = set(tokens)
-        taken = [attempt.token for attempt in self._held() if attempt.token in wanted]
-        if taken:
-            self._inbox = [entry for entry in self._inbox if entry[2].token not in wanted]
-            heapq.heapify(self._inbox)
-            for token in taken:
-                attempt = self._waiting.pop(token, None)
-                if attempt and isinstance(attempt.payload, tuple):
-                    self.peer.forget_pull(attempt.payload[0])
+        taken = [token for token in tokens if token in self._inbox]
+        for token in taken:
+            payload = self._inbox.pop(token).payload
+            if isinstance(payload, tuple):
+                self.peer.forget_pull(payload[0])
         return taken
 
     def _on_recall(self, tokens: list[int]) -> None:
@@ -598,14 +590,48 @@ def _die_with_parent() -> None:
 BEAT_SECONDS = 1.0
 DRAIN_SECONDS = 30.0        # that running jobs may take after SIGTERM
 TAIL_LINES = 40             # of a worker's last output, for the error that tells of its death
+_NEVER = float("inf")
+
+
+class _Stderr(threading.Thread):
+    """Writes what the node says and its workers print: a pipe that nobody empties must not stop the node."""
+
+    def __init__(self) -> None:
+        super().__init__(name="minipool-output", daemon=True)
+        self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()    # reentrant: signal handlers log too
+
+    def run(self) -> None:
+        for text in iter(self._texts.get, None):
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode(errors="replace"))      # not print: its lock would be held at exit
+
+    def write(self, text: str) -> None:
+        """Write whole lines, soon; they are lost where 10,000 wait already."""
+        if self._texts.qsize() < 10_000:
+            self._texts.put(text)
+
+    def flush(self) -> None:
+        """Do nothing: logging flushes after each line, and must not wait."""
+
+    def stop(self) -> None:
+        """Let the last words out; for a second, as perhaps nobody reads them."""
+        self._texts.put(None)
+        self.join(1)
+
+
+_stderr = _Stderr()         # main() starts it
 
 
 class Child:
-    """One worker process, as its node sees it."""
+    """One slot, and the worker process in it, as its node sees them."""
 
-    def __init__(self, place: int, slot: Slot, generation: int) -> None:
-        self.place, self.slot, self.generation = place, slot, generation
-        self.process: Any = None
+    def __init__(self, place: int, slot: Slot) -> None:
+        self.place, self.slot = place, slot
+        self.start_at = _NEVER                      # when a worker is to be started here
+        self.generation = 0                         # how many have been
+        self.deaths: list[float] = []               # when they died, without a success between
+        # of the worker that runs
+        self.process: Any = None                    # None: none does
         self.cell: Any = None                       # [token it executes, jobs it has finished]
         self.life: Any = None                       # our end of the pipe whose end of file it dies of
         self.output: Any = None                     # our end of its stdout and stderr
@@ -627,20 +653,15 @@ class Supervisor:
         self.failure: BaseException | None = None
         self._lifeline = lifeline                       # end of file: whoever started us is gone, or wants us to go
         self._context = multiprocessing.get_context("spawn")
-        self._children: dict[int, Child] = {}           # by place
-        self._generations = [itertools.count(1) for _ in slots]
-        self._respawn_at: dict[int, float] = {}         # by place
-        self._deaths: dict[int, list[float]] = collections.defaultdict(list)    # by place, without a success between
+        self._children = [Child(place, slot) for place, slot in enumerate(slots)]
         self._unreported: collections.deque[Message] = collections.deque(maxlen=1000)
         self._words: collections.deque[Message] = collections.deque()           # of the server, for the main thread
         self._selector = selectors.DefaultSelector()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
-        self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain_wake)
+        self._waker, woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._selector.register(woken, selectors.EVENT_READ, lambda: woken.recv(4096))
         if lifeline is not None:
             self._selector.register(lifeline, selectors.EVENT_READ, self._check_lifeline)
-        self._lines: queue.Queue[str] = queue.Queue(10_000)     # what workers printed; lost where nobody reads it
         self._beat_at = 0.0
         self._stop_at: float | None = None              # when patience with running jobs ends
         self._instance = b""
@@ -652,10 +673,11 @@ class Supervisor:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
         _hide_main()
         self.peer.start()
-        threading.Thread(target=self._print_lines, name="minipool-output", daemon=True).start()
+        mark = _node_file()
+        fcntl.flock(mark, fcntl.LOCK_SH)
         try:
-            while self._stop_at is None or (self._children and time.monotonic() < self._stop_at):
-                for key, _ in self._selector.select(self._pause()):
+            while self._stop_at is None or (self._running() and time.monotonic() < self._stop_at):
+                for key, _ in self._selector.select(0.2):       # also how late a beat or a respawn may be
                     key.data()
                 while self._words:
                     word = self._words.popleft()
@@ -664,15 +686,13 @@ class Supervisor:
                 self._beat()
                 self._check_trouble()
         finally:
-            for child in list(self._children.values()):
+            for child in self._running():
                 self._kill_group(child)
-            for child in list(self._children.values()):
+            for child in self._running():
                 multiprocessing.connection.wait([child.pidfd], 5)   # join() would wait for the sentinel, which may lie
                 self._bury(child)
             self.peer.stop(("bye", "the node stopped"))
-            give_up = time.monotonic() + 1
-            while not self._lines.empty() and time.monotonic() < give_up:       # last words
-                time.sleep(0.01)
+            mark.close()
         if self.failure:
             raise self.failure
 
@@ -686,17 +706,12 @@ class Supervisor:
             self._stop_at = 0.0
         self._wake()
 
-    def _pause(self) -> float:
-        due = [self._beat_at, *self._respawn_at.values()]
-        return max(0.0, min(0.5, min(due) - time.monotonic()))
+    def _running(self) -> list[Child]:
+        return [child for child in self._children if child.process]
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"!")
-
-    def _drain_wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
+            self._waker.send(b"!")
 
     def _check_lifeline(self) -> None:
         assert self._lifeline
@@ -728,11 +743,12 @@ class Supervisor:
         self.name = info["name"]
         if self.peer.instance != self._instance:
             first, self._instance = not self._instance, self.peer.instance
-            for child in self._children.values():
+            for child in self._running():
                 with contextlib.suppress(OSError):
                     child.life.send_bytes(self._ticket(child.id))
             if first:
-                self._respawn_at = dict.fromkeys(range(len(self.slots)), 0.0)
+                for child in self._children:
+                    child.start_at = 0.0
         self.on_welcome()
 
     def _on_refuse(self, error: str, text: str) -> None:
@@ -750,24 +766,19 @@ class Supervisor:
             self._beat_at = now + BEAT_SECONDS
             self.peer.send(("beat",))
 
-    def _tell(self, message: Message) -> None:
-        with self.peer.lock:
-            self._unreported.append(message)
-            self.peer.send(message)
-
     # ---- birth ----
 
     def _respawn(self) -> None:
-        now = time.monotonic()
-        for place, when in list(self._respawn_at.items()):
-            if when <= now and self._stop_at is None:
-                del self._respawn_at[place]
-                self._spawn(place)
+        for child in self._children:
+            if self._stop_at is None and child.start_at <= time.monotonic():
+                self._spawn(child)
 
-    def _spawn(self, place: int) -> None:
+    def _spawn(self, child: Child) -> None:
         """Start the worker of one slot. The mask is set before its interpreter starts, by what it inherits."""
-        slot = self.slots[place]
-        child = Child(place, slot, next(self._generations[place]))
+        place, slot = child.place, child.slot
+        child.start_at, child.killed, child.rest = _NEVER, "", b""
+        child.tail.clear()
+        child.generation += 1
         child.id = self.id + place.to_bytes(4, "big") + child.generation.to_bytes(4, "big")
         child.cell = self._context.RawArray(ctypes.c_uint64, 2)
         life, child.life = self._context.Pipe(duplex=False)
@@ -782,7 +793,6 @@ class Supervisor:
             child.process.start()
         life.close()
         output.close()
-        self._children[place] = child
         child.pidfd = _pidfd(child.process)
         self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._on_death(child))
         os.set_blocking(child.output.fileno(), False)
@@ -793,14 +803,17 @@ class Supervisor:
     def _on_death(self, child: Child) -> None:
         """A worker process is no more: say so, with the cell's word on whom to blame, and start another."""
         self._kill_group(child)             # grandchildren that stayed in the group
+        exitcode = child.process.exitcode
         self._bury(child)
-        token, successes = child.cell[0], child.cell[1]
-        cause = self._cause(child, child.process.exitcode)
-        self._tell(("died", child.id, token, cause))
+        token, successes = child.cell
+        cause = self._cause(child, exitcode)
+        with self.peer.lock:
+            self._unreported.append(("died", child.id, token, cause))
+            self.peer.send(self._unreported[-1])
         if self._stop_at is None:
             if not cause.get("planned"):
                 _log.warning("worker %d on %s %s", child.place, child.slot.device, cause["what"])
-            self._respawn_at[child.place] = time.monotonic() + self._back_off(child, bool(successes or child.killed))
+            child.start_at = time.monotonic() + self._back_off(child, bool(successes or child.killed))
 
     def _cause(self, child: Child, exitcode: int | None) -> dict[str, Any]:
         """Return the cause of a death in words and numbers."""
@@ -817,14 +830,11 @@ class Supervisor:
     def _back_off(self, child: Child, succeeded: bool) -> float:
         """Return how long to wait: at once, but a slot that dies five times in a minute without a success rests."""
         now = time.monotonic()
-        recent = [t for t in self._deaths[child.place] if now - t < 60]
-        self._deaths[child.place] = [] if succeeded else [*recent, now]
-        excess = len(self._deaths[child.place]) - 5
+        child.deaths = [] if succeeded else [*(t for t in child.deaths if now - t < 60), now]
+        excess = len(child.deaths) - 5
         return 0.0 if excess < 0 else min(60.0, 2.0 ** excess)
 
     def _bury(self, child: Child) -> None:
-        if self._children.get(child.place) is child:
-            del self._children[child.place]
         self._selector.unregister(child.pidfd)
         if child.pidfd != child.process.sentinel:
             os.close(child.pidfd)
@@ -833,6 +843,7 @@ class Supervisor:
             self._selector.unregister(child.output.fileno())
         child.output.close()
         child.life.close()
+        child.process = None
 
     def _kill_group(self, child: Child) -> None:
         for kill in (os.killpg, os.kill):       # the group exists once the child has called setsid
@@ -842,7 +853,7 @@ class Supervisor:
     def _on_kill(self, tokens: list[int], reason: str) -> None:
         """End attempts by force: stop the process, read the cell, and kill it only if it is still at that attempt."""
         for token in tokens:
-            child = next((c for c in self._children.values() if c.cell[0] == token), None)
+            child = next((c for c in self._running() if c.cell[0] == token), None)
             if child is not None and _freeze(child.process.pid) and child.cell[0] == token:
                 child.killed = reason
                 self._kill_group(child)
@@ -867,15 +878,8 @@ class Supervisor:
         child.rest = child.rest[-8192:]
         texts = [line[:2000].decode(errors="replace") for line in lines]
         child.tail.extend(texts)
-        with contextlib.suppress(queue.Full):
-            for text in texts:
-                self._lines.put_nowait(f"[{self.name}-{child.place}] {text}")
-
-    def _print_lines(self) -> None:
-        """Pass on what workers printed, on a thread of its own: a pipe that nobody empties must not stop the node."""
-        while True:
-            with contextlib.suppress(OSError):
-                os.write(2, self._lines.get().encode() + b"\n")     # not print: its lock would be held at exit
+        for text in texts:
+            _stderr.write(f"[{self.name}-{child.place}] {text}\n")
 
 
 @contextlib.contextmanager
@@ -905,12 +909,16 @@ def _pidfd(process: Any) -> int:
 
 def _freeze(pid: int) -> bool:
     """Stop a process and wait until it stands still; False if it is dead."""
-    try:
+    give_up = time.monotonic() + 1
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
         os.kill(pid, signal.SIGSTOP)
-        state = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-    except (ProcessLookupError, ChildProcessError):
-        return False
-    return state is not None and state.si_code == os.CLD_STOPPED
+        while time.monotonic() < give_up:
+            state = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if state:
+                return state.si_code == os.CLD_STOPPED
+            time.sleep(0.0005)
+        return True         # a driver holds it in the kernel: there it begins no other attempt
+    return False
 
 
 def _hide_main() -> None:
@@ -931,7 +939,7 @@ class Node:
     def __init__(self, address: str | None = None, *, secret: str | None = None, tls: bool = False,
                  connect_timeout: float = 10.0, **options: Any) -> None:
         self._job = {"serve": False, "connect_timeout": connect_timeout, "options": options,
-                     "address": address or os.environ.get("MINIPOOL_ADDRESS") or f"127.0.0.1:{minipool.DEFAULT_PORT}",
+                     "address": minipool.format_address(*minipool.find_address(address)),
                      "secret": minipool.find_secret(secret).text}
         self.child: minipool.ChildProcess | None = None
 
@@ -958,32 +966,19 @@ class Node:
 
 def is_node_running() -> bool:
     """Return whether a node of this user runs on this machine."""
-    folder = _runtime_folder()
-    for entry in os.listdir(folder):
-        if entry.startswith("node-"):
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(int(entry[5:]), 0)
-                return True
+    with _node_file() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False
 
 
-def _runtime_folder() -> str:
+def _node_file() -> Any:
+    """Open the file whose lock all nodes of this user share: the kernel takes it back, however they end."""
     folder = os.path.join(os.environ.get("XDG_RUNTIME_DIR") or "/tmp", f"minipool-{os.getuid()}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    return folder
-
-
-@contextlib.contextmanager
-def _registered() -> Any:
-    """Leave a note that a node of this user runs, as long as it does."""
-    path = os.path.join(_runtime_folder(), f"node-{os.getpid()}")
-    with contextlib.suppress(OSError):
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+    return open(os.path.join(folder, "nodes"), "a")
 
 
 # ==================================================================================================================
@@ -1018,8 +1013,7 @@ def child_main(lifeline: socket.socket) -> int:
             supervisor.on_welcome = lambda: None
 
         supervisor.on_welcome = say
-        with _registered():
-            supervisor.run()
+        supervisor.run()
     except (OSError, ValueError, minipool.MinipoolError) as error:
         with contextlib.suppress(OSError):
             lifeline.sendall(json.dumps({"error": type(error).__name__, "text": str(error)}).encode() + b"\n")
@@ -1031,11 +1025,9 @@ def child_main(lifeline: socket.socket) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="minipool-worker", description="Join this machine's devices to a pool.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="connect")
-    connect = commands.add_parser("connect", help="join a pool: one worker per visible GPU")
+    parser, add = minipool.subcommands("minipool-worker", "Join this machine's devices to a pool.")
+    connect = add("connect", _connect, "join a pool: one worker per visible GPU")
     connect.add_argument("address", nargs="?", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then 127.0.0.1")
-    connect.add_argument("--secret-file", metavar="F", help="file that holds the pool's secret")
     connect.add_argument("--name", help="this node's name (default: the host's)")
     connect.add_argument("--gpus", metavar="LIST", help='e.g. 0,2 or GPU-1a2b; "" for none (default: all visible)')
     connect.add_argument("--workers-per-gpu", type=_at_least(1), default=1, metavar="N")
@@ -1044,7 +1036,6 @@ def _parser() -> argparse.ArgumentParser:
     connect.add_argument("--device-env", metavar="VAR", help="the variable that selects one, e.g. HIP_VISIBLE_DEVICES")
     connect.add_argument("--tag", action="append", dest="tags", metavar="T", default=[], help="a word for `on=`")
     connect.add_argument("--max-tasks", type=_at_least(1), metavar="N", help="renew a worker after N jobs")
-    connect.add_argument("-v", "--verbose", action="store_true")
     return parser
 
 
@@ -1058,27 +1049,24 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 def _connect(options: argparse.Namespace) -> int:
     """Run a node in this process until a signal or the server's refusal ends it."""
-    address = options.address or os.environ.get("MINIPOOL_ADDRESS") or f"127.0.0.1:{minipool.DEFAULT_PORT}"
     slots = _slots_from(vars(options))
-    supervisor = Supervisor(minipool.parse_address(address), minipool.find_secret(path=options.secret_file), slots,
-                            vars(options))
-
-    def say() -> None:
-        print(f"connected to {address} as {supervisor.name}: {len(slots)} worker{'s' * (len(slots) > 1)}: "
-              f"{', '.join(slot.label for slot in slots)}; Python {PYTHON}", file=sys.stderr, flush=True)
-
-    def on_signal(number: int, _frame: Any) -> None:
-        supervisor.stop(0.0 if supervisor._stop_at else DRAIN_SECONDS)
-
-    supervisor.on_welcome = say
+    supervisor = Supervisor(minipool.find_address(options.address), minipool.find_secret(path=options.secret_file),
+                            slots, vars(options))
+    address = minipool.format_address(*supervisor.peer.address)
+    supervisor.on_welcome = lambda: _stderr.write(
+        f"connected to {address} as {supervisor.name}: {minipool.count(slots, 'worker')}: "
+        f"{', '.join(slot.label for slot in slots)}; Python {PYTHON}\n")
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    waiting = threading.Timer(3, lambda: supervisor._instance or print(
-        f"waiting for a server at {address}: {supervisor.peer.trouble}", file=sys.stderr, flush=True))
+        signal.signal(number, lambda *_: supervisor.stop(DRAIN_SECONDS))
+
+    def complain() -> None:
+        if not supervisor._instance:
+            _stderr.write(f"waiting for a server at {address}: {supervisor.peer.trouble}\n")
+
+    waiting = threading.Timer(3, complain)
     waiting.daemon = True
     waiting.start()
-    with _registered():
-        supervisor.run()
+    supervisor.run()
     waiting.cancel()
     return 0
 
@@ -1086,11 +1074,13 @@ def _connect(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments == ["_child"]:
-        return child_main(socket.socket(fileno=os.dup(0)))
-    options = _parser().parse_args(arguments)
-    minipool.set_up_logging(options.verbose)
-    return minipool.run_command(_connect, options)
+    _stderr.start()
+    try:
+        if arguments == ["_child"]:
+            return child_main(socket.socket(fileno=os.dup(0)))
+        return minipool.run_command(_parser().parse_args(arguments), log_to=_stderr)
+    finally:
+        _stderr.stop()
 
 
 if __name__ == "__main__":
