@@ -1312,6 +1312,7 @@ class Scheduler:
             self._await(member, now)
             if isinstance(member, Worker):
                 self._refresh(member)
+                self._tell_clients()
         return self._take_actions(now)
 
     def tick(self, now: float) -> Actions:
@@ -2060,7 +2061,7 @@ class Scheduler:
 
     def _worker_list(self) -> list[dict[str, Any]]:
         return [{"name": w.name, "node": w.node.name, "device": w.device, "tags": sorted(w.tags)}
-                for w in self.workers.values()]
+                for w in self.workers.values() if w.peer is not None]
 
     def _tell_clients(self) -> None:
         workers, credit = self._worker_list(), self._credit()
@@ -3713,7 +3714,7 @@ class Client:
             self._callback_thread.join()
 
     def _end(self) -> None:
-        with self.lock:         # who ends the last future has queued its callbacks before this
+        with self.lock:     # under which the last future's callbacks were queued: before this
             self._callbacks.put(None)
 
 
@@ -3744,42 +3745,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
 
+_OPTIONS = {"retries", "retry_on", "priority", "on", "prefer", "name", "max_deaths", "weak", "timeout"}
 _said: set[str] = set()         # sentences for stderr that this process has had
 
-# What arguments and options must be: (test, error, text) each. The words are the standard library's where it has some.
-_Rule = tuple[Callable[[Any], Any], type[Exception], str]
-_Rules = dict[str, list[_Rule]]
-_INT: _Rule = (lambda v: isinstance(v, int) and not isinstance(v, bool), TypeError, "must be an integer or None")
-_COUNT: list[_Rule] = [_INT, (lambda v: v >= 0, ValueError, "must be >= 0")]
-_NAMES: list[_Rule] = [(lambda v: v and all(isinstance(n, str) for n in v), TypeError,
-                        "is the name of a worker, node or tag, or a list of them")]
-_ARGUMENTS: _Rules = {
-    "address": [(lambda v: isinstance(v, str), TypeError, "is text such as 'host:port'")],
-    "initializer": [(callable, TypeError, "must be a callable")],
-    "max_workers": [_INT, (lambda v: v > 0, ValueError, "must be greater than 0")],
-    "max_tasks_per_child": [_INT, (lambda v: v >= 1, ValueError, "must be >= 1")],
-    "buffersize": [_INT, (lambda v: v > 0, ValueError, "must be None or > 0")],
-}
-_OPTIONS: _Rules = {
-    "retries": _COUNT,
-    "retry_on": [(lambda v: all(isinstance(t, type) and issubclass(t, BaseException) for t in v), TypeError,
-                  "is an exception type, or a list of them")],
-    "priority": [(lambda v: isinstance(v, int | float) and v == v, ValueError, "must be a number")],    # NaN is none
-    "on": _NAMES,
-    "prefer": _NAMES,
-    "name": [],
-    "max_deaths": _COUNT,
-    "weak": [],
-    "timeout": [],
-}
+# whole numbers among arguments and options: the smallest, in the standard library's words where it has some
+_WHOLE = {"max_workers": (1, "greater than 0"), "max_tasks_per_child": (1, ">= 1"), "buffersize": (1, "None or > 0"),
+          "retries": (0, ">= 0"), "max_deaths": (0, ">= 0")}
 
 
-def _check(rules: _Rules, **values: Any) -> None:
-    """Raise what the rules say about a value; None is the same as not given."""
-    for name, value in values.items():
-        for fits, error, text in rules[name]:
-            if value is not None and not fits(value):
-                raise error(f"{name} {text}, not {value!r}")
+def _check_whole(**values: Any) -> None:
+    """Check those of these values that must be whole numbers; None is the same as not given."""
+    for name, (least, words) in _WHOLE.items():
+        value = values.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"{name} must be an integer or None, not {value!r}")
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be {words}, not {value}")
 
 
 class Executor(concurrent.futures.Executor):
@@ -3800,15 +3781,18 @@ class Executor(concurrent.futures.Executor):
                  tls: bool = False, connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
         if isinstance(address, int) and not isinstance(address, bool):
             address, max_workers = None, address
-        _check(_ARGUMENTS, address=address, max_workers=max_workers, initializer=initializer,
-               max_tasks_per_child=max_tasks_per_child)
+        if address is not None and not isinstance(address, str):
+            raise TypeError(f"address is text such as 'host:port', not {type(address).__name__}")
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        _check_whole(max_workers=max_workers, max_tasks_per_child=max_tasks_per_child)
         if tls:
             raise NotImplementedError("tls= is not there yet")
         self._options: dict[str, Any] = {}
         self._parent: Executor | None = None
         self._closed = False            # this view
         child, limit, patience = None, max_workers, reconnect_timeout
-        where: Any = address or os.environ.get("MINIPOOL_ADDRESS") or "local"
+        where = address or os.environ.get("MINIPOOL_ADDRESS") or "local"
         if where == "local":            # a private child serves this machine, with a throw-away secret
             key = Secret.new()
             path = list(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))    # it works in another folder
@@ -3871,7 +3855,7 @@ class Executor(concurrent.futures.Executor):
         """
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
-        _check(_ARGUMENTS, buffersize=buffersize)
+        _check_whole(buffersize=buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
         inputs = zip(*iterables, strict=False)
         calls: Iterator[tuple[Any, ...]] = inputs
@@ -3927,15 +3911,16 @@ class Executor(concurrent.futures.Executor):
         first; `on`: only on these workers, nodes or tags, `prefer`: there if there is one; `name` for logs;
         `max_deaths`: workers it may take down; `weak`; `timeout`. Raises TypeError for an unknown option.
         """
-        unknown = sorted(set(options) - set(_OPTIONS))
+        unknown = sorted(set(options) - _OPTIONS)
         if unknown:
             raise TypeError(f"options() got unknown {', '.join(unknown)}; known are {', '.join(sorted(_OPTIONS))}")
-        for name in {"on", "prefer", "retry_on"} & set(options):        # these take one thing or several
-            if isinstance(options[name], str | type):
-                options[name] = (options[name],)
-            elif options[name] is not None:
-                options[name] = tuple(options[name])
-        _check(_OPTIONS, **options)
+        _check_whole(**options)
+        priority = options.get("priority", 0)
+        if not isinstance(priority, int | float) or priority != priority:       # NaN is no place in an order
+            raise ValueError(f"priority is a number, not {priority!r}")
+        for name in {"on", "prefer", "retry_on"} & set(options):                # these take one thing or several
+            if options[name] is not None:
+                options[name] = _several(name, options[name])
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view._options = {**self._options, **options}
@@ -3979,6 +3964,17 @@ class Executor(concurrent.futures.Executor):
         devices = ", ".join(sorted({worker["device"] for worker in self._client.workers})) or "no device yet"
         where = "embedded" if self._client.child else format_address(*self._client.peer.address)
         return f"<minipool.Executor {where}, {len(self._client.workers)} workers on {devices}>"
+
+
+def _several(name: str, value: Any) -> tuple[Any, ...]:
+    """Return the names or exception types that an option gives, be it one or a list of them."""
+    values = (value,) if isinstance(value, str | type) else tuple(value)
+    if name == "retry_on":
+        if not all(isinstance(v, type) and issubclass(v, BaseException) for v in values):
+            raise TypeError("retry_on= takes an exception type, or a list of them")
+    elif not values or not all(isinstance(v, str) for v in values):
+        raise TypeError(f"{name}= takes the name of a worker, node or tag, or a list of them")
+    return values
 
 
 class _Chunk:
