@@ -404,6 +404,11 @@ PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 _hmac = functools.partial(hmac.digest, digest="sha256")     # of key and message
 
 
+@functools.lru_cache(maxsize=8)     # once per process and server life, never per connection
+def _stretch(password: str, salt: bytes) -> bytes:
+    return hashlib.scrypt(password.encode(), salt=salt, n=2**15, r=8, p=1, maxmem=64 * 1024 * 1024, dklen=32)
+
+
 class Secret:
     """What all members of a pool share: `mp1_` and 43 characters, or a password.
 
@@ -438,11 +443,6 @@ class Secret:
         master = _stretch(self.text, instance) if self.is_password else self._raw
         key = _hmac(master, b"minipool/1 role " + role.encode())
         return _hmac(key, identity) if role == "worker" else key
-
-
-@functools.lru_cache(maxsize=8)     # once per process and server life, never per connection
-def _stretch(password: str, salt: bytes) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, n=2**15, r=8, p=1, maxmem=64 * 1024 * 1024, dklen=32)
 
 
 class Ticket:
@@ -501,6 +501,16 @@ def read_first_hello(data: bytes) -> tuple[str, bytes, int]:
     return ROLES[role], identity[:20], version
 
 
+def _read_exactly(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = sock.recv(size - len(data))
+        if not more:
+            raise ConnectionError("the connection was closed during the handshake: it may not be a minipool server")
+        data += more
+    return data
+
+
 def handshake(sock: socket.socket, role: str, key: Secret | Ticket, identity: bytes = b"",
               binding: bytes = b"") -> tuple[SessionKeys, bytes]:
     """Dial in: run the four steps on a connected socket; return the keys and the server's instance.
@@ -524,16 +534,6 @@ def handshake(sock: socket.socket, role: str, key: Secret | Ticket, identity: by
     if hmac.compare_digest(answer, REFUSED):
         raise Refused("the secret does not match the server's")
     raise ConnectionError("the server could not prove that it knows the secret")
-
-
-def _read_exactly(sock: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        more = sock.recv(size - len(data))
-        if not more:
-            raise ConnectionError("the connection was closed during the handshake: it may not be a minipool server")
-        data += more
-    return data
 
 
 class _BuiltinsOnly(pickle.Unpickler):
@@ -1136,6 +1136,78 @@ LONG = 1e9              # the estimate of a function not known to be short: noth
 CREDIT_JOBS = 4096      # jobs a session may have at the server; the rest waits at the client, so memory is constant
 
 
+class Member:
+    """What dials the server: a client's Session, a Worker, a Node."""
+    grace = T_GONE                                  # seconds that it may stay away
+
+    def __init__(self, id: bytes) -> None:
+        self.id, self.name = id, ""
+        self.peer: Any = None                       # its connection
+        self.lost_at = FOREVER                      # when it lost that; FOREVER while it has one, and after its end
+        self.asked: dict[tuple[Name, int, int], list[Any]] = {}     # ranges asked of it, and by which peers
+
+
+class Node(Member):
+    """A host's supervisor: it owns death, and vouches for its workers."""
+
+    def __init__(self, id: bytes, now: float) -> None:
+        super().__init__(id)
+        self.heard_at = now                         # a byte from any connection of the host
+        self.workers: dict[bytes, Worker] = {}
+        self.dead: dict[bytes, bytes] = {}          # newest generation of each slot that is known to be dead
+        self.info: dict[str, Any] = {}
+
+
+class Selection:
+    """The workers that one `on` admits, sorted by room, so that dispatch finds one without a search."""
+
+    def __init__(self, on: frozenset[str] | None) -> None:
+        self.on = on
+        self.members: set[Worker] = set()
+        self.idle: dict[Worker, None] = {}      # nothing in the inbox
+        self.roomy: dict[Worker, None] = {}     # room for another short job; used in turn
+        self.users = 0                          # queues that look here
+
+
+class Worker(Member):
+    """One process, one device."""
+
+    def __init__(self, id: bytes, node: Node) -> None:
+        super().__init__(id)
+        self.node, self.device = node, ""
+        self.pid = self.finished = 0
+        self.tags: frozenset[str] = frozenset()     # all that `on` can name: worker, node, tags
+        self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: one that nobody wants
+        self.delivering: dict[int, Job] = {}        # outcomes it keeps for clients
+        self.load = 0.0                             # estimated seconds of work in the inbox
+        self.moved_at = 0.0                         # when it last finished something
+        self.has: set[Name] = set()                 # objects it was sent
+        self.positions: dict[bytes, int] = {}       # how much of each session's log it was sent
+        self.acks: list[int] = []                   # outcomes it may forget; they ride on the next run
+        self.selections: list[Selection] = []
+        self.recalled: list[int] = []               # asked back, not answered yet
+        self.recall_at = 0.0
+        self.watched = False                        # a timer looks after its window
+
+
+class Session(Member):
+    """A client: what it sent, and how long it is waited for."""
+    grace = T_LEASE
+
+    def __init__(self, id: bytes) -> None:
+        super().__init__(id)
+        self.limit: int | None = None               # max_workers
+        self.jobs: dict[int, Job] = {}              # all whose outcome it has not said to have
+        self.objects: dict[Name, tuple[int, bytes | None]] = {}     # functions and log entries: size, bytes if small
+        self.log: list[Name] = []
+        self.workers: dict[Worker, int] = {}        # how many attempts each worker has of it
+        self.load = 0                               # their sum
+        self.tried: dict[Worker, None] = {}         # workers that were sent something of it
+        self.unfit: dict[Worker, Value] = {}        # those on which its log raised, and what
+        self.broken: Value | None = None            # the exception that broke it
+        self.estimates: dict[Name, float] = {}      # seconds, of functions that measure short
+
+
 class Job:
     """One call: what to run, where it stands, and who has it."""
     __slots__ = ("session", "number", "sequence", "fn", "payload", "log", "name", "priority", "on", "soft", "retries",
@@ -1165,78 +1237,6 @@ class Job:
         self.killed = ""                    # the reason, once a kill was asked for
         self.verdict: tuple[Any, ...] | None = None     # the outcome of a job that failed without a worker's word
         self.history: list[str] = []        # the last states, for story()
-
-
-class Member:
-    """What dials the server: a client's Session, a Worker, a Node."""
-    grace = T_GONE                                  # seconds that it may stay away
-
-    def __init__(self, id: bytes) -> None:
-        self.id, self.name = id, ""
-        self.peer: Any = None                       # its connection
-        self.lost_at = FOREVER                      # when it lost that; FOREVER while it has one, and after its end
-        self.asked: dict[tuple[Name, int, int], list[Any]] = {}     # ranges asked of it, and by which peers
-
-
-class Session(Member):
-    """A client: what it sent, and how long it is waited for."""
-    grace = T_LEASE
-
-    def __init__(self, id: bytes) -> None:
-        super().__init__(id)
-        self.limit: int | None = None               # max_workers
-        self.jobs: dict[int, Job] = {}              # all whose outcome it has not said to have
-        self.objects: dict[Name, tuple[int, bytes | None]] = {}     # functions and log entries: size, bytes if small
-        self.log: list[Name] = []
-        self.workers: dict[Worker, int] = {}        # how many attempts each worker has of it
-        self.load = 0                               # their sum
-        self.tried: dict[Worker, None] = {}         # workers that were sent something of it
-        self.unfit: dict[Worker, Value] = {}        # those on which its log raised, and what
-        self.broken: Value | None = None            # the exception that broke it
-        self.estimates: dict[Name, float] = {}      # seconds, of functions that measure short
-
-
-class Worker(Member):
-    """One process, one device."""
-
-    def __init__(self, id: bytes, node: Node) -> None:
-        super().__init__(id)
-        self.node, self.device = node, ""
-        self.pid = self.finished = 0
-        self.tags: frozenset[str] = frozenset()     # all that `on` can name: worker, node, tags
-        self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: one that nobody wants
-        self.delivering: dict[int, Job] = {}        # outcomes it keeps for clients
-        self.load = 0.0                             # estimated seconds of work in the inbox
-        self.moved_at = 0.0                         # when it last finished something
-        self.has: set[Name] = set()                 # objects it was sent
-        self.positions: dict[bytes, int] = {}       # how much of each session's log it was sent
-        self.acks: list[int] = []                   # outcomes it may forget; they ride on the next run
-        self.selections: list[Selection] = []
-        self.recalled: list[int] = []               # asked back, not answered yet
-        self.recall_at = 0.0
-        self.watched = False                        # a timer looks after its window
-
-
-class Node(Member):
-    """A host's supervisor: it owns death, and vouches for its workers."""
-
-    def __init__(self, id: bytes, now: float) -> None:
-        super().__init__(id)
-        self.heard_at = now                         # a byte from any connection of the host
-        self.workers: dict[bytes, Worker] = {}
-        self.dead: dict[bytes, bytes] = {}          # newest generation of each slot that is known to be dead
-        self.info: dict[str, Any] = {}
-
-
-class Selection:
-    """The workers that one `on` admits, sorted by room, so that dispatch finds one without a search."""
-
-    def __init__(self, on: frozenset[str] | None) -> None:
-        self.on = on
-        self.members: set[Worker] = set()
-        self.idle: dict[Worker, None] = {}      # nothing in the inbox
-        self.roomy: dict[Worker, None] = {}     # room for another short job; used in turn
-        self.users = 0                          # queues that look here
 
 
 class Queue:
@@ -2163,6 +2163,14 @@ GUESTS_PER_SOURCE = 64      # of one address, loopback exempt
 PEERS = 4096                # authenticated connections, a thread each
 
 
+def _looks_like(data: bytes) -> str:
+    if data[:1] == b"\x16":
+        return "speaks TLS (this port is plain: leave out tls, or serve with --tls)"
+    if data.split(b" ")[0] in (b"GET", b"POST", b"HEAD", b"PUT", b"OPTIONS"):
+        return "speaks HTTP (this is not the status page's port)"
+    return "does not speak minipool"
+
+
 class _Guest:
     """A socket that has proved nothing yet: it gets no thread, and never more than 64 + 32 bytes of memory."""
 
@@ -2172,6 +2180,59 @@ class _Guest:
         self.data = b""
         self.role, self.identity = "", b""
         self.keys: SessionKeys | None = None    # derived from step 1; step 3 is awaited
+
+
+def secret_path() -> str:
+    """Return where this user's secret is kept."""
+    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "minipool", "secret")
+
+
+def _read_secret(path: str) -> Secret:
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
+            status, text = os.fstat(file.fileno()), file.read(4096)
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"the secret file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    if status.st_uid not in (os.getuid(), 0):
+        raise Refused(f"the secret file {path} belongs to another user")
+    if status.st_mode & 0o077:
+        raise Refused(f"others can read the secret file {path}: run chmod 600 {path}")
+    return Secret(text)
+
+
+def _make_secret(path: str) -> Secret:
+    made = Secret.new()
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    draft = f"{path}.{secrets.token_hex(8)}"
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with open(descriptor, "w") as file:
+            file.write(made.text + "\n")
+        os.link(draft, path)                    # appears whole or not at all
+    except FileExistsError:                     # another process of ours was faster
+        return _read_secret(path)
+    finally:
+        os.unlink(draft)
+    return made
+
+
+def find_secret(secret: str | None = None, path: str | None = None, *, make: bool = False) -> Secret:
+    """Return the secret: given, `path`, MINIPOOL_SECRET_FILE, MINIPOOL_SECRET, or this user's file, in this order.
+
+    A source that is named and fails is fatal, never skipped. Raises Refused if there is none at all, unless `make`:
+    then a new one is written to this user's file.
+    """
+    if secret is not None:
+        return Secret(secret)
+    path = path or os.environ.get("MINIPOOL_SECRET_FILE")
+    if not path and os.environ.get("MINIPOOL_SECRET"):
+        return Secret(os.environ["MINIPOOL_SECRET"])
+    if path or os.path.lexists(secret_path()):
+        return _read_secret(path or secret_path())
+    if not make:
+        raise Refused("no secret found: give secret= (--secret-file on the command line), set MINIPOOL_SECRET_FILE or "
+                      f"MINIPOOL_SECRET, or start the server as this user, which makes {secret_path()}")
+    return _make_secret(secret_path())
 
 
 class Doorkeeper:
@@ -2283,12 +2344,40 @@ class Doorkeeper:
             log.info("a stranger at %s %s: turned away", guest.source, why)
 
 
-def _looks_like(data: bytes) -> str:
-    if data[:1] == b"\x16":
-        return "speaks TLS (this port is plain: leave out tls, or serve with --tls)"
-    if data.split(b" ")[0] in (b"GET", b"POST", b"HEAD", b"PUT", b"OPTIONS"):
-        return "speaks HTTP (this is not the status page's port)"
-    return "does not speak minipool"
+def _listen(host: str, port: int) -> socket.socket:
+    v6 = ":" in host                    # "::" is for IPv4 too
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if v6 else socket.AF_INET, backlog=1024,
+                                    dualstack_ipv6=v6)
+    listener.setblocking(False)
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _own_address() -> str:
+    """Return this machine's address as others see it: the one a datagram to elsewhere would come from."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("192.0.2.1", 9))      # a documentation address: nothing is sent
+        return str(sock.getsockname()[0])
+    return socket.gethostname()
+
+
+def check_announcement(message: Message, role: str, identity: bytes) -> Message | None:
+    """Raise Malformed unless a connection's first message is its role's announcement; return a refusal, or None."""
+    if message[0] != role:
+        raise Malformed(f"a {role} begins with its announcement")
+    info = message[1]
+    for field, is_good in ANNOUNCED[role].items():
+        if not is_good(info.get(field)):
+            raise Malformed(f"a {role}'s announcement has no good {field!r}")
+    if role == "worker" and info["id"] != identity:
+        raise Malformed("a worker announces another worker's identity")
+    if info["python"] != PYTHON:
+        return ("refuse", "VersionMismatch", f"the server runs Python {PYTHON}, this {role} {info['python']}: "
+                "functions travel as byte code, so all members of a pool need the same minor version")
+    return None
 
 
 class Server:
@@ -2464,95 +2553,6 @@ class Server:
             threading.Thread(target=self.stop, name="minipool-stop").start()
 
 
-def check_announcement(message: Message, role: str, identity: bytes) -> Message | None:
-    """Raise Malformed unless a connection's first message is its role's announcement; return a refusal, or None."""
-    if message[0] != role:
-        raise Malformed(f"a {role} begins with its announcement")
-    info = message[1]
-    for field, is_good in ANNOUNCED[role].items():
-        if not is_good(info.get(field)):
-            raise Malformed(f"a {role}'s announcement has no good {field!r}")
-    if role == "worker" and info["id"] != identity:
-        raise Malformed("a worker announces another worker's identity")
-    if info["python"] != PYTHON:
-        return ("refuse", "VersionMismatch", f"the server runs Python {PYTHON}, this {role} {info['python']}: "
-                "functions travel as byte code, so all members of a pool need the same minor version")
-    return None
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    v6 = ":" in host                    # "::" is for IPv4 too
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if v6 else socket.AF_INET, backlog=1024,
-                                    dualstack_ipv6=v6)
-    listener.setblocking(False)
-    return listener
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def _own_address() -> str:
-    """Return this machine's address as others see it: the one a datagram to elsewhere would come from."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 9))      # a documentation address: nothing is sent
-        return str(sock.getsockname()[0])
-    return socket.gethostname()
-
-
-def secret_path() -> str:
-    """Return where this user's secret is kept."""
-    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "minipool", "secret")
-
-
-def find_secret(secret: str | None = None, path: str | None = None, *, make: bool = False) -> Secret:
-    """Return the secret: given, `path`, MINIPOOL_SECRET_FILE, MINIPOOL_SECRET, or this user's file, in this order.
-
-    A source that is named and fails is fatal, never skipped. Raises Refused if there is none at all, unless `make`:
-    then a new one is written to this user's file.
-    """
-    if secret is not None:
-        return Secret(secret)
-    path = path or os.environ.get("MINIPOOL_SECRET_FILE")
-    if not path and os.environ.get("MINIPOOL_SECRET"):
-        return Secret(os.environ["MINIPOOL_SECRET"])
-    if path or os.path.lexists(secret_path()):
-        return _read_secret(path or secret_path())
-    if not make:
-        raise Refused("no secret found: give secret= (--secret-file on the command line), set MINIPOOL_SECRET_FILE or "
-                      f"MINIPOOL_SECRET, or start the server as this user, which makes {secret_path()}")
-    return _make_secret(secret_path())
-
-
-def _read_secret(path: str) -> Secret:
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
-            status, text = os.fstat(file.fileno()), file.read(4096)
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"the secret file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
-    if status.st_uid not in (os.getuid(), 0):
-        raise Refused(f"the secret file {path} belongs to another user")
-    if status.st_mode & 0o077:
-        raise Refused(f"others can read the secret file {path}: run chmod 600 {path}")
-    return Secret(text)
-
-
-def _make_secret(path: str) -> Secret:
-    made = Secret.new()
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    draft = f"{path}.{secrets.token_hex(8)}"
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
-        with open(descriptor, "w") as file:
-            file.write(made.text + "\n")
-        os.link(draft, path)                    # appears whole or not at all
-    except FileExistsError:                     # another process of ours was faster
-        return _read_secret(path)
-    finally:
-        os.unlink(draft)
-    return made
-
-
 def find_address(address: str | None = None) -> tuple[str, int]:
     """Return host and port: of `address`, MINIPOOL_ADDRESS, or this machine's server."""
     return parse_address(address or os.environ.get("MINIPOOL_ADDRESS") or _HERE)
@@ -2660,12 +2660,6 @@ def _keep_large(buffers: list[Any]) -> Callable[[pickle.PickleBuffer], bool]:
 
 # ---- client half ----
 
-def travels_by_value(name: str) -> bool:
-    """Tell whether a worker cannot be expected to import module `name`: the user's own files and made-up modules."""
-    module = sys.modules.get(name)
-    return name in ("__main__", "__mp_main__") or module is None or _is_users(name, module)
-
-
 @functools.cache  # files do not move while a program runs
 def _is_users(name: str, module: types.ModuleType) -> bool:
     import sysconfig
@@ -2682,6 +2676,12 @@ def _is_users(name: str, module: types.ModuleType) -> bool:
     path = os.path.realpath(file)
     return (path.startswith(home) and not path.startswith(system) and not path.endswith((".so", ".pyd"))
             and not {"site-packages", "dist-packages"} & set(path.split(os.sep)))
+
+
+def travels_by_value(name: str) -> bool:
+    """Tell whether a worker cannot be expected to import module `name`: the user's own files and made-up modules."""
+    module = sys.modules.get(name)
+    return name in ("__main__", "__mp_main__") or module is None or _is_users(name, module)
 
 
 class _Module:
@@ -2708,6 +2708,36 @@ class _Slot:
 
 class _SlotEnd:
     """Pickled as the last argument of a slot: it tells the pickler that the slot's value is through."""
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty: a local function that is not bound yet
+        return _MISSING
+
+
+class _Seen:
+    """All that must still be the same for a pickle to stand for its function."""
+
+    def __init__(self) -> None:
+        self.functions, self.cells, self.classes, self.sizes = list[Any](), list[Any](), list[Any](), list[Any]()
+        self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+
+    def holds(self, fn: Any) -> bool:
+        """Tell whether the pickle is still valid; on the path of every submit, hence plain loops, cheapest first."""
+        for f, code, defaults, kwdefaults in self.functions:
+            f = fn if f is None else f
+            if f.__code__ is not code or f.__defaults__ is not defaults or f.__kwdefaults__ is not kwdefaults:
+                return False
+        for get, name, value in self.names.values():
+            if get(name, _MISSING) is not value:
+                return False
+        for cell, value in self.cells:
+            if _contents(cell) is not value:
+                return False
+        return (not self.sizes or all(len(space) == size for space, size in self.sizes)) and (
+            not self.classes or all(_class_version(cls) == version for cls, version in self.classes))
 
 
 class _FunctionPickler(_ByValue):
@@ -2801,34 +2831,38 @@ class Entry(NamedTuple):
     blob: bytes
 
 
-class _Seen:
-    """All that must still be the same for a pickle to stand for its function."""
-
-    def __init__(self) -> None:
-        self.functions, self.cells, self.classes, self.sizes = list[Any](), list[Any](), list[Any](), list[Any]()
-        self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-
-    def holds(self, fn: Any) -> bool:
-        """Tell whether the pickle is still valid; on the path of every submit, hence plain loops, cheapest first."""
-        for f, code, defaults, kwdefaults in self.functions:
-            f = fn if f is None else f
-            if f.__code__ is not code or f.__defaults__ is not defaults or f.__kwdefaults__ is not kwdefaults:
-                return False
-        for get, name, value in self.names.values():
-            if get(name, _MISSING) is not value:
-                return False
-        for cell, value in self.cells:
-            if _contents(cell) is not value:
-                return False
-        return (not self.sizes or all(len(space) == size for space, size in self.sizes)) and (
-            not self.classes or all(_class_version(cls) == version for cls, version in self.classes))
+def name_of(fn: Any) -> str:
+    """Return what to call a function in logs and errors."""
+    fn = getattr(fn, "func", fn)        # of a partial
+    return getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None) or type(fn).__name__
 
 
-def _contents(cell: types.CellType) -> Any:
+def _arguments(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
+    import inspect
+
     try:
-        return cell.cell_contents
-    except ValueError:  # empty: a local function that is not bound yet
-        return _MISSING
+        return inspect.signature(fn).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # many builtins do not tell
+        return {**dict(enumerate(args)), **kwargs}
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what pickling `value` would descend into, each with the words that follow the path so far."""
+    value = getattr(value, "__func__", value)
+    if isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=False)
+        yield from ((f" captured variable '{name}'", _contents(cell)) for name, cell in cells)
+        names = _cloudpickle()._extract_code_globals(value.__code__)
+        yield from ((f" global '{name}'", value.__globals__[name]) for name in names if name in value.__globals__)
+        yield from ((f" default {i}", default) for i, default in enumerate(value.__defaults__ or ()))
+    elif isinstance(value, dict):
+        yield from ((f"[{key!r:.40}]", part) for key, part in list(value.items()))
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from ((f"[{i}]", part) for i, part in enumerate(value))
+    elif not isinstance(value, types.ModuleType):
+        yield from ((f".{name}", part) for name, part in list(getattr(value, "__dict__", {}).items()))
+        slots = getattr(type(value), "__slots__", ())
+        yield from ((f".{name}", getattr(value, name, None)) for name in ([slots] if isinstance(slots, str) else slots))
 
 
 class Functions:
@@ -2948,21 +2982,6 @@ class Functions:
         return entry
 
 
-def name_of(fn: Any) -> str:
-    """Return what to call a function in logs and errors."""
-    fn = getattr(fn, "func", fn)        # of a partial
-    return getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None) or type(fn).__name__
-
-
-def _arguments(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
-    import inspect
-
-    try:
-        return inspect.signature(fn).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # many builtins do not tell
-        return {**dict(enumerate(args)), **kwargs}
-
-
 def _explain(functions: Functions, what: str, value: Any, error: Exception) -> pickle.PicklingError:
     """Return an error that says where the culprit sits, found by pickling the parts of what failed, level by level."""
     if isinstance(error.__cause__ or error, RecursionError):
@@ -2976,25 +2995,6 @@ def _explain(functions: Functions, what: str, value: Any, error: Exception) -> p
         where, value = where + label, part
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     return pickle.PicklingError(f"cannot pickle {what}: {where.strip() or 'it'} is a {kind} ({error})")
-
-
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what pickling `value` would descend into, each with the words that follow the path so far."""
-    value = getattr(value, "__func__", value)
-    if isinstance(value, types.FunctionType):
-        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=False)
-        yield from ((f" captured variable '{name}'", _contents(cell)) for name, cell in cells)
-        names = _cloudpickle()._extract_code_globals(value.__code__)
-        yield from ((f" global '{name}'", value.__globals__[name]) for name in names if name in value.__globals__)
-        yield from ((f" default {i}", default) for i, default in enumerate(value.__defaults__ or ()))
-    elif isinstance(value, dict):
-        yield from ((f"[{key!r:.40}]", part) for key, part in list(value.items()))
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        yield from ((f"[{i}]", part) for i, part in enumerate(value))
-    elif not isinstance(value, types.ModuleType):
-        yield from ((f".{name}", part) for name, part in list(getattr(value, "__dict__", {}).items()))
-        slots = getattr(type(value), "__slots__", ())
-        yield from ((f".{name}", getattr(value, name, None)) for name in ([slots] if isinstance(slots, str) else slots))
 
 
 # ---- worker half: what the pickles call ----
@@ -3112,6 +3112,18 @@ class _RemoteTraceback(Exception):
         return f'\n"""\n{self.args[0]}"""'
 
 
+def _verdict(status: str, evidence: dict[str, Any]) -> BaseException:
+    """Return the exception for a job that ended without its worker's word."""
+    job, worker = evidence.get("job") or "the job", evidence.get("worker")
+    if status == KILLED:
+        return JobKilled(f"{job} was ended: {evidence.get('reason')}")
+    tail = evidence.get("stderr")
+    return WorkerDied(
+        f"{job} took down {evidence.get('deaths')} worker{'s' * (evidence.get('deaths') != 1)} in "
+        f"{evidence.get('attempts')} attempts; the last, {worker} on {evidence.get('device')}, {evidence.get('what')}"
+        + (f"; it printed last:\n{tail}" if tail else ""), **evidence)
+
+
 def decode_failure(status: str, value: Any) -> BaseException:
     """Return the exception that a job's failure is at the client."""
     if callable(value):
@@ -3127,18 +3139,6 @@ def decode_failure(status: str, value: Any) -> BaseException:
     error.__cause__ = _RemoteTraceback(text)
     error.add_note(f"raised by {where}")
     return error
-
-
-def _verdict(status: str, evidence: dict[str, Any]) -> BaseException:
-    """Return the exception for a job that ended without its worker's word."""
-    job, worker = evidence.get("job") or "the job", evidence.get("worker")
-    if status == KILLED:
-        return JobKilled(f"{job} was ended: {evidence.get('reason')}")
-    tail = evidence.get("stderr")
-    return WorkerDied(
-        f"{job} took down {evidence.get('deaths')} worker{'s' * (evidence.get('deaths') != 1)} in "
-        f"{evidence.get('attempts')} attempts; the last, {worker} on {evidence.get('device')}, {evidence.get('what')}"
-        + (f"; it printed last:\n{tail}" if tail else ""), **evidence)
 
 
 # ==================================================================================================================
@@ -3182,6 +3182,14 @@ def current_job() -> JobInfo | None:
 def job_id(name: Name) -> str:
     """Return a job's name as text."""
     return f"{name[0][:4].hex()}-{name[1]}"
+
+
+class _Call(NamedTuple):
+    """What it takes to send a job, and to send it again."""
+    fn: Entry
+    payload: bytes | Blob
+    log: int                    # how much of the session's log a worker must have applied before it
+    options: dict[str, Any]     # those that the server needs to know
 
 
 class Future(concurrent.futures.Future[Any]):
@@ -3294,14 +3302,6 @@ class Future(concurrent.futures.Future[Any]):
             invoke()
         elif self._done_callbacks:                          # type: ignore[attr-defined]
             self._client.later(invoke)                      # no user code under the lock
-
-
-class _Call(NamedTuple):
-    """What it takes to send a job, and to send it again."""
-    fn: Entry
-    payload: bytes | Blob
-    log: int                    # how much of the session's log a worker must have applied before it
-    options: dict[str, Any]     # those that the server needs to know
 
 
 class ChildProcess:
@@ -3763,6 +3763,28 @@ def _check_whole(**values: Any) -> None:
             raise ValueError(f"{name} must be {words}, not {value}")
 
 
+def _several(name: str, value: Any) -> tuple[Any, ...]:
+    """Return the names or exception types that an option gives, be it one or a list of them."""
+    values = (value,) if isinstance(value, str | type) else tuple(value)
+    if name == "retry_on":
+        if not all(isinstance(v, type) and issubclass(v, BaseException) for v in values):
+            raise TypeError("retry_on= takes an exception type, or a list of them")
+    elif not values or not all(isinstance(v, str) for v in values):
+        raise TypeError(f"{name}= takes the name of a worker, node or tag, or a list of them")
+    return values
+
+
+class _Chunk:
+    """Several calls of one function as one job: what `map(chunksize=)` sends."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+        self.__name__ = name_of(fn)
+
+    def __call__(self, chunk: tuple[tuple[Any, ...], ...]) -> list[Any]:
+        return [self.fn(*args) for args in chunk]
+
+
 class Executor(concurrent.futures.Executor):
     """A concurrent.futures.Executor over a pool of workers: `submit`, `map`, `shutdown`, `with`.
 
@@ -3966,28 +3988,6 @@ class Executor(concurrent.futures.Executor):
         return f"<minipool.Executor {where}, {len(self._client.workers)} workers on {devices}>"
 
 
-def _several(name: str, value: Any) -> tuple[Any, ...]:
-    """Return the names or exception types that an option gives, be it one or a list of them."""
-    values = (value,) if isinstance(value, str | type) else tuple(value)
-    if name == "retry_on":
-        if not all(isinstance(v, type) and issubclass(v, BaseException) for v in values):
-            raise TypeError("retry_on= takes an exception type, or a list of them")
-    elif not values or not all(isinstance(v, str) for v in values):
-        raise TypeError(f"{name}= takes the name of a worker, node or tag, or a list of them")
-    return values
-
-
-class _Chunk:
-    """Several calls of one function as one job: what `map(chunksize=)` sends."""
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn = fn
-        self.__name__ = name_of(fn)
-
-    def __call__(self, chunk: tuple[tuple[Any, ...], ...]) -> list[Any]:
-        return [self.fn(*args) for args in chunk]
-
-
 # ==================================================================================================================
 # 8 CLI
 #
@@ -4013,24 +4013,6 @@ def run_command(options: argparse.Namespace, log_to: Any = None) -> int:
         return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), EXIT_FAILED)
 
 
-def _serve(options: argparse.Namespace) -> int:
-    """Run a server until a signal ends it."""
-    server = Server(options.host, options.port, max_value=options.max_value,
-                    secret=find_secret(path=options.secret_file, make=True).text)
-    stop = threading.Event()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(server)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        _print_lines(server, options)
-        if options.with_node:
-            from minipool_worker import Node
-            stack.enter_context(Node(server.address, secret=server.secret))
-        while not stop.wait(0.5) and not server.wait(0):
-            pass
-    return EXIT_BROKEN if server.failure else EXIT_OK
-
-
 def _print_lines(server: Server, options: argparse.Namespace) -> None:
     """Print the exact lines to paste for workers and clients."""
     address, loopback = server.address, _is_loopback(options.host)
@@ -4050,6 +4032,35 @@ def _print_lines(server: Server, options: argparse.Namespace) -> None:
     print("\n".join(lines), flush=True)
 
 
+def _serve(options: argparse.Namespace) -> int:
+    """Run a server until a signal ends it."""
+    server = Server(options.host, options.port, max_value=options.max_value,
+                    secret=find_secret(path=options.secret_file, make=True).text)
+    stop = threading.Event()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(server)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        _print_lines(server, options)
+        if options.with_node:
+            from minipool_worker import Node
+            stack.enter_context(Node(server.address, secret=server.secret))
+        while not stop.wait(0.5) and not server.wait(0):
+            pass
+    return EXIT_BROKEN if server.failure else EXIT_OK
+
+
+def _describe(info: dict[str, Any]) -> str:
+    jobs = info["jobs"]
+    lines = [f"server {info['address']} (Python {info['python']}): {count(info['nodes'], 'node')}, "
+             f"{count(info['workers'], 'worker')}",
+             "jobs   " + ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered"))]
+    width = max((len(w["name"]) for w in info["workers"]), default=0)
+    lines += [f"  {w['name']:{width}}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
+              f"{w['finished']} finished  {', '.join(w['jobs'])}" for w in info["workers"]]
+    return "\n".join(lines)
+
+
 def _status(options: argparse.Namespace) -> int:
     """Print one snapshot of the pool."""
     client = Client(find_address(options.address), find_secret(path=options.secret_file), name="minipool status",
@@ -4067,17 +4078,6 @@ def _status(options: argparse.Namespace) -> int:
 def count(things: Sequence[Any], noun: str) -> str:
     """Return "1 worker" or "2 workers"."""
     return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
-
-
-def _describe(info: dict[str, Any]) -> str:
-    jobs = info["jobs"]
-    lines = [f"server {info['address']} (Python {info['python']}): {count(info['nodes'], 'node')}, "
-             f"{count(info['workers'], 'worker')}",
-             "jobs   " + ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered"))]
-    width = max((len(w["name"]) for w in info["workers"]), default=0)
-    lines += [f"  {w['name']:{width}}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
-              f"{w['finished']} finished  {', '.join(w['jobs'])}" for w in info["workers"]]
-    return "\n".join(lines)
 
 
 def _versions(options: argparse.Namespace) -> int:

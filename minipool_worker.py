@@ -115,33 +115,6 @@ def visible_devices(mask: str | None) -> list[str] | None:
     return tokens
 
 
-def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers: int | None = None,
-               devices: str | Iterable[str] | None = None, device_env: str | None = None,
-               environ: Mapping[str, str] = os.environ, cores: int | None = None) -> list[Slot]:
-    """Return the workers to start: GPUs first, then CPU workers; raise NoDevice when there would be none.
-
-    `gpus` selects by place or UUID prefix among those found ("" or "none": NVML is not even asked); `devices` with
-    `device_env` lists another vendor's. CPU workers stand in, one per core, for want of a device; a number adds some.
-    """
-    if (devices is None) != (device_env is None):
-        raise NoDevice("--devices and --device-env go together: which devices, and the variable that selects one.")
-    variable = device_env or _MASK
-    gpus = gpus and ("" if gpus.strip() == "none" else gpus.strip())
-    found = [] if gpus == "" else _nvidia(environ) if devices is None else [_Gpu(token) for token in _listed(devices)]
-    chosen = _select([_gpu_slot(place, gpu, variable) for place, gpu in enumerate(found)], gpus)
-    cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    cpus = cpu_workers if cpu_workers is not None else 0 if chosen else cores
-    hidden: dict[str, str | None] = {_MASK: "", variable: ""}  # else a preprocessing job opens a context on GPU 0
-    slots = [slot for slot in chosen for _ in range(workers_per_gpu)] + [Slot("cpu", "cpu", "", hidden, None)] * cpus
-    if not slots:
-        raise NoDevice("No GPU is used and no CPU worker is asked for: there is no worker to start.")
-    # PCI order makes CUDA count as NVML and nvidia-smi do; CUDA's own default is fastest first.
-    defaults = {_ORDER: "PCI_BUS_ID", **dict.fromkeys(_THREADS, str(max(1, cores // len(slots))))}
-    defaults |= _SHARING if workers_per_gpu > 1 else {}
-    common = {**dict.fromkeys(_REMOVED), **{name: value for name, value in defaults.items() if name not in environ}}
-    return [slot._replace(env={**common, **slot.env}) for slot in slots]
-
-
 def _gpu_slot(place: int, gpu: _Gpu, variable: str) -> Slot:
     device = f"{'cuda' if variable in (_MASK, *_AMD) else 'device'}:{place}"
     setting = f"{variable}={gpu.token}"
@@ -169,39 +142,6 @@ def _select(found: list[Slot], gpus: str | None) -> list[Slot]:
     return chosen
 
 
-def _nvidia(environ: Mapping[str, str]) -> list[_Gpu]:
-    """Return the NVIDIA devices this node may use: those of the mask, or without a mask all that NVML knows."""
-    tokens = visible_devices(environ.get(_MASK))
-    if tokens == []:
-        return []
-    try:
-        gpus = _enumerate(by_index=environ.get(_ORDER, "PCI_BUS_ID") == "PCI_BUS_ID")
-    except Exception as error:  # not only NVMLError: a foreign binding may fail in any way
-        amd = any(name in environ for name in _AMD)
-        usual = "LibraryNotFound" in type(error).__name__ and not tokens and not amd       # a machine without a GPU
-        _log.log(logging.INFO if usual else logging.WARNING, "NVML does not answer (%s: %s): %s%s",
-                 type(error).__name__, error, f"{_MASK} is taken as it is" if tokens else "no NVIDIA GPU is used",
-                 f"; for AMD GPUs give --devices 0,1,... --device-env {_AMD[0]}" if amd else "")
-        return [_Gpu(token) for token in tokens or ()]
-    return _masked(tokens, gpus) if tokens else [gpu for gpu in gpus if gpu.usable]
-
-
-def _masked(tokens: list[str], gpus: list[_Gpu]) -> list[_Gpu]:
-    """Add what NVML knows to the tokens of a mask; as in CUDA, one that surely is not there ends the list."""
-    # NVML cannot rule a token out where CUDA counts otherwise or where a UUID was not told; MIG has old spellings.
-    certain = any(gpu.token.isdecimal() for gpu in gpus) and all(gpu.uuid for gpu in gpus)
-    shown: list[_Gpu] = []
-    for token in tokens:
-        fits = [gpu for gpu in gpus if gpu.token == token or (gpu.uuid or "").startswith(token)]
-        if len(fits) != 1 and certain and not token.startswith("MIG-"):
-            break
-        gpu = fits[0]._replace(token=token) if len(fits) == 1 else _Gpu(token)
-        if gpu.uuid and gpu.uuid in [other.uuid for other in shown]:
-            return []  # two prefixes of one UUID: a repeated device
-        shown.append(gpu)
-    return shown
-
-
 def _ask(nvml: Any, query: str, *arguments: Any) -> Any:
     """Return the answer to one query, or None: each may be unsupported on this device, driver or binding."""
     answer = None
@@ -226,6 +166,66 @@ def _enumerate(by_index: bool) -> list[_Gpu]:
             if part_uuid := _ask(nvml, "UUID", part):
                 gpus.append(_Gpu(part_uuid, part_uuid, _ask(nvml, "Name", part) or name))
     return gpus
+
+
+def _masked(tokens: list[str], gpus: list[_Gpu]) -> list[_Gpu]:
+    """Add what NVML knows to the tokens of a mask; as in CUDA, one that surely is not there ends the list."""
+    # NVML cannot rule a token out where CUDA counts otherwise or where a UUID was not told; MIG has old spellings.
+    certain = any(gpu.token.isdecimal() for gpu in gpus) and all(gpu.uuid for gpu in gpus)
+    shown: list[_Gpu] = []
+    for token in tokens:
+        fits = [gpu for gpu in gpus if gpu.token == token or (gpu.uuid or "").startswith(token)]
+        if len(fits) != 1 and certain and not token.startswith("MIG-"):
+            break
+        gpu = fits[0]._replace(token=token) if len(fits) == 1 else _Gpu(token)
+        if gpu.uuid and gpu.uuid in [other.uuid for other in shown]:
+            return []  # two prefixes of one UUID: a repeated device
+        shown.append(gpu)
+    return shown
+
+
+def _nvidia(environ: Mapping[str, str]) -> list[_Gpu]:
+    """Return the NVIDIA devices this node may use: those of the mask, or without a mask all that NVML knows."""
+    tokens = visible_devices(environ.get(_MASK))
+    if tokens == []:
+        return []
+    try:
+        gpus = _enumerate(by_index=environ.get(_ORDER, "PCI_BUS_ID") == "PCI_BUS_ID")
+    except Exception as error:  # not only NVMLError: a foreign binding may fail in any way
+        amd = any(name in environ for name in _AMD)
+        usual = "LibraryNotFound" in type(error).__name__ and not tokens and not amd       # a machine without a GPU
+        _log.log(logging.INFO if usual else logging.WARNING, "NVML does not answer (%s: %s): %s%s",
+                 type(error).__name__, error, f"{_MASK} is taken as it is" if tokens else "no NVIDIA GPU is used",
+                 f"; for AMD GPUs give --devices 0,1,... --device-env {_AMD[0]}" if amd else "")
+        return [_Gpu(token) for token in tokens or ()]
+    return _masked(tokens, gpus) if tokens else [gpu for gpu in gpus if gpu.usable]
+
+
+def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers: int | None = None,
+               devices: str | Iterable[str] | None = None, device_env: str | None = None,
+               environ: Mapping[str, str] = os.environ, cores: int | None = None) -> list[Slot]:
+    """Return the workers to start: GPUs first, then CPU workers; raise NoDevice when there would be none.
+
+    `gpus` selects by place or UUID prefix among those found ("" or "none": NVML is not even asked); `devices` with
+    `device_env` lists another vendor's. CPU workers stand in, one per core, for want of a device; a number adds some.
+    """
+    if (devices is None) != (device_env is None):
+        raise NoDevice("--devices and --device-env go together: which devices, and the variable that selects one.")
+    variable = device_env or _MASK
+    gpus = gpus and ("" if gpus.strip() == "none" else gpus.strip())
+    found = [] if gpus == "" else _nvidia(environ) if devices is None else [_Gpu(token) for token in _listed(devices)]
+    chosen = _select([_gpu_slot(place, gpu, variable) for place, gpu in enumerate(found)], gpus)
+    cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cpus = cpu_workers if cpu_workers is not None else 0 if chosen else cores
+    hidden: dict[str, str | None] = {_MASK: "", variable: ""}  # else a preprocessing job opens a context on GPU 0
+    slots = [slot for slot in chosen for _ in range(workers_per_gpu)] + [Slot("cpu", "cpu", "", hidden, None)] * cpus
+    if not slots:
+        raise NoDevice("No GPU is used and no CPU worker is asked for: there is no worker to start.")
+    # PCI order makes CUDA count as NVML and nvidia-smi do; CUDA's own default is fastest first.
+    defaults = {_ORDER: "PCI_BUS_ID", **dict.fromkeys(_THREADS, str(max(1, cores // len(slots))))}
+    defaults |= _SHARING if workers_per_gpu > 1 else {}
+    common = {**dict.fromkeys(_REMOVED), **{name: value for name, value in defaults.items() if name not in environ}}
+    return [slot._replace(env={**common, **slot.env}) for slot in slots]
 
 
 def read_gauges(slots: Iterable[Slot]) -> list[dict[str, Any]]:
@@ -546,6 +546,22 @@ class Worker:
         os._exit(5)
 
 
+def _die_with_parent() -> None:
+    """Ask the kernel for a signal when the node is gone: the backstop for a worker whose threads cannot run."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)        # its alarm() as handler: a second (SIGHUP is 1) for _watch_node's group kill
+        libc.signal(signal.SIGHUP, ctypes.cast(libc.alarm, ctypes.c_void_p))
+        libc.prctl(1, signal.SIGHUP)    # PR_SET_PDEATHSIG
+
+
+def _watch_node(worker: Worker, life: Any) -> None:
+    """Take fresh tickets from the node's pipe; at its end the node is dead, and this process group goes with it."""
+    with contextlib.suppress(OSError, EOFError):
+        while True:
+            worker.peer.key = Ticket(life.recv_bytes())
+    os.killpg(0, signal.SIGKILL)
+
+
 def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> None:
     """Be a worker process: called by multiprocessing in a fresh interpreter whose mask is already set."""
     os.setsid()                         # one group per worker: killing it takes grandchildren along
@@ -561,22 +577,6 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
     worker = Worker(setup, cell)
     threading.Thread(target=_watch_node, args=(worker, life), name="minipool-parent", daemon=True).start()
     worker.run()
-
-
-def _watch_node(worker: Worker, life: Any) -> None:
-    """Take fresh tickets from the node's pipe; at its end the node is dead, and this process group goes with it."""
-    with contextlib.suppress(OSError, EOFError):
-        while True:
-            worker.peer.key = Ticket(life.recv_bytes())
-    os.killpg(0, signal.SIGKILL)
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel for a signal when the node is gone: the backstop for a worker whose threads cannot run."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)        # its alarm() as handler: a second (SIGHUP is 1) for _watch_node's group kill
-        libc.signal(signal.SIGHUP, ctypes.cast(libc.alarm, ctypes.c_void_p))
-        libc.prctl(1, signal.SIGHUP)    # PR_SET_PDEATHSIG
 
 
 # ==================================================================================================================
@@ -620,6 +620,59 @@ class _Stderr(threading.Thread):
 
 
 _stderr = _Stderr()         # main() starts it
+
+
+def _set_variables(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str | None]) -> Any:
+    """Set variables (None: remove them) for what is started meanwhile; multiprocessing has no env=."""
+    before = {name: os.environ.get(name) for name in changes}
+    try:
+        _set_variables(changes)
+        yield
+    finally:
+        _set_variables(before)
+
+
+def _freeze(pid: int) -> bool:
+    """Stop a process and wait until it stands still; False if it is dead."""
+    give_up = time.monotonic() + 1
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGSTOP)
+        while time.monotonic() < give_up:
+            state = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if state:
+                return state.si_code == os.CLD_STOPPED
+            time.sleep(0.0005)
+        return True         # a driver holds it in the kernel: there it begins no other attempt
+    return False
+
+
+def _hide_main() -> None:
+    """Keep multiprocessing from importing this process's main module a second time in each worker."""
+    main = sys.modules["__main__"]
+    main.__spec__ = None
+    vars(main).pop("__file__", None)
+
+
+def _pidfd(process: Any) -> int:
+    """Return a descriptor that is readable when the process is dead; the sentinel may lie while a grandchild lives."""
+    with contextlib.suppress(OSError, AttributeError):
+        return os.pidfd_open(process.pid)
+    return int(process.sentinel)
+
+
+def _node_file() -> Any:
+    """Open the file whose lock all nodes of this user share: the kernel takes it back, however they end."""
+    folder = os.path.join(os.environ.get("XDG_RUNTIME_DIR") or "/tmp", f"minipool-{os.getuid()}")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return open(os.path.join(folder, "nodes"), "a")
 
 
 class Child:
@@ -882,52 +935,6 @@ class Supervisor:
             _stderr.write(f"[{self.name}-{child.place}] {text}\n")
 
 
-@contextlib.contextmanager
-def _environment(changes: Mapping[str, str | None]) -> Any:
-    """Set variables (None: remove them) for what is started meanwhile; multiprocessing has no env=."""
-    before = {name: os.environ.get(name) for name in changes}
-    try:
-        _set_variables(changes)
-        yield
-    finally:
-        _set_variables(before)
-
-
-def _set_variables(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-
-
-def _pidfd(process: Any) -> int:
-    """Return a descriptor that is readable when the process is dead; the sentinel may lie while a grandchild lives."""
-    with contextlib.suppress(OSError, AttributeError):
-        return os.pidfd_open(process.pid)
-    return int(process.sentinel)
-
-
-def _freeze(pid: int) -> bool:
-    """Stop a process and wait until it stands still; False if it is dead."""
-    give_up = time.monotonic() + 1
-    with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        os.kill(pid, signal.SIGSTOP)
-        while time.monotonic() < give_up:
-            state = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG)
-            if state:
-                return state.si_code == os.CLD_STOPPED
-            time.sleep(0.0005)
-        return True         # a driver holds it in the kernel: there it begins no other attempt
-    return False
-
-
-def _hide_main() -> None:
-    """Keep multiprocessing from importing this process's main module a second time in each worker."""
-    main = sys.modules["__main__"]
-    main.__spec__ = None
-    vars(main).pop("__file__", None)
-
-
 class Node:
     """A node inside a program: a handle on a child process that supervises this machine's workers.
 
@@ -974,13 +981,6 @@ def is_node_running() -> bool:
     return False
 
 
-def _node_file() -> Any:
-    """Open the file whose lock all nodes of this user share: the kernel takes it back, however they end."""
-    folder = os.path.join(os.environ.get("XDG_RUNTIME_DIR") or "/tmp", f"minipool-{os.getuid()}")
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    return open(os.path.join(folder, "nodes"), "a")
-
-
 # ==================================================================================================================
 # 4 CLI
 # ==================================================================================================================
@@ -1024,21 +1024,6 @@ def child_main(lifeline: socket.socket) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser, add = minipool.subcommands("minipool-worker", "Join this machine's devices to a pool.")
-    connect = add("connect", _connect, "join a pool: one worker per visible GPU")
-    connect.add_argument("address", nargs="?", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then 127.0.0.1")
-    connect.add_argument("--name", help="this node's name (default: the host's)")
-    connect.add_argument("--gpus", metavar="LIST", help='e.g. 0,2 or GPU-1a2b; "" for none (default: all visible)')
-    connect.add_argument("--workers-per-gpu", type=_at_least(1), default=1, metavar="N")
-    connect.add_argument("--cpu-workers", type=_at_least(0), metavar="N", help="default: one per core without a GPU")
-    connect.add_argument("--devices", metavar="LIST", help="other vendors' devices, with --device-env")
-    connect.add_argument("--device-env", metavar="VAR", help="the variable that selects one, e.g. HIP_VISIBLE_DEVICES")
-    connect.add_argument("--tag", action="append", dest="tags", metavar="T", default=[], help="a word for `on=`")
-    connect.add_argument("--max-tasks", type=_at_least(1), metavar="N", help="renew a worker after N jobs")
-    return parser
-
-
 def _at_least(least: int) -> Callable[[str], int]:
     def number(text: str) -> int:       # argparse says "invalid number value"
         if int(text) < least:
@@ -1069,6 +1054,21 @@ def _connect(options: argparse.Namespace) -> int:
     supervisor.run()
     waiting.cancel()
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser, add = minipool.subcommands("minipool-worker", "Join this machine's devices to a pool.")
+    connect = add("connect", _connect, "join a pool: one worker per visible GPU")
+    connect.add_argument("address", nargs="?", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then 127.0.0.1")
+    connect.add_argument("--name", help="this node's name (default: the host's)")
+    connect.add_argument("--gpus", metavar="LIST", help='e.g. 0,2 or GPU-1a2b; "" for none (default: all visible)')
+    connect.add_argument("--workers-per-gpu", type=_at_least(1), default=1, metavar="N")
+    connect.add_argument("--cpu-workers", type=_at_least(0), metavar="N", help="default: one per core without a GPU")
+    connect.add_argument("--devices", metavar="LIST", help="other vendors' devices, with --device-env")
+    connect.add_argument("--device-env", metavar="VAR", help="the variable that selects one, e.g. HIP_VISIBLE_DEVICES")
+    connect.add_argument("--tag", action="append", dest="tags", metavar="T", default=[], help="a word for `on=`")
+    connect.add_argument("--max-tasks", type=_at_least(1), metavar="N", help="renew a worker after N jobs")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
