@@ -329,7 +329,7 @@ _message("gone", "client worker server", "nobody holds this object", name="name"
 
 # looking and steering
 _message("workers", "server", "who is in the pool now", workers=list, credit=int)
-_message("ask", "client", "a question, answered under the same number", number=int, what=str, about="any")
+_message("ask", "client", "a question, answered under the same number", number=int, what=str)
 _message("answer", "server", "its answer", number=int, value="any")
 
 
@@ -439,21 +439,13 @@ class Secret:
         return self.is_password and len(self.text) < 12
 
     def role_key(self, role: str, instance: bytes, identity: bytes = b"") -> bytes:
-        """Return the key of a role; for a worker, the one ticket of the worker `identity`."""
+        """Return the key of a role; for a worker, the ticket of the worker `identity`, which opens nothing else."""
         master = _stretch(self.text, instance) if self.is_password else self._raw
         key = _hmac(master, b"minipool/1 role " + role.encode())
         return _hmac(key, identity) if role == "worker" else key
 
 
-class Ticket:
-    """The key of one worker, made by its node, so that the secret itself never reaches a worker process."""
-
-    def __init__(self, key: bytes) -> None:
-        self.key = key
-
-    def role_key(self, role: str, instance: bytes, identity: bytes = b"") -> bytes:
-        """Return the ticket, whatever is asked: it opens one role for one identity."""
-        return self.key
+KeySource = Callable[[str, bytes, bytes], bytes]    # Secret.role_key, or what gives a worker its one ticket
 
 
 class SessionKeys(NamedTuple):
@@ -511,7 +503,7 @@ def _read_exactly(sock: socket.socket, size: int) -> bytes:
     return data
 
 
-def handshake(sock: socket.socket, role: str, key: Secret | Ticket, identity: bytes = b"",
+def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = b"",
               binding: bytes = b"") -> tuple[SessionKeys, bytes]:
     """Dial in: run the four steps on a connected socket; return the keys and the server's instance.
 
@@ -525,7 +517,7 @@ def handshake(sock: socket.socket, role: str, key: Secret | Ticket, identity: by
         raise ConnectionError("what answers there is not a minipool server")
     if version != PROTOCOL:
         raise VersionMismatch(f"the server speaks minipool protocol {version}, this side {PROTOCOL}")
-    keys = SessionKeys.derive(key.role_key(role, instance, identity), first, second, binding)
+    keys = SessionKeys.derive(key(role, instance, identity), first, second, binding)
     proof = keys.prove_dialer()
     sock.sendall(proof)
     answer = _read_exactly(sock, 32)
@@ -541,11 +533,6 @@ class _BuiltinsOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         raise Malformed(f"a message names the global {module}.{name}")
-
-
-def encode_messages(messages: list[Message]) -> bytes:
-    """Return the control part of a frame."""
-    return pickle.dumps(messages, 5)
 
 
 def decode_messages(control: bytes, sender: str) -> list[Message]:
@@ -658,16 +645,15 @@ class Connection:
                 (self._ranges if message[0] == "range" else self._control).append(message)
 
     def flush(self, frames: int = BORROWED_FRAMES) -> None:
-        """Write up to `frames` frames of what waits, without blocking; the writer thread does the rest."""
+        """Write up to `frames` frames of what waits, without blocking; the writer thread does the rest.
+
+        0 is for a thread that goes on producing: so batches grow.
+        """
         with self._lock:
             if self._writing or self.closed or not (self._control or self._ranges):
                 return
             self._writing = True
         self._write(frames)
-
-    def hand_over(self) -> None:
-        """Let the writer thread write what waits: for a thread that goes on producing, so that batches grow."""
-        self.flush(0)
 
     def start_writer(self) -> None:
         """Start the writer thread; early where it may be needed at interpreter shutdown, when none can start."""
@@ -725,7 +711,7 @@ class Connection:
         return True
 
     def _encode_frame(self, batch: list[Message], body: Any) -> None:
-        control = encode_messages(batch)
+        control = pickle.dumps(batch, 5)
         if len(control) > 2 * BATCH_BYTES and len(batch) > 1:      # a sudden run of fat messages
             half = len(batch) // 2
             with self._lock:
@@ -904,7 +890,7 @@ class Peer:
     owner does under the lock is either in the announcement or sent after it, never neither.
     """
 
-    def __init__(self, role: str, address: tuple[str, int], key: Secret | Ticket, *,
+    def __init__(self, role: str, address: tuple[str, int], key: KeySource, *,
                  lock: threading.Lock | threading.RLock, announce: Callable[[], list[Message]],
                  on_batch: Callable[[list[Message]], None], on_lost: Callable[[], None] = lambda: None,
                  on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", name: str = "") -> None:
@@ -957,8 +943,8 @@ class Peer:
             self._failures += 1                         # until the server has said something
             try:
                 self._serve(self._dial())
-            except EOFError:
-                self.trouble = ConnectionError("the server closed the connection")
+            except EOFError:            # it may have said why
+                self.trouble = self.trouble or ConnectionError("the server closed the connection")
             except (OSError, UnicodeError, MinipoolError) as error:     # UnicodeError: no host can be called so
                 self.trouble = error
             except Exception as error:                  # a bug of ours: log it, go on with a fresh connection
@@ -1375,7 +1361,7 @@ class Scheduler:
         session.name, session.limit = info["name"], info["max_workers"]
         self._expected_workers = max(self._expected_workers, info["workers_seen"])
         self._admit(session, peer, {"log": len(session.log), "max_value": self.max_value,
-                                    "workers": self._worker_list(), "credit": self._credit()})
+                                    "workers": self._present()})
         self._release(session, [n for n in session.jobs if n not in held])
         for number in held:
             self._tell_client_again(session.jobs.get(number) or self._new_job(session, number))
@@ -2056,19 +2042,21 @@ class Scheduler:
 
     # ---- looking ----
 
-    def _credit(self) -> int:
-        return max(CREDIT_JOBS, 4 * WINDOW_JOBS * len(self.workers))
+    @staticmethod
+    def _told(worker: Worker) -> dict[str, Any]:
+        return {"name": worker.name, "node": worker.node.name, "device": worker.device, "tags": sorted(worker.tags)}
 
-    def _worker_list(self) -> list[dict[str, Any]]:
-        return [{"name": w.name, "node": w.node.name, "device": w.device, "tags": sorted(w.tags)}
-                for w in self.workers.values() if w.peer is not None]
+    def _present(self) -> tuple[list[dict[str, Any]], int]:
+        """Return the workers that can be given jobs now, and a session's credit."""
+        workers = [self._told(worker) for worker in self.workers.values() if worker.peer is not None]
+        return workers, max(CREDIT_JOBS, 4 * WINDOW_JOBS * len(self.workers))
 
     def _tell_clients(self) -> None:
-        workers, credit = self._worker_list(), self._credit()
+        message = ("workers", *self._present())
         for session in self.sessions.values():
-            self._send(session.peer, ("workers", workers, credit))
+            self._send(session.peer, message)
 
-    def _ask(self, session: Session, now: float, number: int, what: str, about: Any) -> None:
+    def _ask(self, session: Session, now: float, number: int, what: str) -> None:
         """Answer a question of a client: `info` is the snapshot."""
         answer = self.snapshot(now) if what == "info" else None
         self._send(session.peer, ("answer", number, answer))
@@ -2084,10 +2072,10 @@ class Scheduler:
                        "silent_s": round(max(0.0, now - n.heard_at), 1),
                        **{k: n.info.get(k) for k in ("host", "pid", "python")}}
                       for n in self.nodes.values()],
-            "workers": [{**told, "pid": w.pid, "connected": w.peer is not None, "finished": w.finished,
+            "workers": [{**self._told(w), "pid": w.pid, "connected": w.peer is not None, "finished": w.finished,
                          "state": "draining" if w in self._leaving else "busy" if w.inbox else "idle",
                          "jobs": [job.name or f"job {job.number}" for job in list(w.inbox.values())[:3] if job]}
-                        for told, w in zip(self._worker_list(), self.workers.values())],
+                        for w in self.workers.values()],
             "jobs": {**{s: states[s] for s in (State.WAITING, State.READY, State.RUNNING, "delivering", State.FAILED)},
                      **{k: self.counters[k] for k in ("accepted", "delivered", "cancelled")}},
             "clients": [{"name": s.name, "connected": s.peer is not None, "jobs": len(s.jobs)}
@@ -2163,14 +2151,6 @@ GUESTS_PER_SOURCE = 64      # of one address, loopback exempt
 PEERS = 4096                # authenticated connections, a thread each
 
 
-def _looks_like(data: bytes) -> str:
-    if data[:1] == b"\x16":
-        return "speaks TLS (this port is plain: leave out tls, or serve with --tls)"
-    if data.split(b" ")[0] in (b"GET", b"POST", b"HEAD", b"PUT", b"OPTIONS"):
-        return "speaks HTTP (this is not the status page's port)"
-    return "does not speak minipool"
-
-
 class _Guest:
     """A socket that has proved nothing yet: it gets no thread, and never more than 64 + 32 bytes of memory."""
 
@@ -2238,7 +2218,7 @@ def find_secret(secret: str | None = None, path: str | None = None, *, make: boo
 class Doorkeeper:
     """The one thread that talks to strangers. It answers nothing until 64 right bytes have arrived."""
 
-    def __init__(self, listener: socket.socket, secret: Secret | Ticket, instance: bytes,
+    def __init__(self, listener: socket.socket, secret: KeySource, instance: bytes,
                  admit: Callable[[socket.socket, str, bytes, SessionKeys], None]) -> None:
         self._listener, self._secret, self._instance, self._admit = listener, secret, instance, admit
         self._guests: dict[socket.socket, _Guest] = {}
@@ -2298,7 +2278,7 @@ class Doorkeeper:
             data = guest.sock.recv(wanted - len(guest.data))
             guest.data += data
             if not guest.keys and guest.data[:8] != MAGIC[:len(guest.data)]:
-                raise Malformed(_looks_like(guest.data))
+                raise Malformed(f"begins with {guest.data[:8]!r}")     # HTTP and TLS are easily told
             if len(guest.data) == wanted:
                 step(guest)
             elif not data:
@@ -2316,7 +2296,7 @@ class Doorkeeper:
         guest.sock.sendall(second)
         if version != PROTOCOL:         # the dialer reads our version in it, and names both
             raise Malformed(f"speaks protocol {version}")
-        key = self._secret.role_key(guest.role, self._instance, guest.identity)
+        key = self._secret(guest.role, self._instance, guest.identity)
         guest.keys = SessionKeys.derive(key, first, second)
 
     def _judge(self, guest: _Guest) -> None:
@@ -2433,7 +2413,7 @@ class Server:
                                     adopting=not self._embedded, about=about)
         self._threads = [threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)]
         self._threads[0].start()
-        self._doorkeeper = Doorkeeper(listener, self._secret, instance, self._admit)
+        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit)
         return self
 
     def stop(self) -> None:
@@ -2749,8 +2729,6 @@ class _FunctionPickler(_ByValue):
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
-        if self.owner.reference_types and isinstance(obj, self.owner.reference_types):
-            return self.owner.on_reference(obj)
         if kind is _Module:
             return obj.reduced
         if kind is _Slot:
@@ -2869,11 +2847,8 @@ class Functions:
     """The pickles of one session, made and kept by the client; every method may be called by any thread."""
 
     def __init__(self, session: bytes, next_number: Callable[[], int],
-                 on_evict: Callable[[Entry], None] = lambda entry: None,
-                 reference_types: tuple[type, ...] = (),
-                 on_reference: Callable[[Any], Any] = lambda obj: NotImplemented) -> None:
-        self.session, self.reference_types = session, reference_types
-        self.on_reference = on_reference  # returns what stands for the object in the pickle, as __reduce__ does
+                 on_evict: Callable[[Entry], None] = lambda entry: None) -> None:
+        self.session = session
         self.bound: dict[int, tuple[_Module, str]] = {}  # id of an object -> the first global name it was sent under
         self._next_number, self._on_evict = next_number, on_evict
         # Reentrant: a finalizer that submits may run inside. It guards all below; hot reads go without.
@@ -3382,8 +3357,8 @@ class Client:
         self.closing = False                            # it takes no more jobs, and ends with the last
         self._callbacks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._callback_thread = threading.Thread(target=self._run_callbacks, name="minipool-callbacks", daemon=True)
-        self.peer = Peer("client", address, secret, lock=self.lock, announce=self._announce, on_batch=self._on_batch,
-                         on_lost=self._on_lost, on_idle=self._flush_delivered, name="client")
+        self.peer = Peer("client", address, secret.role_key, lock=self.lock, announce=self._announce,
+                         on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered)
         self._callback_thread.start()
         self.peer.start()
         try:
@@ -3433,7 +3408,7 @@ class Client:
             self._send_backlog()
             connection, busy = self.peer.connection, len(self._sent) > 2 * len(self.workers)
         if connection:      # few jobs out: go now; many: go on submitting while the writer makes batches
-            (connection.hand_over if busy else connection.flush)()
+            connection.flush(0 if busy else BORROWED_FRAMES)
         return future._weakly() if options.get("weak") else future
 
     @staticmethod
@@ -3582,7 +3557,7 @@ class Client:
     def _on_welcome(self, info: dict[str, Any]) -> None:
         self._welcomed = True
         self.max_value = info["max_value"]
-        self._on_workers(info["workers"], info["credit"])
+        self._on_workers(*info["workers"])
         self._post_log(info["log"])
 
     def _on_refuse(self, error: str, text: str) -> None:
@@ -3669,13 +3644,13 @@ class Client:
     def _on_bye(self, reason: str) -> None:
         log.info("the server said goodbye: %s", reason)
 
-    def ask(self, what: str, about: Any = None, timeout: float | None = None) -> Any:
+    def ask(self, what: str, timeout: float | None = None) -> Any:
         """Ask the server a question; return its answer, or raise TimeoutError."""
         give_up = float("inf") if timeout is None else time.monotonic() + timeout
         with self._changed:
             number = next(self.numbers)
             while number not in self._answers:
-                self.peer.send(("ask", number, what, about))        # again after a second: it may have been lost
+                self.peer.send(("ask", number, what))       # again after a second: it may have been lost
                 left = min(1.0, give_up - time.monotonic())
                 if left <= 0 or not self._callback_thread.is_alive():
                     raise TimeoutError(f"the server did not answer {what!r} in time")

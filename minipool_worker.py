@@ -48,7 +48,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import minipool
-from minipool import OK, PYTHON, RAISED, Blob, Message, Name, Peer, Secret, Ticket, Value
+from minipool import OK, PYTHON, RAISED, Blob, Message, Name, Peer, Secret, Value
 
 __all__ = ["Node", "is_node_running", "find_slots"]
 
@@ -277,7 +277,7 @@ class Worker:
     def __init__(self, setup: dict[str, Any], cell: Any) -> None:
         self.id: bytes = setup["id"]
         self.device: str = setup["device"]              # its place on the node; a job sees this one alone, as cuda:0
-        self._setup, self._cell = setup, cell
+        self.setup, self._cell = setup, cell
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)    # the main thread waits here
         # all below is guarded by _lock
@@ -293,7 +293,7 @@ class Worker:
         self._dismissed = False                         # the server let us go
         self._done_jobs = 0
         self._read_at = time.monotonic()                # when the I/O thread last saw the socket empty
-        self.peer = Peer("worker", setup["address"], Ticket(setup["key"]), lock=self._lock, identity=self.id,
+        self.peer = Peer("worker", setup["address"], lambda *_: setup["key"], lock=self._lock, identity=self.id,
                          announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, name="worker")
 
     # ---- the main thread ----
@@ -306,7 +306,7 @@ class Worker:
             if attempt is None:
                 break
             self._execute(attempt)
-            limit = self._setup.get("max_tasks")
+            limit = self.setup.get("max_tasks")
             if limit and self._done_jobs >= limit and not self._leaving:
                 self.leave("it has run as many jobs as it may")
         self.peer.stop(("bye", self._leaving))
@@ -391,7 +391,7 @@ class Worker:
             if connection:
                 connection.post([message])
         if connection:
-            (connection.hand_over if more else connection.flush)()
+            connection.flush(0 if more else minipool.BORROWED_FRAMES)
 
     def _apply_log(self, attempt: Attempt) -> bool:
         """Run the entries of the session's log that this worker has not run; False if one raised, now or before."""
@@ -442,7 +442,7 @@ class Worker:
         if self._begun:
             attempts.append((self._begun.token, self._begun.job, "begun"))
         pulling = set(self.peer._pulls)
-        info = {key: self._setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
+        info = {key: self.setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
         info |= {"pid": os.getpid(), "python": PYTHON, "has": [n for n in self._objects if n not in pulling],
                  "positions": {session: len(state.log) for session, state in self._sessions.items()}}
         return [("worker", info, attempts)]
@@ -465,7 +465,7 @@ class Worker:
         self._welcomed = True
         self._name = os.environ["MINIPOOL_WORKER"] = info["name"]
         self._where = f"worker {self._name} on {self.device}"
-        self._setup["node_name"] = info["node_name"]
+        self.setup["node_name"] = info["node_name"]
         if self._leaving:           # to a server that is new, or that did not hear it
             self.peer.send(("retire", self._leaving))
 
@@ -558,7 +558,7 @@ def _watch_node(worker: Worker, life: Any) -> None:
     """Take fresh tickets from the node's pipe; at its end the node is dead, and this process group goes with it."""
     with contextlib.suppress(OSError, EOFError):
         while True:
-            worker.peer.key = Ticket(life.recv_bytes())
+            worker.setup["key"] = life.recv_bytes()
     os.killpg(0, signal.SIGKILL)
 
 
@@ -719,7 +719,7 @@ class Supervisor:
         self._stop_at: float | None = None              # when patience with running jobs ends
         self._instance = b""
         self.on_welcome: Any = lambda: None
-        self.peer = Peer("node", address, secret, lock=threading.RLock(), announce=self._announce, name="node",
+        self.peer = Peer("node", address, secret.role_key, lock=threading.RLock(), announce=self._announce, name="node",
                          on_batch=self._on_batch, on_lost=self._wake)
 
     def run(self) -> None:

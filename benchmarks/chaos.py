@@ -26,8 +26,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import minipool
 from fault_proxy import FaultProxy
+
+import minipool
 
 
 def job(number: int, seconds: float, log: str) -> int:
@@ -69,7 +70,7 @@ class Pool:
         self.secret = folder / "secret"
         self.secret.write_text(minipool.Secret.new().text)
         self.secret.chmod(0o600)
-        self.output = open(folder / "output", "ab")
+        self.output = open(folder / "output", "ab")  # noqa: SIM115 - closed by stop()
         self.server = self.start_server()
         self.nodes = [self.start_node() for _ in range(nodes)]
 

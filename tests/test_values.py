@@ -413,12 +413,6 @@ class TestValues:
             return a
         assert (session.run(double, numpy.ones(100_000)) == 2).all()
 
-    def test_the_hook_sees_references(self, worker):
-        class Reference:
-            number = 5
-        session = Session(worker, reference_types=(Reference,), on_reference=lambda r: (abs, (-r.number,)))
-        assert session.run(sum, [Reference(), Reference()]) == 10
-
     def test_a_result_of_atoms_is_a_plain_pickle(self):
         assert minipool.encode_value("a") == pickle.dumps("a", 5)
 
