@@ -249,22 +249,15 @@ _CHECKS: dict[Any, Check] = {
 }
 
 
-class Kind(NamedTuple):
-    """One line of the catalogue: who sends it, what it means, and what each field may be."""
-    senders: frozenset[str]
-    meaning: str
-    fields: dict[str, Check]
-
-
-CATALOGUE: dict[str, Kind] = {}
+CATALOGUE: dict[str, tuple[frozenset[str], dict[str, Check]]] = {}     # by kind: who sends it, what each field may be
 
 
 def _fields(**kinds: Any) -> dict[str, Check]:
     return {name: _CHECKS[kind] for name, kind in kinds.items()}
 
 
-def _message(kind: str, senders: str, meaning: str, **kinds: Any) -> None:
-    CATALOGUE[kind] = Kind(frozenset(senders.split()), meaning, _fields(**kinds))
+def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
+    CATALOGUE[kind] = frozenset(senders.split()), _fields(**kinds)
 
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
@@ -337,12 +330,12 @@ def check_message(message: Any, sender: str) -> None:
     """Raise Malformed unless `message` is one that a peer of role `sender` may send."""
     if type(message) is not tuple or not message or type(message[0]) is not str:
         raise Malformed("a message is a tuple that begins with its kind")
-    kind = CATALOGUE.get(message[0])
-    if kind is None or sender not in kind.senders:
+    senders, fields = CATALOGUE.get(message[0], ((), {}))
+    if sender not in senders:
         raise Malformed(f"a {sender} sends no {message[0]!r}")
-    if len(message) - 1 != len(kind.fields):
-        raise Malformed(f"{message[0]!r} has {len(kind.fields)} fields, not {len(message) - 1}")
-    for (name, is_good), field in zip(kind.fields.items(), message[1:], strict=False):
+    if len(message) - 1 != len(fields):
+        raise Malformed(f"{message[0]!r} has {len(fields)} fields, not {len(message) - 1}")
+    for (name, is_good), field in zip(fields.items(), message[1:], strict=False):
         if not is_good(field):
             raise Malformed(f"{message[0]!r}: {name} is out of range or not what it should be")
 
@@ -421,6 +414,7 @@ class Secret:
         if not self.text:
             raise ValueError("the secret is empty")
         self.is_password = not self.text.startswith("mp1_")
+        self.is_weak = self.is_password and len(self.text) < 12     # may only guard a loopback port
         self._raw = b""
         if not self.is_password:
             with contextlib.suppress(ValueError):
@@ -433,11 +427,6 @@ class Secret:
         """Return a fresh secret of 32 random bytes."""
         return cls("mp1_" + base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("="))
 
-    @property
-    def is_weak(self) -> bool:
-        """True for a password that may only guard a loopback port."""
-        return self.is_password and len(self.text) < 12
-
     def role_key(self, role: str, instance: bytes, identity: bytes = b"") -> bytes:
         """Return the key of a role; for a worker, the ticket of the worker `identity`, which opens nothing else."""
         master = _stretch(self.text, instance) if self.is_password else self._raw
@@ -449,12 +438,11 @@ KeySource = Callable[[str, bytes, bytes], bytes]    # Secret.role_key, or what g
 
 
 class SessionKeys(NamedTuple):
-    """The four keys of one connection."""
+    """What both sides of one connection derive: the proofs of steps 3 and 4, and a key for each direction."""
     dialer_proof: bytes
     server_proof: bytes
     up: bytes
     down: bytes
-    transcript: bytes
 
     @classmethod
     def derive(cls, role_key: bytes, first: bytes, second: bytes, binding: bytes = b"") -> SessionKeys:
@@ -463,15 +451,9 @@ class SessionKeys(NamedTuple):
             b"minipool/1 transcript" + first + second + bytes([len(binding)]) + binding).digest()
         prk = _hmac(role_key, b"minipool/1 session" + transcript)
         labels = (b"dialer proof", b"server proof", b"up", b"down")
-        return cls._make([*(_hmac(prk, b"minipool/1 " + label + b"\x01") for label in labels), transcript])
-
-    def prove_dialer(self) -> bytes:
-        """Return step 3 of the handshake."""
-        return _hmac(self.dialer_proof, self.transcript)
-
-    def prove_server(self, dialer_proof: bytes) -> bytes:
-        """Return step 4 of the handshake."""
-        return _hmac(self.server_proof, self.transcript + dialer_proof)
+        of_dialer, of_server, up, down = (_hmac(prk, b"minipool/1 " + label + b"\x01") for label in labels)
+        dialer_proof = _hmac(of_dialer, transcript)
+        return cls(dialer_proof, _hmac(of_server, transcript + dialer_proof), up, down)
 
 
 def first_hello(role: str, identity: bytes = b"") -> bytes:
@@ -503,8 +485,7 @@ def _read_exactly(sock: socket.socket, size: int) -> bytes:
     return data
 
 
-def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = b"",
-              binding: bytes = b"") -> tuple[SessionKeys, bytes]:
+def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = b"") -> tuple[SessionKeys, bytes]:
     """Dial in: run the four steps on a connected socket; return the keys and the server's instance.
 
     Raises Refused (the secret does not match), VersionMismatch, or ConnectionError (not a minipool server).
@@ -517,11 +498,10 @@ def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = 
         raise ConnectionError("what answers there is not a minipool server")
     if version != PROTOCOL:
         raise VersionMismatch(f"the server speaks minipool protocol {version}, this side {PROTOCOL}")
-    keys = SessionKeys.derive(key(role, instance, identity), first, second, binding)
-    proof = keys.prove_dialer()
-    sock.sendall(proof)
+    keys = SessionKeys.derive(key(role, instance, identity), first, second)
+    sock.sendall(keys.dialer_proof)
     answer = _read_exactly(sock, 32)
-    if hmac.compare_digest(answer, keys.prove_server(proof)):
+    if hmac.compare_digest(answer, keys.server_proof):
         return keys, instance
     if hmac.compare_digest(answer, REFUSED):
         raise Refused("the secret does not match the server's")
@@ -582,8 +562,11 @@ class Plain:
             return 0
 
     def receive_into(self, view: memoryview) -> int:
-        """Block until bytes are there; return how many, 0 at the end of the stream."""
-        return self.sock.recv_into(view)
+        """Block until bytes are there; return how many, or raise EOFError at the end of the stream."""
+        count = self.sock.recv_into(view)
+        if not count:
+            raise EOFError
+        return count
 
     def poll(self, event: int, seconds: float) -> bool:
         """Wait until the socket can be read (select.POLLIN) or written (select.POLLOUT), or is broken."""
@@ -592,13 +575,9 @@ class Plain:
         return bool(poll.poll(seconds * 1000))
 
     def shutdown(self) -> None:
-        """Wake both ends; the descriptor stays until close()."""
+        """Wake both ends; the descriptor stays until the socket is closed."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Give the descriptor back."""
-        self.sock.close()
 
 
 class Connection:
@@ -699,7 +678,7 @@ class Connection:
             if self.closed or not (self._control or self._ranges):
                 self._writing = False
                 if self._disposed:
-                    self._seam.close()
+                    self._seam.sock.close()
                 return False
             body: Any = b""
             if self._control:
@@ -773,24 +752,17 @@ class Connection:
     def _take(self, size: int) -> bytes:
         """Receive until `size` bytes are there, and consume them."""
         while len(self._pending) < size:
-            self._pending += self._scratch[:self._receive_into(self._scratch)]
+            self._pending += self._scratch[:self._seam.receive_into(self._scratch)]
         taken = bytes(self._pending[:size])
         del self._pending[:size]
         return taken
 
-    def _receive_into(self, view: memoryview) -> int:
-        count = self._seam.receive_into(view)
-        if not count:
-            raise EOFError
-        return count
-
     def _fill(self, view: memoryview) -> None:
         """Receive a range's bytes where they will stay."""
         have = min(len(view), len(self._pending))
-        view[:have] = self._pending[:have]
-        del self._pending[:have]
+        view[:have] = self._take(have)
         while have < len(view):
-            have += self._receive_into(view[have:])
+            have += self._seam.receive_into(view[have:])
 
     # ---- ending ----
 
@@ -816,7 +788,7 @@ class Connection:
         with self._lock:
             self._disposed = True
             if not self._writing:
-                self._seam.close()
+                self._seam.sock.close()
 
     def abandon(self) -> None:
         """Close the descriptor without a word to the other end: for the child of a fork, whose socket it is not."""
@@ -1152,7 +1124,6 @@ class Selection:
         self.members: set[Worker] = set()
         self.idle: dict[Worker, None] = {}      # nothing in the inbox
         self.roomy: dict[Worker, None] = {}     # room for another short job; used in turn
-        self.users = 0                          # queues that look here
 
 
 class Worker(Member):
@@ -1231,7 +1202,6 @@ class Queue:
     def __init__(self, session: Session, selection: Selection, soft: bool) -> None:
         self.session, self.selection, self.soft = session, selection, soft
         self.heap: list[tuple[float, int, Job]] = []    # with entries of jobs that are not ready any more
-        self.dead = 0                           # so many of them
 
 
 Turn = tuple[float, int, int, Job, Queue]       # sorts by priority, load of the session, arrival
@@ -1265,10 +1235,10 @@ class Scheduler:
         self._expected_workers = 0                      # as many as any returning client last saw
         self._timers: list[tuple[float, int, Callable[[Any, float], None], Any]] = []
         self._entered_at = now
-        self._sends: dict[Any, list[Message]] = {}
+        self._sends: dict[Any, list[Message]] = collections.defaultdict(list)
         self._closes: list[Any] = []
         # the method that takes a message is named after it: "submit" goes to _submit
-        self._handlers = {k: getattr(self, f"_{k}") for k, line in CATALOGUE.items() if line.senders - {"server"}}
+        self._handlers = {k: getattr(self, f"_{k}") for k, (senders, _) in CATALOGUE.items() if senders - {"server"}}
         if adopting:
             self._arm(now + T_ADOPT, self._end_adoption, None)
 
@@ -1324,15 +1294,12 @@ class Scheduler:
     def _take_actions(self, now: float) -> Actions:
         self._dispatch(now)
         actions = Actions(self._sends, self._closes)
-        self._sends, self._closes = {}, []
+        self._sends, self._closes = collections.defaultdict(list), []
         return actions
 
     def _send(self, peer: Any, message: Message) -> None:
         if peer is not None and message[-1] != []:      # an empty list is not worth a message
-            try:
-                self._sends[peer].append(message)
-            except KeyError:
-                self._sends[peer] = [message]
+            self._sends[peer].append(message)
 
     def _arm(self, when: float, step: Callable[[Any, float], None], about: Any) -> None:
         """Call step(about, now) at `when`; a step checks for itself whether it still has a reason.
@@ -1342,12 +1309,10 @@ class Scheduler:
         heapq.heappush(self._timers, (when, next(self._order), step, about))
 
     def _move(self, job: Job, state: str) -> None:
-        """Change a job's state, if the table allows it. Who leaves a queue by another way than its head is buried."""
+        """Change a job's state, if the table allows it."""
         if state not in LEGAL[job.state]:
             raise AssertionError(f"job {job.number} cannot go from {job.state} to {state}: {self.story(job)}")
-        was, job.state = job.state, state
-        if was == State.READY and state != State.RUNNING:
-            self._bury(job)
+        job.state = state
         job.history.append(state)
         if len(job.history) > 12:
             del job.history[:6]
@@ -1356,15 +1321,21 @@ class Scheduler:
 
     def _client(self, peer: Any, now: float, info: dict[str, Any], jobs: list[int]) -> None:
         """Admit a client, and reconcile: what it does not list it does not want, what we do not know it sends."""
-        held = dict.fromkeys(jobs)
         session = self._session(info["session"], now)
+        held = dict.fromkeys(jobs if session.broken is None else ())     # a broken session has no jobs any more
         session.name, session.limit = info["name"], info["max_workers"]
         self._expected_workers = max(self._expected_workers, info["workers_seen"])
         self._admit(session, peer, {"log": len(session.log), "max_value": self.max_value,
                                     "workers": self._present()})
         self._release(session, [n for n in session.jobs if n not in held])
         for number in held:
-            self._tell_client_again(session.jobs.get(number) or self._new_job(session, number))
+            job = session.jobs.get(number) or self._new_job(session, number)
+            if job.verdict:                 # what the old connection may have lost on its way to the client
+                self._send(peer, ("done", number, *job.verdict))
+            elif job.delivering and job.worker:
+                self._send(job.worker.peer, ("resend", [job.token]))
+            elif job.begun and job.worker:
+                self._send(peer, ("began", number, job.worker.name, job.attempts))
         self._send(peer, ("missing", [n for n in held if session.jobs[n].payload is None]))
         if session.broken is not None:
             self._send(peer, ("broken", session.broken))
@@ -1382,15 +1353,6 @@ class Scheduler:
         self.counters["accepted"] += 1
         session.jobs[number] = job = Job(session, number, next(self._order))
         return job
-
-    def _tell_client_again(self, job: Job) -> None:
-        """After a reconnection: what the old connection may have lost on its way to the client."""
-        if job.verdict:
-            self._send(job.session.peer, ("done", job.number, *job.verdict))
-        elif job.delivering and job.worker:
-            self._send(job.worker.peer, ("resend", [job.token]))
-        elif job.begun and job.worker:
-            self._send(job.session.peer, ("began", job.number, job.worker.name, job.attempts))
 
     def _node(self, peer: Any, now: float, info: dict[str, Any]) -> None:
         """Admit a node; a name that another host has gets a suffix."""
@@ -1476,7 +1438,9 @@ class Scheduler:
             if kind != "inbox" and job is None and session.peer is None:
                 job = self._new_job(session, name[1])       # its client is not back yet
             if kind != "inbox" and job is not None and job.state == State.WAITING:
-                self._adopt(job, worker, token)
+                self._unassign(worker, token)       # as an attempt that nobody wanted
+                self._place(job, worker, token, LONG)       # it survived the server: the job is not run again
+                self._started(worker, now, token)
             if self._current(worker, token) is None:
                 self._unassign(worker, token)
                 if kind == "begun":         # it cannot be taken back, and what comes of it is stale
@@ -1488,14 +1452,6 @@ class Scheduler:
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
         self._send(worker.peer, ("resend", resend))
         self._send(worker.peer, ("forget", forget))
-
-    def _adopt(self, job: Job, worker: Worker, token: int) -> None:
-        """Take over an attempt that survived the server: the job is not run again."""
-        self._unassign(worker, token)       # as an attempt that nobody wanted
-        self._place(job, worker, token, LONG)
-        job.begun = True
-        self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
-        self.counters["adopted"] += 1
 
     def _maybe_end_adoption(self, now: float) -> None:
         connected = sum(worker.peer is not None for worker in self.workers.values())
@@ -1550,17 +1506,7 @@ class Scheduler:
         found = self._queues.get(key)
         if found is None:
             found = self._queues[key] = Queue(job.session, self._select(job.on), job.soft)
-            found.selection.users += 1
         heapq.heappush(found.heap, (-job.priority, job.sequence, job))
-
-    def _bury(self, job: Job) -> None:
-        """Leave a dead entry to be skipped; sweep when most of a heap is dead."""
-        queue = self._queues[job.session, job.on, job.soft]
-        queue.dead += 1
-        if queue.dead > 64 and queue.dead > len(queue.heap) // 2:
-            queue.heap = [entry for entry in queue.heap if entry[2].state == State.READY]
-            heapq.heapify(queue.heap)
-            queue.dead = 0
 
     def _take_back(self, worker: Worker, tokens: Iterable[int], now: float) -> None:
         """Return attempts that a worker has not begun to the queue, uncharged."""
@@ -1643,6 +1589,10 @@ class Scheduler:
             elif job.state == State.RUNNING and job.worker:
                 self._send(job.worker.peer, ("recall", [job.token]))    # it keeps the slot until the worker answers
             self._move(job, end)
+        for ready in self._queues.values():
+            if ready.session is session and len(ready.heap) > 64 + 2 * len(session.jobs):   # most of it is dead: sweep
+                ready.heap = [entry for entry in ready.heap if entry[2].state == State.READY]
+                heapq.heapify(ready.heap)
 
     def _forget(self, worker: Worker, token: int) -> None:
         """Let a worker forget an outcome; the word rides on its next run, or goes now if it has nothing to do."""
@@ -1661,7 +1611,7 @@ class Scheduler:
         """Hand out ready jobs while there is room for them; let those go that wait to go."""
         for idler in [w for w in self._leaving if not (w.inbox or w.delivering)]:
             self._send(idler.peer, ("bye", "nothing is left to do or to deliver"))
-            self._lose(idler, now, None, {"what": "left", "planned": True})
+            self._end(idler, now, {"what": "left", "planned": True})
         everybody = self._everybody
         turns: list[Turn] = []
         if everybody.idle or everybody.roomy:
@@ -1678,29 +1628,19 @@ class Scheduler:
                 heapq.heappush(turns, turn)
 
     def _turn(self, queue: Queue) -> Turn | None:
-        """Return the rank and the head of a queue: the session that has least goes first."""
-        job = self._head(queue)
-        if job is not None:
-            return -job.priority, queue.session.load, job.sequence, job, queue
-        self._retire_queue(queue)
-        return None
-
-    def _head(self, queue: Queue) -> Job | None:
-        heap = queue.heap
-        while heap and heap[0][2].state != State.READY:
-            heapq.heappop(heap)
-            queue.dead -= 1
-        return heap[0][2] if heap else None
-
-    def _retire_queue(self, queue: Queue) -> None:
-        """Take an empty queue out of the dispatch, and its selection when nobody else looks there."""
+        """Return the rank and the head of a queue: the session that has least goes first. An empty queue goes."""
+        while queue.heap and queue.heap[0][2].state != State.READY:
+            heapq.heappop(queue.heap)
+        if queue.heap:
+            priority, sequence, job = queue.heap[0]
+            return priority, queue.session.load, sequence, job, queue
         selection = queue.selection
         del self._queues[queue.session, selection.on, queue.soft]
-        selection.users -= 1
-        if not selection.users and selection is not self._everybody:
-            del self._selections[selection.on]
+        if selection is not self._everybody and all(q.selection is not selection for q in self._queues.values()):
+            del self._selections[selection.on]      # nobody else looks there
             for worker in selection.members:
                 worker.selections.remove(selection)
+        return None
 
     def _room_for(self, job: Job, queue: Queue) -> Worker | None:
         """Return the worker that should take a job now; None if no eligible one has room."""
@@ -1914,15 +1854,26 @@ class Scheduler:
             self._end(member, now, {"what": "its host went away"})
 
     def _end(self, member: Session | Worker | Node, now: float, cause: dict[str, Any]) -> None:
-        if isinstance(member, Session):
-            self._end_session(member, now)
-        elif isinstance(member, Worker):
+        """Forget a member and all that hung on it."""
+        self._detach(member)
+        if isinstance(member, Worker):
             self._lose(member, now, None, cause)
-        else:
+        elif isinstance(member, Node):
             del self.nodes[member.id]
             for worker in list(member.workers.values()):
                 self._lose(worker, now, None, cause)
-            self._detach(member)
+        else:
+            del self.sessions[member.id]
+            for job in member.jobs.values():
+                if job.state == State.RUNNING and not job.delivering:
+                    job.killed = "its client is gone"       # nobody will ever want what it computes
+                    self._kill_attempt(job, now)
+            self._release(member, list(member.jobs), State.CANCELLED)
+            for worker in member.tried:
+                worker.positions.pop(member.id, None)
+                worker.has = {name for name in worker.has if name[0] != member.id}
+                self._send(worker.peer, ("leave", member.id))
+            self._gone(member, now)
 
     def _died(self, node: Node, now: float, worker_id: bytes, token: int | None, cause: dict[str, Any]) -> None:
         """A node's word on the death of its worker is final, and its cell's token says who is to blame."""
@@ -1970,17 +1921,6 @@ class Scheduler:
 
     def _beat(self, node: Node, now: float) -> None:
         """Nothing to do: that it was received says all."""
-
-    def _end_session(self, session: Session, now: float) -> None:
-        """Forget a client and all that hung on it."""
-        del self.sessions[session.id]
-        self._release(session, list(session.jobs), State.CANCELLED)
-        for worker in session.tried:
-            worker.positions.pop(session.id, None)
-            worker.has = {name for name in worker.has if name[0] != session.id}
-            self._send(worker.peer, ("leave", session.id))
-        self._gone(session, now)
-        self._detach(session)
 
     def _retire(self, who: Worker | Node, now: float, reason: str) -> None:
         """A planned exit of a worker, or of all of a node's: nothing new, what has not begun comes back."""
@@ -2102,7 +2042,14 @@ class Scheduler:
             assert session.load == load == sum(session.workers.values()), "a session's load is miscounted"
         for worker in self.workers.values():
             self._check_worker(worker)
-        self._check_conservation()
+        for ready in self._queues.values():
+            live = [entry for entry in ready.heap if entry[2].state == State.READY]
+            assert len(ready.heap) <= 64 + 2 * len(ready.session.jobs), "dead entries pile up"
+            for _, _, job in sorted(live)[:1]:
+                assert self._room_for(job, ready) is None, f"an eligible worker idles beside {self.story(job)}"
+        alive = sum(len(session.jobs) for session in self.sessions.values())
+        ended = self.counters["delivered"] + self.counters["cancelled"]
+        assert self.counters["accepted"] == alive + ended, "jobs went missing"
 
     def _check_job(self, session: Session, number: int, job: Job) -> None:
         story = self.story(job)
@@ -2126,16 +2073,6 @@ class Scheduler:
             assert (worker in selection.idle) == (worker.peer is not None and not worker.inbox
                                                   and worker not in self._leaving and not worker.recalled), worker.name
 
-    def _check_conservation(self) -> None:
-        """No ready job beside a worker that could take it; and no job lost count of."""
-        for ready in self._queues.values():
-            job = self._head(ready)
-            if job is not None:
-                assert self._room_for(job, ready) is None, f"an eligible worker idles beside {self.story(job)}"
-        alive = sum(len(session.jobs) for session in self.sessions.values())
-        ended = self.counters["delivered"] + self.counters["cancelled"]
-        assert self.counters["accepted"] == alive + ended, "jobs went missing"
-
 
 # ==================================================================================================================
 # 5 server
@@ -2145,7 +2082,6 @@ class Scheduler:
 # outbox; no other nesting. Threads: the doorkeeper (strangers), the ticker (time), one reader per authenticated peer.
 # ==================================================================================================================
 
-_HERE = f"127.0.0.1:{DEFAULT_PORT}"
 GUESTS = 1024               # strangers at a time; beyond it a random one is dropped, never is accept() held up
 GUESTS_PER_SOURCE = 64      # of one address, loopback exempt
 PEERS = 4096                # authenticated connections, a thread each
@@ -2180,22 +2116,6 @@ def _read_secret(path: str) -> Secret:
     return Secret(text)
 
 
-def _make_secret(path: str) -> Secret:
-    made = Secret.new()
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    draft = f"{path}.{secrets.token_hex(8)}"
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
-        with open(descriptor, "w") as file:
-            file.write(made.text + "\n")
-        os.link(draft, path)                    # appears whole or not at all
-    except FileExistsError:                     # another process of ours was faster
-        return _read_secret(path)
-    finally:
-        os.unlink(draft)
-    return made
-
-
 def find_secret(secret: str | None = None, path: str | None = None, *, make: bool = False) -> Secret:
     """Return the secret: given, `path`, MINIPOOL_SECRET_FILE, MINIPOOL_SECRET, or this user's file, in this order.
 
@@ -2209,10 +2129,19 @@ def find_secret(secret: str | None = None, path: str | None = None, *, make: boo
         return Secret(os.environ["MINIPOOL_SECRET"])
     if path or os.path.lexists(secret_path()):
         return _read_secret(path or secret_path())
+    path = secret_path()
     if not make:
         raise Refused("no secret found: give secret= (--secret-file on the command line), set MINIPOOL_SECRET_FILE or "
-                      f"MINIPOOL_SECRET, or start the server as this user, which makes {secret_path()}")
-    return _make_secret(secret_path())
+                      f"MINIPOOL_SECRET, or start the server as this user, which makes {path}")
+    import tempfile  # late: slow to import, and needed once per user
+
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path)) as draft:      # nobody else can read it
+        draft.write(Secret.new().text + "\n")
+        draft.flush()
+        with contextlib.suppress(FileExistsError):      # another process of ours was faster
+            os.link(draft.name, path)                   # appears whole or not at all
+    return _read_secret(path)
 
 
 class Doorkeeper:
@@ -2225,6 +2154,7 @@ class Doorkeeper:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._stopping = False
+        listener.setblocking(False)
         self._spoken: dict[str, float] = {}         # when a source was last written of in the log
         self._thread = threading.Thread(target=self._run, name="minipool-doorkeeper", daemon=True)
         self._thread.start()
@@ -2302,10 +2232,10 @@ class Doorkeeper:
     def _judge(self, guest: _Guest) -> None:
         """Steps 3 and 4: the dialer's proof, then ours or a refusal."""
         assert guest.keys
-        if not hmac.compare_digest(guest.data, guest.keys.prove_dialer()):
+        if not hmac.compare_digest(guest.data, guest.keys.dialer_proof):
             guest.sock.sendall(REFUSED)
             raise Malformed("has another secret")
-        guest.sock.sendall(guest.keys.prove_server(guest.data))
+        guest.sock.sendall(guest.keys.server_proof)
         self._forget(guest)
         self._admit(guest.sock, guest.role, guest.identity, guest.keys)
 
@@ -2324,24 +2254,8 @@ class Doorkeeper:
             log.info("a stranger at %s %s: turned away", guest.source, why)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    v6 = ":" in host                    # "::" is for IPv4 too
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if v6 else socket.AF_INET, backlog=1024,
-                                    dualstack_ipv6=v6)
-    listener.setblocking(False)
-    return listener
-
-
 def _is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def _own_address() -> str:
-    """Return this machine's address as others see it: the one a datagram to elsewhere would come from."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(("192.0.2.1", 9))      # a documentation address: nothing is sent
-        return str(sock.getsockname()[0])
-    return socket.gethostname()
 
 
 def check_announcement(message: Message, role: str, identity: bytes) -> Message | None:
@@ -2369,15 +2283,13 @@ class Server:
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, secret: str | None = None,
-                 status_port: int | None = None, tls: bool = False, max_value: int = 64 << 30,
-                 embedded: bool = False) -> None:
-        if status_port is not None or tls:
-            raise NotImplementedError("status_port= and tls= are not there yet")
+                 max_value: int = 64 << 30, embedded: bool = False) -> None:
         self._host, self._port = host, port
         self._secret = find_secret(secret, make=True)
         if self._secret.is_weak and not _is_loopback(host):
             raise ValueError("a password of under 12 characters is for loopback only: use a longer one, or "
                              "leave it out and let the server make a secret")
+        self.secret = self._secret.text                 # to hand to clients and nodes
         self.max_value = max_value
         self.failure: BaseException | None = None       # a broken invariant, which stops the server
         self._embedded = embedded
@@ -2394,17 +2306,19 @@ class Server:
     @property
     def address(self) -> str:
         """host:port that a client can dial."""
-        everywhere = self._host in ("0.0.0.0", "::", "")
-        return format_address(_own_address() if everywhere else self._host, self._port)
-
-    @property
-    def secret(self) -> str:
-        """The secret as text, to hand to clients and nodes."""
-        return self._secret.text
+        host = self._host
+        if host in ("0.0.0.0", "::", ""):       # then as others see us: where a datagram to elsewhere would come from
+            host = socket.gethostname()
+            with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.connect(("192.0.2.1", 9))  # a documentation address: nothing is sent
+                host = sock.getsockname()[0]
+        return format_address(host, self._port)
 
     def start(self) -> Server:
         """Listen, and start the threads."""
-        listener = _listen(self._host, self._port)
+        v6 = ":" in self._host                          # "::" is for IPv4 too
+        listener = socket.create_server((self._host, self._port), backlog=1024, dualstack_ipv6=v6,
+                                        family=socket.AF_INET6 if v6 else socket.AF_INET)
         self._port = listener.getsockname()[1]
         instance = secrets.token_bytes(16)
         self._secret.role_key("client", instance)       # a password is stretched once, here
@@ -2535,13 +2449,13 @@ class Server:
 
 def find_address(address: str | None = None) -> tuple[str, int]:
     """Return host and port: of `address`, MINIPOOL_ADDRESS, or this machine's server."""
-    return parse_address(address or os.environ.get("MINIPOOL_ADDRESS") or _HERE)
+    return parse_address(address or os.environ.get("MINIPOOL_ADDRESS") or "127.0.0.1")
 
 
 def is_server_running(address: str | None = None) -> bool:
     """Return whether a minipool server answers at `address` (default: this machine's port 8899)."""
     try:
-        with socket.create_connection(parse_address(address or _HERE), timeout=2) as sock:
+        with socket.create_connection(parse_address(address or "127.0.0.1"), timeout=2) as sock:
             sock.sendall(first_hello("client"))
             return _read_exactly(sock, _SECOND.size).startswith(MAGIC)
     except OSError:
@@ -2568,6 +2482,7 @@ OUT_OF_BAND = 32 * 1024  # bytes; below, copying into the pickle is cheaper than
 MAX_ENTRIES, MAX_BYTES = 1000, 32 << 20  # pickled functions kept at the client: far more than a program has
 _MISSING: Any = object()
 _NEVER = ("minipool", "minipool_worker", "cloudpickle")  # there on every worker, though often under the cwd
+_BY_NAME = (TypeVar, type(functools.lru_cache(int)))  # pickle as a name of their module, be it importable or not
 _HEADER = ("__name__", "__package__", "__file__", "__path__")
 _OWN = frozenset({*_HEADER, "__doc__", "__builtins__", "__spec__", "__loader__", "__cached__", "__minipool__"})
 
@@ -2679,11 +2594,13 @@ class _Module:
             _shared, (session, (name, serial), header))  # a number, as two dictionaries may bear one name: notebooks
 
 
-class _Slot:
+class _Slot(NamedTuple):
     """One name to be set in a module at the worker. A soft one, met while a module is filled, may be left out."""
-
-    def __init__(self, module: _Module, name: str, value: Any, version: int, soft: bool) -> None:
-        self.module, self.name, self.value, self.version, self.soft = module, name, value, version, soft
+    module: _Module
+    name: str
+    value: Any
+    version: int
+    soft: bool
 
 
 class _SlotEnd:
@@ -2701,7 +2618,7 @@ class _Seen:
     """All that must still be the same for a pickle to stand for its function."""
 
     def __init__(self) -> None:
-        self.functions, self.cells, self.classes, self.sizes = list[Any](), list[Any](), list[Any](), list[Any]()
+        self.functions, self.cells, self.measures = list[Any](), list[Any](), list[Any]()
         self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
 
     def holds(self, fn: Any) -> bool:
@@ -2716,8 +2633,7 @@ class _Seen:
         for cell, value in self.cells:
             if _contents(cell) is not value:
                 return False
-        return (not self.sizes or all(len(space) == size for space, size in self.sizes)) and (
-            not self.classes or all(_class_version(cls) == version for cls, version in self.classes))
+        return not self.measures or all(measure(what) == number for measure, what, number in self.measures)
 
 
 class _FunctionPickler(_ByValue):
@@ -2744,7 +2660,9 @@ class _FunctionPickler(_ByValue):
         if issubclass(kind, type):
             return self._reduce_class(obj)
         if kind in _BY_NAME and travels_by_value(obj.__module__):
-            return _BY_NAME[kind](obj)
+            if kind is TypeVar:
+                return _cloudpickle()._make_typevar, _cloudpickle()._decompose_typevar(obj)
+            return _recached, (obj.__wrapped__, obj.cache_parameters())
         bound = None if kind is types.FunctionType else self.owner.bound.get(id(obj))
         return super().reducer_override(obj) if bound is None else self._reduce_bound(obj, *bound)
 
@@ -2775,7 +2693,7 @@ class _FunctionPickler(_ByValue):
         if module.importable:
             return module.reduced
         self.filled.add(id(module))
-        self.seen.sizes.append((module.space, len(module.space)))
+        self.seen.measures.append((len, module.space, len(module.space)))
         slots = self._slots(module, list(module.space), filling=True)
         return *module.reduced, slots, None, None, operator.is_  # a setter that does nothing
 
@@ -2784,7 +2702,7 @@ class _FunctionPickler(_ByValue):
         dynamic = _cloudpickle()._dynamic_class_reduce
         reduced = self._versioned(cls, dynamic(cls)) if by_value else super().reducer_override(cls)
         if reduced is not NotImplemented and len(reduced) == 6:
-            self.seen.classes.append((cls, reduced[2][2]))
+            self.seen.measures.append((_class_version, cls, reduced[2][2]))
         return reduced
 
     def _reduce_bound(self, obj: Any, module: _Module, name: str) -> Any:
@@ -2797,12 +2715,6 @@ class _FunctionPickler(_ByValue):
         return super().reducer_override(obj)
 
 
-# What pickles as a name of its module, though the worker has no such module to import.
-_BY_NAME: dict[type, Callable[[Any], Any]] = {
-    type(functools.lru_cache(int)): lambda f: (_recached, (f.__wrapped__, f.cache_parameters())),
-    TypeVar: lambda t: (_cloudpickle()._make_typevar, _cloudpickle()._decompose_typevar(t))}
-
-
 class Entry(NamedTuple):
     """One pickled function: the number that it is known by, and its bytes."""
     number: int
@@ -2813,15 +2725,6 @@ def name_of(fn: Any) -> str:
     """Return what to call a function in logs and errors."""
     fn = getattr(fn, "func", fn)        # of a partial
     return getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None) or type(fn).__name__
-
-
-def _arguments(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
-    import inspect
-
-    try:
-        return inspect.signature(fn).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # many builtins do not tell
-        return {**dict(enumerate(args)), **kwargs}
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
@@ -2886,7 +2789,11 @@ class Functions:
         try:
             return self._dump((args, kwargs, *more), buffers)[0], buffers
         except Exception as error:
-            parts = {f"argument {label!r} of {name_of(fn)}()": a for label, a in _arguments(fn, args, kwargs).items()}
+            named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
+                import inspect
+                named = inspect.signature(fn).bind(*args, **kwargs).arguments
+            parts = {f"argument {label!r} of {name_of(fn)}()": value for label, value in named.items()}
             parts.update({f"{name_of(value)}()": value for value in more})
             culprits = ((what, value) for what, value in parts.items() if not self.picklable(value))
             what, value = next(culprits, (f"the arguments of {name_of(fn)}()", (args, kwargs)))
@@ -2974,7 +2881,8 @@ def _explain(functions: Functions, what: str, value: Any, error: Exception) -> p
 
 # ---- worker half: what the pickles call ----
 
-_shared_modules: dict[bytes, dict[tuple[str, int], types.ModuleType]] = {}  # by session and key
+# By session and key; the worker drops those of a session that is over.
+_shared_modules: dict[bytes, dict[tuple[str, int], types.ModuleType]] = {}
 _shared_lock = threading.RLock()  # jobs may load in several threads
 
 
@@ -3009,11 +2917,6 @@ def _set_name(module: types.ModuleType, name: str, version: int, value: Any, end
 
 def _sentinel(module: types.ModuleType, name: str, version: int, make: Any, args: Any) -> Any:
     return vars(module)["__minipool__"].setdefault((name, version), make(*args))
-
-
-def forget_session(session: bytes) -> None:
-    """Drop the modules of a session that is over."""
-    _shared_modules.pop(session, None)
 
 
 # ---- both halves: values ----
@@ -3087,30 +2990,23 @@ class _RemoteTraceback(Exception):
         return f'\n"""\n{self.args[0]}"""'
 
 
-def _verdict(status: str, evidence: dict[str, Any]) -> BaseException:
-    """Return the exception for a job that ended without its worker's word."""
-    job, worker = evidence.get("job") or "the job", evidence.get("worker")
-    if status == KILLED:
-        return JobKilled(f"{job} was ended: {evidence.get('reason')}")
-    tail = evidence.get("stderr")
-    return WorkerDied(
-        f"{job} took down {evidence.get('deaths')} worker{'s' * (evidence.get('deaths') != 1)} in "
-        f"{evidence.get('attempts')} attempts; the last, {worker} on {evidence.get('device')}, {evidence.get('what')}"
-        + (f"; it printed last:\n{tail}" if tail else ""), **evidence)
-
-
 def decode_failure(status: str, value: Any) -> BaseException:
     """Return the exception that a job's failure is at the client."""
     if callable(value):
         error: BaseException = value()      # made here: the server was lost, or the initializer raised
         return error
-    if status != RAISED:
-        return _verdict(status, value)
+    if status == KILLED:
+        return JobKilled(f"{value.get('job') or 'the job'} was ended: {value.get('reason')}")
+    if status != RAISED:                    # it ended without its worker's word
+        deaths, tail = value.get("deaths"), value.get("stderr")
+        return WorkerDied(
+            f"{value.get('job') or 'the job'} took down {deaths} worker{'s' * (deaths != 1)} in "
+            f"{value.get('attempts')} attempts; the last, {value.get('worker')} on {value.get('device')}, "
+            f"{value.get('what')}" + (f"; it printed last:\n{tail}" if tail else ""), **value)
     pickled, type_name, words, text, where = decode_value(value)
-    try:
-        error = pickle.loads(pickled) if pickled else RemoteError(type_name, words, text)
-    except BaseException:           # its class is not here
-        error = RemoteError(type_name, words, text)
+    error = RemoteError(type_name, words, text)
+    with contextlib.suppress(BaseException):        # its class may not be here
+        error = pickle.loads(pickled) if pickled else error
     error.__cause__ = _RemoteTraceback(text)
     error.add_note(f"raised by {where}")
     return error
@@ -3245,12 +3141,6 @@ class Future(concurrent.futures.Future[Any]):
 
     # ---- for the client only ----
 
-    def _begin(self, worker: str, attempts: int) -> None:
-        self.worker, self.attempts = worker, attempts
-        with self._condition:
-            if self._state == _PENDING:
-                self._state = _RUNNING
-
     def _weakly(self) -> Future:
         """Return this future as another object, whose end cancels the job unless it began."""
         face = object.__new__(type(self))
@@ -3291,24 +3181,19 @@ class ChildProcess:
         try:
             self._line.settimeout(job.get("connect_timeout") or 60)
             self._line.sendall(json.dumps(job).encode() + b"\n")
-            self.answer = self._read_answer()
-        except BaseException:
-            self.stop()
-            raise
-
-    def _read_answer(self) -> dict[str, Any]:
-        with self._line.makefile("rb") as file:
-            try:
+            with self._line.makefile("rb") as file:
                 line = file.readline()
-            except TimeoutError:
+            if not line.endswith(b"\n"):
+                raise ServerLost(f"the child process ended with exit code {self._process.wait(5)}")
+            self.answer: dict[str, Any] = json.loads(line)
+            if "error" in self.answer:
+                kinds = {kind.__name__: kind for kind in (ServerLost, Refused, VersionMismatch, OSError)}
+                raise kinds.get(self.answer["error"], ValueError)(self.answer["text"])
+        except BaseException as error:
+            self.stop()
+            if isinstance(error, TimeoutError):
                 raise ServerLost("no server answered in time") from None
-        if not line.endswith(b"\n"):
-            raise ServerLost(f"the child process ended with exit code {self._process.wait(5)}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            kinds = {kind.__name__: kind for kind in (ServerLost, Refused, VersionMismatch, OSError)}
-            raise kinds.get(answer["error"], ValueError)(answer["text"])
-        return answer
+            raise
 
     def stop(self) -> None:
         """End the child, and with it its workers."""
@@ -3361,26 +3246,21 @@ class Client:
                          on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered)
         self._callback_thread.start()
         self.peer.start()
+        final = Refused, VersionMismatch                # trying again does not help
         try:
-            self._connect(connect_timeout)
+            with self._changed:         # until the first welcome
+                self._changed.wait_for(lambda: self._welcomed or isinstance(self.peer.trouble, final), connect_timeout)
+                welcomed, trouble = self._welcomed, self.peer.trouble
+            if isinstance(trouble, final):
+                raise trouble
+            if not welcomed:
+                raise ServerLost(f"no minipool server at {format_address(*address)} within {connect_timeout:g} s "
+                                 f"({trouble}): start one there with `minipool serve`, or check the address")
         except BaseException:
             self.close()
             raise
         self._patience = reconnect_timeout
         _clients.add(self)
-
-    def _connect(self, timeout: float) -> None:
-        """Wait for the first welcome."""
-        final = Refused, VersionMismatch        # trying again does not help
-        with self._changed:
-            self._changed.wait_for(lambda: self._welcomed or isinstance(self.peer.trouble, final), timeout)
-            if self._welcomed:
-                return
-            trouble = self.peer.trouble
-        if isinstance(trouble, final):
-            raise trouble
-        raise ServerLost(f"no minipool server at {format_address(*self.peer.address)} within {timeout:g} s "
-                         f"({trouble}): start one there with `minipool serve`, or check the address")
 
     # ---- jobs ----
 
@@ -3416,10 +3296,8 @@ class Client:
         """Return the options that the server needs to know."""
         wire = {name: options[name] for name in ("priority", "retries", "max_deaths") if options.get(name) is not None}
         wire["name"] = options.get("name") or name_of(fn)
-        if options.get("on"):
-            wire["on"] = list(options["on"])
-        elif options.get("prefer"):
-            wire.update(on=list(options["prefer"]), soft=True)
+        if where := options.get("on") or options.get("prefer"):
+            wire.update(on=list(where), soft=not options.get("on"))
         return wire
 
     def _send_backlog(self) -> None:
@@ -3487,16 +3365,14 @@ class Client:
         with self.lock:
             self._log.append(((self.session, next(self.numbers)), data))
             if self._welcomed:
-                self._post_log(len(self._log) - 1)
-        self.peer.send()
+                self._send_log(len(self._log) - 1)
 
-    def _post_log(self, known: int) -> None:
+    def _send_log(self, known: int) -> None:
         messages: list[Message] = []
         for position, (name, data) in enumerate(self._log[known:], known):
             self._put(name[1], data, messages)
             messages.append(("log", self.session, position, name))
-        if self.peer.connection:
-            self.peer.connection.post(messages)
+        self.peer.send(*messages)
 
     def cancelled(self, future: Future) -> None:
         """A future was cancelled here: that decides it, and the server is told. The caller holds the lock."""
@@ -3507,12 +3383,11 @@ class Client:
     def kill(self, futures: Sequence[Future], reason: str) -> None:
         """End running jobs by force; those that have not begun fail with JobKilled too."""
         with self.lock:
-            sent = [future._number for future in futures if future._number in self._sent]
             for future in futures:
-                if future._number not in self._sent:
+                if future._number in self._sent:
+                    self.peer.send(("kill", [future._number], reason))
+                else:
                     self._finish(future, KILLED, {"reason": reason})
-            if sent:
-                self.peer.send(("kill", sent, reason))
 
     # ---- the I/O thread ----
 
@@ -3528,9 +3403,8 @@ class Client:
             self._changed.notify_all()
             lost_for = time.monotonic() - (self.peer.lost_at or time.monotonic())
             if lost_for > self._patience:
-                text = (f"the server at {format_address(*self.peer.address)} was gone for {lost_for:.0f} s "
-                        f"({self.peer.trouble})")
-                self._break(lambda: ServerLost(text))
+                self._break(functools.partial(ServerLost, f"the server at {format_address(*self.peer.address)} was "
+                                              f"gone for {lost_for:.0f} s ({self.peer.trouble})"))
 
     def _on_batch(self, messages: list[Message]) -> None:
         with self.lock:
@@ -3539,6 +3413,7 @@ class Client:
                     self._on_done(*message[1:])
                 else:
                     getattr(self, f"_on_{message[0]}")(*message[1:])
+                    self._changed.notify_all()
             self._send_backlog()
             connection = self.peer.connection
         if connection and (connection.waiting or len(self._delivered) >= ACKNOWLEDGE):
@@ -3558,26 +3433,25 @@ class Client:
         self._welcomed = True
         self.max_value = info["max_value"]
         self._on_workers(*info["workers"])
-        self._post_log(info["log"])
+        self._send_log(info["log"])
 
     def _on_refuse(self, error: str, text: str) -> None:
         self.peer.trouble = (VersionMismatch if error == "VersionMismatch" else Refused)(text)
-        self._changed.notify_all()
 
     def _on_missing(self, numbers: list[int]) -> None:
         """The server does not know these (it is a new one, or they were lost on the way): send them again."""
         messages: list[Message] = []
         for number in numbers:
-            future = self._sent.get(number)
-            if future is not None:
+            if future := self._sent.get(number):
                 self._send_job(future, messages, again=True)
-        if self.peer.connection:
-            self.peer.connection.post(messages)
+        self.peer.send(*messages)
 
     def _on_began(self, number: int, worker: str, attempts: int) -> None:
-        future = self._sent.get(number)
-        if future is not None:
-            future._begin(worker, attempts)
+        if future := self._sent.get(number):
+            future.worker, future.attempts = worker, attempts
+            with future._condition:
+                if future._state == _PENDING:
+                    future._state = _RUNNING
 
     def _on_done(self, number: int, status: str, value: Any, worker: str, attempts: int) -> None:
         future = self._sent.get(number)
@@ -3635,11 +3509,9 @@ class Client:
 
     def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
         self.workers, self._credit = workers, credit
-        self._changed.notify_all()
 
     def _on_answer(self, number: int, value: Any) -> None:
         self._answers[number] = value
-        self._changed.notify_all()
 
     def _on_bye(self, reason: str) -> None:
         log.info("the server said goodbye: %s", reason)
@@ -3775,7 +3647,7 @@ class Executor(concurrent.futures.Executor):
     def __init__(self, address: str | int | None = None, *, secret: str | None = None,
                  max_workers: int | None = None, initializer: Callable[..., object] | None = None,
                  initargs: tuple[Any, ...] = (), max_tasks_per_child: int | None = None, name: str | None = None,
-                 tls: bool = False, connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
+                 connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
         if isinstance(address, int) and not isinstance(address, bool):
             address, max_workers = None, address
         if address is not None and not isinstance(address, str):
@@ -3783,8 +3655,6 @@ class Executor(concurrent.futures.Executor):
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         _check_whole(max_workers=max_workers, max_tasks_per_child=max_tasks_per_child)
-        if tls:
-            raise NotImplementedError("tls= is not there yet")
         self._options: dict[str, Any] = {}
         self._parent: Executor | None = None
         self._closed = False            # this view
@@ -3922,13 +3792,12 @@ class Executor(concurrent.futures.Executor):
         view.__dict__.update(self.__dict__)
         view._options = {**self._options, **options}
         view._parent, view._closed = self, False
-        self._check_on(view._options.get("on"))
+        if view._options.get("on"):
+            self._check_on(view._options["on"])
         return view
 
-    def _check_on(self, on: tuple[str, ...] | None) -> None:
+    def _check_on(self, on: tuple[str, ...]) -> None:
         """A name of no worker is an error in an embedded pool, which cannot grow, and a warning elsewhere."""
-        if not on:
-            return
         with self._client._changed:
             self._client._changed.wait_for(lambda: len(self._client.workers) >= self.size, 10)
             known = {tag for worker in self._client.workers for tag in worker["tags"]}
@@ -3946,8 +3815,7 @@ class Executor(concurrent.futures.Executor):
 
     def info(self) -> dict[str, Any]:
         """Return one snapshot of the pool: what `minipool status --json` prints."""
-        answer: dict[str, Any] = self._client.ask("info", timeout=self._options.get("timeout", 30))
-        return answer
+        return dict(self._client.ask("info", timeout=self._options.get("timeout", 30)))
 
     @property
     def size(self) -> int:
@@ -3981,8 +3849,7 @@ def run_command(options: argparse.Namespace, log_to: Any = None) -> int:
     logging.basicConfig(stream=log_to, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S",
                         level=level if level in logging.getLevelNamesMapping() else "INFO")
     try:
-        code: int = options.run(options)
-        return code
+        return int(options.run(options) or EXIT_OK)
     except (MinipoolError, OSError, OverflowError, ValueError, KeyboardInterrupt) as error:
         print(f"minipool: {error if str(error) else 'interrupted'}", file=sys.stderr)
         return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), EXIT_FAILED)
@@ -4036,7 +3903,7 @@ def _describe(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _status(options: argparse.Namespace) -> int:
+def _status(options: argparse.Namespace) -> None:
     """Print one snapshot of the pool."""
     client = Client(find_address(options.address), find_secret(path=options.secret_file), name="minipool status",
                     max_workers=None, connect_timeout=5, reconnect_timeout=5)
@@ -4047,7 +3914,6 @@ def _status(options: argparse.Namespace) -> int:
     finally:
         client.close()
     print(json.dumps(info, indent=2) if options.json else _describe(info))
-    return EXIT_OK
 
 
 def count(things: Sequence[Any], noun: str) -> str:
@@ -4055,7 +3921,7 @@ def count(things: Sequence[Any], noun: str) -> str:
     return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
 
 
-def _versions(options: argparse.Namespace) -> int:
+def _versions(options: argparse.Namespace) -> None:
     """Print the versions that must agree between the members of a pool."""
     from importlib import metadata  # late: slow to import, and nothing else needs it
     rows = {"minipool": __version__, "protocol": PROTOCOL, "python": sys.version.split()[0]}
@@ -4065,13 +3931,11 @@ def _versions(options: argparse.Namespace) -> int:
         except metadata.PackageNotFoundError:
             rows[package] = "not installed"
     print("\n".join(f"{name:13} {value}" for name, value in rows.items()))
-    return EXIT_OK
 
 
-def _secret(options: argparse.Namespace) -> int:
+def _secret(options: argparse.Namespace) -> None:
     """Print the secret that clients and nodes of this user would use."""
     print(find_secret(path=options.secret_file).text)
-    return EXIT_OK
 
 
 def _size(text: str) -> int:
@@ -4088,7 +3952,7 @@ def subcommands(program: str, description: str) -> tuple[argparse.ArgumentParser
     parser = argparse.ArgumentParser(prog=program, description=description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=run)
         command.add_argument("--secret-file", metavar="F", help="file that holds the pool's secret")
@@ -4097,7 +3961,8 @@ def subcommands(program: str, description: str) -> tuple[argparse.ArgumentParser
     return parser, add
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
     parser, add = subcommands("minipool", "A pool of GPU workers across machines.")
     serve = add("serve", _serve, "run the server")
     serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: loopback only)")
@@ -4109,12 +3974,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="one JSON object")
     add("versions", _versions, "show what must agree between machines")
     add("secret", _secret, "print the secret")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    return run_command(_parser().parse_args(arguments))
+    return run_command(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

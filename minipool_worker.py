@@ -228,20 +228,6 @@ def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers
     return [slot._replace(env={**common, **slot.env}) for slot in slots]
 
 
-def read_gauges(slots: Iterable[Slot]) -> list[dict[str, Any]]:
-    """Return one reading per device of `slots`: percent, bytes, degrees Celsius, watts; None for what is not told."""
-    devices = {slot.lock: slot.device for slot in slots if slot.lock}
-    nvml, gauges = sys.modules.get("pynvml"), []  # find_slots has initialised it, where it could
-    for lock, device in devices.items():
-        handle = _ask(nvml, "HandleByUUID", lock.encode())  # bytes suit old bindings and new ones
-        memory, rates = _ask(nvml, "MemoryInfo", handle), _ask(nvml, "UtilizationRates", handle)
-        gauges.append({"device": device, "utilisation": getattr(rates, "gpu", None),
-                       "memory_used": getattr(memory, "used", None), "memory_total": getattr(memory, "total", None),
-                       "temperature": _ask(nvml, "Temperature", handle, 0),  # 0: the sensor on the chip
-                       "power": (_ask(nvml, "PowerUsage", handle) or 0) / 1000 or None})  # it tells milliwatts
-    return gauges
-
-
 # ==================================================================================================================
 # 2 worker
 #
@@ -536,7 +522,7 @@ class Worker:
     def _on_leave(self, session: bytes) -> None:
         self._sessions.pop(session, None)
         self._on_drop([name for name in self._objects if name[0] == session])
-        minipool.forget_session(session)
+        minipool._shared_modules.pop(session, None)
 
     def _on_bye(self, reason: str) -> None:
         self._dismissed = True

@@ -89,9 +89,9 @@ class FaultProxy:
                way: str) -> None:
         try:
             while True:
+                data = source.recv(self.chop)
                 while not self._stopping and (self.frozen or getattr(self, f"freeze_{way}")):
                     time.sleep(0.01)
-                data = source.recv(self.chop)
                 if not data:
                     sink.shutdown(socket.SHUT_WR)
                     return

@@ -57,7 +57,9 @@ class TestServe:
         code, out, _ = run("-c", "import minipool; print(minipool.Executor().submit(abs, -5).result(60))", cwd=ROOT,
                            **{name: address})
         assert (code, out) == (0, "5\n")
-        assert subprocess.run(lines["status"], shell=True, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+        status = subprocess.run(lines["status"], shell=True, cwd=ROOT, stdout=subprocess.DEVNULL,
+                                env={**os.environ, "PATH": paths})
+        assert status.returncode == 0
 
     def test_makes_a_secret_that_only_this_user_can_read(self, program, run):
         server = program(MINIPOOL, "serve", "--port", 0)

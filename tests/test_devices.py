@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import minipool_worker
-from minipool_worker import NoDevice, find_slots, read_gauges, visible_devices
+from minipool_worker import NoDevice, find_slots, visible_devices
 
 A100 = {"uuid": "GPU-1a2b3c4d-0000", "name": "NVIDIA A100"}
 H200 = {"uuid": "GPU-5e6f7a8b-0000", "name": "NVIDIA H200"}
@@ -290,24 +290,6 @@ class TestTheLock:
         assert slots(environ)[0].lock == "CUDA_VISIBLE_DEVICES=1"
 
 
-class TestGauges:
-    def test_tell_each_device_once_and_no_cpu(self, machine):
-        machine(A100 | {"used": 3, "total": 80, "busy": 50, "celsius": 40, "watts": 300})
-        (gauge,) = read_gauges(slots(workers_per_gpu=2, cpu_workers=1))
-        assert gauge == {"device": "cuda:0", "utilisation": 50, "memory_used": 3, "memory_total": 80,
-                         "temperature": 40, "power": 300}
-
-    def test_that_cannot_be_read_are_none(self, machine):
-        machine(A100 | {"busy": 50})
-        (gauge,) = read_gauges(slots())
-        assert gauge["utilisation"] == 50 and gauge["memory_used"] is gauge["power"] is None
-
-    def test_are_all_none_without_nvml(self, machine):
-        machine("LibraryNotFound")
-        (gauge,) = read_gauges(slots({"CUDA_VISIBLE_DEVICES": "0"}))
-        assert gauge.pop("device") == "cuda:0" and set(gauge.values()) == {None}
-
-
 FAKE_LIBRARY = r"""
 #include <string.h>
 static int devices[2] = {0, 1};
@@ -320,12 +302,11 @@ int nvmlDeviceGetUUID(void *device, char *text, unsigned size) {
 int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) { *device = &devices[uuid[4] == '5']; return 0; }
 int nvmlDeviceGetName(void *device, char *text, unsigned size) { strcpy(text, "NVIDIA Fake"); return 0; }
 int nvmlDeviceGetMigMode(void *device, unsigned *now, unsigned *next) { return 3; /* not supported */ }
-int nvmlDeviceGetTemperature(void *device, int sensor, unsigned *celsius) { *celsius = 41; return 0; }
 """
 SHOW = """
 import json, minipool_worker as m
 slots = m.find_slots(environ=dict())
-print(json.dumps([[slot.label for slot in slots], m.read_gauges(slots)]))
+print(json.dumps([slot.label for slot in slots]))
 """
 
 
@@ -346,6 +327,4 @@ def test_the_true_binding_finds_the_devices_of_a_fake_driver(tmp_path):
     paths = [Path(minipool_worker.__file__).parent, Path(true_binding()).parent]
     environ = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(map(str, paths))}
     shown = subprocess.run([sys.executable, "-c", SHOW], env=environ, check=True, capture_output=True, text=True)
-    labels, gauges = json.loads(shown.stdout)
-    assert labels == ["cuda:0 NVIDIA Fake GPU-1a2b3c4d", "cuda:1 NVIDIA Fake GPU-5e6f7a8b"]
-    assert [(gauge["temperature"], gauge["power"]) for gauge in gauges] == [(41, None), (41, None)]
+    assert json.loads(shown.stdout) == ["cuda:0 NVIDIA Fake GPU-1a2b3c4d", "cuda:1 NVIDIA Fake GPU-5e6f7a8b"]

@@ -46,14 +46,14 @@ class TestMessages:
 
     def test_every_message_that_a_peer_may_send_has_a_handler(self):
         handled = set(Scheduler(0.0, 0)._handlers)
-        sent = {kind for kind, line in CATALOGUE.items() if line.senders - {"server"}}
+        sent = {kind for kind, (senders, _) in CATALOGUE.items() if senders - {"server"}}
         assert handled == sent
 
     def test_every_message_that_the_scheduler_sends_is_in_the_catalogue(self):
         tree = section_of(SOURCE.read_text(), "4 scheduler", "5 server")
         sent = {call.args[1].elts[0].value for call in ast.walk(tree) if isinstance(call, ast.Call)
                 and getattr(call.func, "attr", "") == "_send" and isinstance(call.args[1], ast.Tuple)}
-        assert sent and all("server" in CATALOGUE[kind].senders for kind in sent)
+        assert sent and all("server" in CATALOGUE[kind][0] for kind in sent)
 
     def test_a_good_message_passes(self):
         check_message(self.GOOD, "worker")
@@ -391,6 +391,12 @@ class TestClients:
         pool.feed("c1", ("cancel", [job]))
         assert pool.state(job) == "forgotten"
 
+    def test_jobs_cancelled_behind_a_busy_worker_do_not_pile_up(self):
+        pool = Cluster()
+        _running, *queued = [pool.submit() for _ in range(300)]
+        pool.feed("c1", ("cancel", queued))
+        assert sum(len(queue.heap) for queue in pool.scheduler._queues.values()) <= 64
+
     def test_cancelling_a_job_that_waits_for_a_claim_frees_it(self):
         pool = Cluster(workers=[], restarted=True)
         job = pool.submit(again=True)
@@ -467,6 +473,14 @@ class TestClients:
         assert pool.state(job) == "running"
         pool.pass_time(0.2)
         assert pool.state(job) == "forgotten" and pool.told("w1", "leave") == [(pool.session("c1"),)]
+
+    def test_what_a_vanished_client_has_running_is_ended(self):
+        pool = Cluster()
+        pool.join_node()
+        token = pool.token(pool.submit())
+        pool.cut("c1")
+        pool.pass_time(61)
+        assert pool.told("n1", "kill") == [([token], "its client is gone")]
 
     def test_a_client_that_returns_within_its_lease_keeps_everything(self):
         pool = Cluster()
@@ -709,6 +723,16 @@ class TestLog:
         pool.unfit("w2", [second])
         assert pool.told("c1", "broken") == [(b"it raised",)]
         assert pool.state(pool.submit(log=1)) == "forgotten"
+
+    def test_a_client_that_did_not_hear_that_it_is_broken_is_told_again_and_has_no_jobs(self):
+        pool = Cluster(workers=["w1"])
+        pool.log_entry(0)
+        pool.unfit("w1", [pool.submit(log=1)])
+        pool.cut("c1")
+        pool.clear()
+        pool.join_client(jobs=[1, 2])
+        assert pool.told("c1", "broken") == [(b"it raised",)] and pool.told("c1", "missing") == []
+        assert pool.state(2) == "forgotten"
 
     def test_a_worker_that_was_fit_before_a_restart_still_counts(self):
         pool = Cluster(workers=[], restarted=True)

@@ -1,7 +1,7 @@
 """A stand-in for nvidia-ml-py that invents GPUs. First on PYTHONPATH, it reaches child processes as well.
 
 FAKE_GPUS holds JSON: a list of GPUs, or the name of the error that nvmlInit raises ("LibraryNotFound"). A GPU is
-    {"uuid": "GPU-1a2b3c4d-...", "name": "NVIDIA A100", "used": 1, "total": 80, "busy": 50, "watts": 300, "celsius": 40,
+    {"uuid": "GPU-1a2b3c4d-...", "name": "NVIDIA A100",
      "mig": [GPU or null, ...]}     # present: MIG is on; null: an empty place
 Every key is optional: a query for one that is absent raises NVMLError_NotSupported. "lost": true refuses the handle;
 "bytes": true makes strings bytes, as older bindings did.
@@ -9,7 +9,6 @@ Every key is optional: a query for one that is absent raises NVMLError_NotSuppor
 
 import json
 import os
-from types import SimpleNamespace
 
 
 class NVMLError(Exception):
@@ -87,19 +86,3 @@ def nvmlDeviceGetUUID(handle):
 
 def nvmlDeviceGetName(handle):
     return _get(handle, "name")
-
-
-def nvmlDeviceGetMemoryInfo(handle):
-    return SimpleNamespace(used=_get(handle, "used"), total=_get(handle, "total"))
-
-
-def nvmlDeviceGetUtilizationRates(handle):
-    return SimpleNamespace(gpu=_get(handle, "busy"))
-
-
-def nvmlDeviceGetTemperature(handle, sensor):
-    return _get(handle, "celsius")
-
-
-def nvmlDeviceGetPowerUsage(handle):
-    return _get(handle, "watts") * 1000
