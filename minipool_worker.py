@@ -500,6 +500,7 @@ class Worker:
             payload = self._inbox.pop(token).payload
             if isinstance(payload, tuple):
                 self.peer.forget_pull(payload[0])
+                self._objects.pop(payload[0], None)
         return taken
 
     def _on_recall(self, tokens: list[int]) -> None:
@@ -897,8 +898,9 @@ class Supervisor:
                 child.killed = reason
                 self._kill_group(child)
             else:
-                if child is not None:
-                    os.kill(child.process.pid, signal.SIGCONT)
+                with contextlib.suppress(ProcessLookupError):
+                    if child is not None:
+                        os.kill(child.process.pid, signal.SIGCONT)
                 self.peer.send(("over", token))
 
     # ---- output ----
@@ -929,8 +931,8 @@ class Node:
     has welcomed it. Raises ServerLost, Refused, VersionMismatch, or ValueError for devices that are not there.
     """
 
-    def __init__(self, address: str | None = None, *, secret: str | None = None, tls: bool = False,
-                 connect_timeout: float = 10.0, **options: Any) -> None:
+    def __init__(self, address: str | None = None, *, secret: str | None = None, connect_timeout: float = 10.0,
+                 **options: Any) -> None:
         self._job = {"serve": False, "connect_timeout": connect_timeout, "options": options,
                      "address": minipool.format_address(*minipool.find_address(address)),
                      "secret": minipool.find_secret(secret).text}

@@ -85,6 +85,7 @@ class TestCommands:
         known = program_help("minipool_worker.py", "connect")
         for command in ("serve", "status", "versions", "secret"):
             known += program_help("minipool.py", command)
+        known += program_help("benchmarks/chaos.py")
         flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PROMISED))
         assert flags
         assert flags <= set(re.findall(r"--[a-z][a-z-]*", known))
