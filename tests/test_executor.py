@@ -624,6 +624,7 @@ class TestOptions:
         kept = futures[0]
         del futures
         wait_until(lambda: len(pool._client.unfinished) == 3)
+        pool.info()             # the server has heard of it before its workers are free
         gate.open()
         concurrent.futures.wait([*busy, kept, pool.submit(same, 1), pool.submit(same, 1)], SOON)
         assert noted(path) == ["0"]
