@@ -194,7 +194,7 @@ INLINE = 64 * 1024              # bytes of a payload or outcome that ride inside
 RANGE = 256 * 1024              # bytes of a large value asked for at a time: about 0.2 ms of a 10 Gbit/s line
 BIGGEST = 1 << 62               # no honest number is larger, and NaN compares false with everything
 
-OK, RAISED, DIED, KILLED, TIMED_OUT = "ok", "raised", "died", "killed", "timed out"     # how a job can end
+OK, RAISED, DIED, KILLED = "ok", "raised", "died", "killed"     # how a job can end
 
 Name = tuple[bytes, int]
 Value = bytes | tuple[Name, int]

@@ -427,9 +427,8 @@ class Worker:
         attempts += [(a.token, a.job, "inbox") for a in self._inbox.values()]
         if self._begun:
             attempts.append((self._begun.token, self._begun.job, "begun"))
-        pulling = set(self.peer._pulls)
         info = {key: self.setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
-        info |= {"pid": os.getpid(), "python": PYTHON, "has": [n for n in self._objects if n not in pulling],
+        info |= {"pid": os.getpid(), "python": PYTHON, "has": list(self._objects),
                  "positions": {session: len(state.log) for session, state in self._sessions.items()}}
         return [("worker", info, attempts)]
 
