@@ -1091,6 +1091,7 @@ WINDOW_SECONDS = 0.01   # of estimated work that may lie in a worker's inbox
 WINDOW_JOBS = 256       # at most; so no job is estimated shorter than WINDOW_SECONDS / WINDOW_JOBS
 FOREVER = float("inf")  # a time that never comes
 LONG = 1e9              # the estimate of a function not known to be short: nothing else fits beside it
+MOURNED = 10_000        # slots whose dead are remembered, newest last: a dead worker's words may be read after its death
 CREDIT_JOBS = 4096      # jobs a session may have at the server; the rest waits at the client, so memory is constant
 
 
@@ -1112,7 +1113,6 @@ class Node(Member):
         super().__init__(id)
         self.heard_at = now                         # a byte from any connection of the host
         self.workers: dict[bytes, Worker] = {}
-        self.dead: dict[bytes, bytes] = {}          # newest generation of each slot that is known to be dead
         self.info: dict[str, Any] = {}
 
 
@@ -1232,6 +1232,7 @@ class Scheduler:
         self._everybody = self._select(None)
         self._adopting = adopting
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
+        self._dead: dict[bytes, bytes] = {}             # newest generation of each slot that is known to be dead
         self._expected_workers = 0                      # as many as any returning client last saw
         self._timers: list[tuple[float, int, Callable[[Any, float], None], Any]] = []
         self._entered_at = now
@@ -1379,7 +1380,7 @@ class Scheduler:
         node = self.nodes.get(info["node"]) or self._new_node(info["node"], info["node_name"], now)
         node.heard_at = now
         worker = self.workers.get(info["id"])
-        if worker is None and info["id"][16:] <= node.dead.get(info["id"][:16], b""):
+        if worker is None and info["id"][16:] <= self._dead.get(info["id"][:16], b""):
             self._send(peer, ("refuse", "ServerLost", "this process is dead to the pool"))
             return self._closes.append(peer)        # its last words, read after its death was told
         worker = worker or self._new_worker(node, info, now)
@@ -1878,7 +1879,9 @@ class Scheduler:
     def _died(self, node: Node, now: float, worker_id: bytes, token: int | None, cause: dict[str, Any]) -> None:
         """A node's word on the death of its worker is final, and its cell's token says who is to blame."""
         slot, generation = worker_id[:16], worker_id[16:]
-        node.dead[slot] = max(node.dead.get(slot, b""), generation)
+        self._dead[slot] = max(self._dead.pop(slot, b""), generation)
+        while len(self._dead) > MOURNED:
+            del self._dead[next(iter(self._dead))]
         worker = self.workers.get(worker_id)
         if worker is not None:
             self._lose(worker, now, token, cause)

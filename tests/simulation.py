@@ -17,9 +17,9 @@ Where the invariants are checked (I1 to I20: the design's list of what must hold
     I4             nobody who is dead has jobs                      World.perform
     I9             blame for what the cell showed, only             World.judge_blame
     I10            deaths and retries are bounded                   Scheduler.check, Client.expect
-    I11            accepted = alive + delivered + cancelled         Scheduler.check: _check_conservation
+    I11            accepted = alive + delivered + cancelled         Scheduler.check
     I12            a quiet pool holds nothing                       World.check_quiet
-    I13            no ready job beside a worker with room           Scheduler.check: _check_conservation
+    I13            no ready job beside a worker with room           Scheduler.check
     I14            a cancelled job neither runs nor ends            World.judge_run, World.judge_done
     I15            jobs belong to sessions that exist               Scheduler.check, World.check_quiet
     I16            twice is once                                    links cut anywhere repeat every announcement

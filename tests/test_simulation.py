@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from minipool import Scheduler, State
+from minipool import Scheduler, Session, State
 from tests.simulation import World, first_seed, replay, run
 
 ORDINARY = 200_000          # events of an ordinary run: some ten seconds
@@ -70,8 +70,9 @@ class BlamesTheOldest(Scheduler):
 
 
 class KeepsSessionsForEver(Scheduler):
-    def _expire(self, session, now):
-        pass
+    def _give_up(self, member, now):
+        if not isinstance(member, Session):
+            super()._give_up(member, now)
 
 
 class QueuesTheFinishedAgain(Scheduler):
@@ -123,8 +124,7 @@ class BelievesTheDead(Scheduler):
     """Admits the announcement of a process after its node said that it died."""
 
     def _worker(self, peer, now, info, attempts):
-        for node in self.nodes.values():
-            node.dead.clear()
+        self._dead.clear()
         super()._worker(peer, now, info, attempts)
 
 
@@ -152,6 +152,12 @@ class ReusesTokens(Scheduler):
 PLANTED = [NoFence, BlamesAll, BlamesNobody, BlamesTheOldest, KeepsSessionsForEver, QueuesTheFinishedAgain,
            ForgetsTheAnswerToARecall, WaitsForTheAnswerToARecall, IgnoresWhatIsUnlisted,
            AcknowledgesTooEarly, NeverClosesAWindow, BelievesTheDead, RunsTheCancelled, SendsNoLog, ReusesTokens]
+
+
+@pytest.mark.parametrize("scheduler", PLANTED, ids=lambda scheduler: scheduler.__name__)
+def test_a_planted_bug_replaces_what_is_there(scheduler):
+    steps = {name for name in vars(scheduler) if not name.startswith("__")}
+    assert steps <= set(dir(Scheduler)), "it changes nothing: it proves nothing"
 
 
 def events_until_noticed(scheduler):
