@@ -65,6 +65,7 @@ import os
 import pickle
 import queue
 import random
+import resource
 import secrets
 import select
 import selectors
@@ -194,7 +195,8 @@ INLINE = 64 * 1024              # bytes of a payload or outcome that ride inside
 RANGE = 256 * 1024              # bytes of a large value asked for at a time: about 0.2 ms of a 10 Gbit/s line
 BIGGEST = 1 << 62               # no honest number is larger, and NaN compares false with everything
 
-OK, RAISED, DIED, KILLED = "ok", "raised", "died", "killed"     # how a job can end
+OK, RAISED, DIED, KILLED, TIMED_OUT = "ok", "raised", "died", "killed", "timed out"     # how a job can end
+UNFIT = "unfit"                 # how an attempt can: the session's log raised on that worker, and the job never began
 
 Name = tuple[bytes, int]
 Value = bytes | tuple[Name, int]
@@ -203,7 +205,8 @@ Check = Callable[[Any], bool]
 
 # what the scheduler reads of a job's options; the rest is for the worker
 _OPTIONS_READ: dict[str, tuple[type, ...]] = {
-    "name": (str,), "priority": (int, float), "retries": (int,), "max_deaths": (int,), "on": (list, tuple, frozenset)}
+    "name": (str,), "priority": (int, float), "retries": (int,), "max_deaths": (int,), "job_timeout": (int, float),
+    "max_tasks": (int,), "on": (list, tuple, frozenset)}
 
 
 def _is_number(field: Any) -> bool:
@@ -309,8 +312,6 @@ _message("died", "node", "this worker process is no more; token: what its cell s
 # a session's log: what every worker must have run before the session's jobs
 _message("log", "client server", "entry number position of a session's log is this object",
          session=bytes, position=int, name="name")
-_message("unfit", "worker", "a log entry raised here; the attempts taken have not begun and never will",
-         session=bytes, position=int, value="value", taken="numbers")
 _message("broken", "server", "every worker that tried the session's log is unfit", value="value")
 _message("leave", "server", "forget this session: its functions, its log, its globals", session=bytes)
 
@@ -1078,11 +1079,12 @@ LEGAL = {
     State.DONE: set(), State.FAILED: {State.DONE, State.CANCELLED}, State.CANCELLED: set(),
 }       # ready -> done: delivered just before its holder was lost; failed -> done: its client has the sentence
 
-T_DEAD = 15.0           # seconds without a byte from any connection of a host: the host is dead
+T_SUSPECT = 5.0         # seconds without a byte from any connection of a host: it gets no new jobs
+T_DEAD = 15.0           # seconds of the same after which the host is dead; `serve --dead-after`
 T_GONE = 3.0            # seconds a closed connection may stay away when no node vouches for the process
 T_LEASE = 60.0          # seconds that a vanished client's jobs are kept
 T_ADOPT = 10.0          # seconds after the server's start in which resent jobs wait to be claimed by workers
-T_BEAT = 1.0            # seconds between heartbeats, both ways
+T_BEAT = 1.0            # seconds between heartbeats, both ways; a fifth of T_DEAD if that is set to less than 5
 T_RECALL = 1.0          # seconds a recall may stay unanswered
 T_KILL_AGAIN = 0.1      # seconds between looks at an attempt that is to be killed
 T_STALL = 0.05          # seconds without a finished job after which a window is recalled
@@ -1091,7 +1093,8 @@ WINDOW_SECONDS = 0.01   # of estimated work that may lie in a worker's inbox
 WINDOW_JOBS = 256       # at most; so no job is estimated shorter than WINDOW_SECONDS / WINDOW_JOBS
 FOREVER = float("inf")  # a time that never comes
 LONG = 1e9              # the estimate of a function not known to be short: nothing else fits beside it
-MOURNED = 10_000        # slots whose dead are remembered, newest last: a dead worker's words may be read after its death
+UNACKNOWLEDGED = 16 << 20   # bytes of outcomes on their way to a client; with more, it does not read: its jobs wait
+MOURNED = 10_000        # slots whose dead are remembered: a dead worker's words may be read after its death
 CREDIT_JOBS = 4096      # jobs a session may have at the server; the rest waits at the client, so memory is constant
 
 
@@ -1112,6 +1115,7 @@ class Node(Member):
     def __init__(self, id: bytes, now: float) -> None:
         super().__init__(id)
         self.heard_at = now                         # a byte from any connection of the host
+        self.is_suspect = False                     # none for T_SUSPECT
         self.workers: dict[bytes, Worker] = {}
         self.info: dict[str, Any] = {}
 
@@ -1159,6 +1163,7 @@ class Session(Member):
         self.log: list[Name] = []
         self.workers: dict[Worker, int] = {}        # how many attempts each worker has of it
         self.load = 0                               # their sum
+        self.unacknowledged = 0                     # bytes of outcomes that it has not said to have
         self.tried: dict[Worker, None] = {}         # workers that were sent something of it
         self.unfit: dict[Worker, Value] = {}        # those on which its log raised, and what
         self.broken: Value | None = None            # the exception that broke it
@@ -1168,8 +1173,8 @@ class Session(Member):
 class Job:
     """One call: what to run, where it stands, and who has it."""
     __slots__ = ("session", "number", "sequence", "fn", "payload", "log", "name", "priority", "on", "soft", "retries",
-                 "max_deaths", "state", "token", "worker", "estimate", "attempts", "deaths", "delivering", "begun",
-                 "killed", "verdict", "history")
+                 "max_deaths", "limit", "cancel_running", "max_tasks", "state", "token", "worker", "estimate",
+                 "attempts", "deaths", "delivering", "size", "begun", "killed", "verdict", "history")
 
     def __init__(self, session: Session, number: int, sequence: int) -> None:
         self.session, self.number = session, number
@@ -1183,6 +1188,9 @@ class Job:
         self.on: frozenset[str] | None = None
         self.soft = False                   # `on` is a preference
         self.retries, self.max_deaths = 0, 3
+        self.limit: float | None = None     # seconds that it may run
+        self.cancel_running = False         # who cancels it wants its worker's process ended
+        self.max_tasks = 0                  # jobs after which its worker is renewed; 0: never
         # where it stands
         self.state = State.WAITING
         self.token = 0                      # of the current attempt; 0: none yet
@@ -1190,8 +1198,9 @@ class Job:
         self.estimate = LONG                # seconds that the current attempt was taken for
         self.attempts = self.deaths = 0
         self.delivering = False             # finished, and its client has not said that it has the outcome
+        self.size = 0                       # of the outcome, as far as it rides in messages
         self.begun = False                  # the worker said that user code runs
-        self.killed = ""                    # the reason, once a kill was asked for
+        self.killed: tuple[str, str] | None = None      # status and reason, once its end by force was asked for
         self.verdict: tuple[Any, ...] | None = None     # the outcome of a job that failed without a worker's word
         self.history: list[str] = []        # the last states, for story()
 
@@ -1217,11 +1226,12 @@ class Scheduler:
     """Who is there, what is queued, who runs what: all rules, no I/O."""
 
     def __init__(self, now: float, first_token: int, *, max_value: int = 64 << 30, adopting: bool = True,
-                 about: dict[str, Any] | None = None) -> None:
+                 dead_after: float = T_DEAD, about: dict[str, Any] | None = None) -> None:
         self.sessions: dict[bytes, Session] = {}
         self.workers: dict[bytes, Worker] = {}
         self.nodes: dict[bytes, Node] = {}
-        self.max_value = max_value
+        self.max_value, self.dead_after, self.beat = max_value, dead_after, min(T_BEAT, dead_after / 5)
+        self.is_paused = False          # nothing is handed out: the server is about to stop
         self.about = about or {}        # what the shell knows: address and such, for the snapshot
         self.counters: collections.Counter[str] = collections.Counter()     # lifetime: accepted, delivered, ...
         self._peers: dict[Any, Session | Worker | Node] = {}
@@ -1250,7 +1260,7 @@ class Scheduler:
         self._enter(now)
         known = self._peers.get(peer)
         if isinstance(known, Worker | Node):        # any byte from a host is its heartbeat
-            (known.node if isinstance(known, Worker) else known).heard_at = now
+            self._hear(known.node if isinstance(known, Worker) else known, now)
         for message in messages:
             if known is None and message[0] not in ("client", "node", "worker"):
                 break                       # of a connection that was superseded, or whose owner was given up
@@ -1285,11 +1295,21 @@ class Scheduler:
         """When tick() is due; None: not before something happens."""
         return self._timers[0][0] if self._timers else None
 
+    def _hear(self, node: Node, now: float) -> None:
+        node.heard_at = now
+        if node.is_suspect:
+            self._suspect(node, False)
+
+    def _suspect(self, node: Node, is_suspect: bool) -> None:
+        node.is_suspect = is_suspect
+        for worker in node.workers.values():
+            self._refresh(worker)
+
     def _enter(self, now: float) -> None:
         """Note the time; whoever enters first after we were stopped or starved excuses all hosts: not their fault."""
-        if now - self._entered_at > 2 * T_BEAT:
+        if now - self._entered_at > 2 * self.beat:
             for node in self.nodes.values():
-                node.heard_at = now
+                self._hear(node, now)
         self._entered_at = max(now, self._entered_at)
 
     def _take_actions(self, now: float) -> Actions:
@@ -1328,7 +1348,7 @@ class Scheduler:
         self._expected_workers = max(self._expected_workers, info["workers_seen"])
         self._admit(session, peer, {"log": len(session.log), "max_value": self.max_value,
                                     "workers": self._present()})
-        self._release(session, [n for n in session.jobs if n not in held])
+        self._release(session, [n for n in session.jobs if n not in held], now)
         for number in held:
             job = session.jobs.get(number) or self._new_job(session, number)
             if job.verdict:                 # what the old connection may have lost on its way to the client
@@ -1358,8 +1378,9 @@ class Scheduler:
     def _node(self, peer: Any, now: float, info: dict[str, Any]) -> None:
         """Admit a node; a name that another host has gets a suffix."""
         node = self.nodes.get(info["id"]) or self._new_node(info["id"], info["name"], now)
-        node.info, node.heard_at = info, now
-        self._admit(node, peer, {"name": node.name})
+        node.info = info
+        self._hear(node, now)
+        self._admit(node, peer, {"name": node.name, "beat": self.beat})
         for worker in node.workers.values():
             for job in worker.inbox.values():
                 if job is not None and job.killed:
@@ -1371,14 +1392,14 @@ class Scheduler:
         node = self.nodes[id] = Node(id, now)
         node.name = next(name for name in names if name not in taken)
         self._await(node, now)
-        self._arm(now + T_BEAT, self._exchange_beats, node)
+        self._arm(now + self.beat, self._exchange_beats, node)
         return node
 
     def _worker(self, peer: Any, now: float, info: dict[str, Any], attempts: list[Any]) -> None:
         """Admit a worker, and reconcile its attempts with ours by set difference."""
         # after a restart of the server a worker may be back before its node
         node = self.nodes.get(info["node"]) or self._new_node(info["node"], info["node_name"], now)
-        node.heard_at = now
+        self._hear(node, now)
         worker = self.workers.get(info["id"])
         if worker is None and info["id"][16:] <= self._dead.get(info["id"][:16], b""):
             self._send(peer, ("refuse", "ServerLost", "this process is dead to the pool"))
@@ -1465,7 +1486,7 @@ class Scheduler:
         for session in self.sessions.values():
             for job in session.jobs.values():
                 if job.state == State.WAITING and job.payload is not None:
-                    self._make_ready(job)
+                    self._put_back(job, now)
 
     # ---- jobs ----
 
@@ -1494,8 +1515,12 @@ class Scheduler:
         job.priority, job.retries = options.get("priority", 0), options.get("retries", 0)
         job.max_deaths = options.get("max_deaths", 3)
         job.on, job.soft = frozenset(options["on"]) if options.get("on") else None, bool(options.get("soft"))
+        job.limit, job.cancel_running = options.get("job_timeout"), bool(options.get("cancel_running"))
+        job.max_tasks = options.get("max_tasks", 0)
+        if job.begun:
+            self._guard_limit(job, now)
         if job.state == State.WAITING and not (self._adopting and options.get("again")):
-            self._make_ready(job)
+            self._put_back(job, now)
 
     def _make_ready(self, job: Job) -> None:
         """Put a job into the heap of its class; one that its client has still to send waits for that."""
@@ -1518,10 +1543,11 @@ class Scheduler:
                 self._put_back(job, now)
 
     def _put_back(self, job: Job, now: float, charged: bool = False, cause: dict[str, Any] | None = None) -> None:
-        """Return a running job to the queue; a charge counts, and beyond max_deaths it is the end."""
+        """Put a job into the queue, or back; a charge counts, and beyond max_deaths it is the end, as is a kill."""
         job.deaths += charged
         if job.killed:
-            self._fail(job, KILLED, {**(cause or {}), "reason": job.killed})
+            status, reason = job.killed
+            self._fail(job, status, {**(cause or {}), "reason": reason})
         elif charged and job.deaths > job.max_deaths:
             self._fail(job, DIED, cause or {})
         else:
@@ -1549,6 +1575,20 @@ class Scheduler:
         if job is not None:
             job.begun = True
             self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
+            self._guard_limit(job, now)
+            if job.killed:                  # the cell did not show it yet when that was asked for
+                self._send(worker.node.peer, ("kill", [token], job.killed[1]))
+
+    def _guard_limit(self, job: Job, now: float) -> None:
+        if job.limit is not None:
+            self._arm(now + job.limit, self._time_out, (job, job.token))
+
+    def _time_out(self, about: tuple[Job, int], now: float) -> None:
+        """A job has run for its job_timeout, unless that attempt is over."""
+        job, token = about
+        if job.token == token and job.state == State.RUNNING and not job.delivering:
+            job.killed = TIMED_OUT, f"it ran longer than its job_timeout of {job.limit:g} s"
+            self._kill_attempt(job, now)
 
     def _finished(self, worker: Worker, now: float, token: int, status: str, value: Value, seconds: float,
                   retry: bool) -> None:
@@ -1562,33 +1602,39 @@ class Scheduler:
         if job is None:
             return self._forget(worker, token)
         if not job.delivering:
+            if status == UNFIT:
+                self._forget(worker, token)
+                return self._disqualify(worker, job, value, now)
             self._learn(job, seconds)
             if status == RAISED and retry and (job.retries > 0 or job.payload is None):
                 job.retries -= 1
                 self._forget(worker, token)
                 return self._put_back(job, now)
-            job.delivering = True
+            job.delivering, job.size = True, len(value) if isinstance(value, bytes) else 0
+            job.session.unacknowledged += job.size
             worker.delivering[token] = job
         self._send(job.session.peer, ("done", job.number, status, value, worker.name, job.attempts))
 
     def _delivered(self, session: Session, now: float, numbers: list[int]) -> None:
-        self._release(session, numbers)
+        self._release(session, numbers, now)
 
     def _cancel(self, session: Session, now: float, numbers: list[int]) -> None:
-        self._release(session, numbers, State.CANCELLED)
+        self._release(session, numbers, now, State.CANCELLED)
 
-    def _release(self, session: Session, numbers: Iterable[int], state: str = State.DONE) -> None:
-        """Forget jobs: their client has the outcomes, or does not want them."""
+    def _release(self, session: Session, numbers: Iterable[int], now: float, state: str = State.DONE) -> None:
+        """Forget jobs: their client has the outcomes, or does not want them, or is no more."""
         for job in [session.jobs.pop(number) for number in numbers if number in session.jobs]:
             # what had not finished was not delivered: its client lists it no more
             ended = job.delivering or job.verdict or job.state == State.READY
             end = state if ended else State.CANCELLED
             self.counters["delivered" if end == State.DONE else "cancelled"] += 1
             if job.delivering and job.worker:
-                del job.worker.delivering[job.token]
+                self._unassign(job.worker, job.token)
                 self._forget(job.worker, job.token)
-            elif job.state == State.RUNNING and job.worker:
-                self._send(job.worker.peer, ("recall", [job.token]))    # it keeps the slot until the worker answers
+            elif job.state == State.RUNNING:        # it keeps the slot until the worker answers
+                if job.cancel_running or session.id not in self.sessions:
+                    job.killed = KILLED, "nobody wants its outcome any more"
+                self._kill_attempt(job, now)
             self._move(job, end)
         for ready in self._queues.values():
             if ready.session is session and len(ready.heap) > 64 + 2 * len(session.jobs):   # most of it is dead: sweep
@@ -1646,6 +1692,8 @@ class Scheduler:
     def _room_for(self, job: Job, queue: Queue) -> Worker | None:
         """Return the worker that should take a job now; None if no eligible one has room."""
         session, selection = queue.session, queue.selection
+        if self.is_paused or session.unacknowledged > UNACKNOWLEDGED:
+            return None
         if queue.soft and not selection.members:
             selection = self._everybody
         roomy = selection.roomy if self._estimate(job) < LONG else {}
@@ -1681,7 +1729,9 @@ class Scheduler:
             options["attempt"] = job.attempts
         if job.priority:
             options["priority"] = job.priority
-        if job.estimate >= LONG:
+        if job.max_tasks:
+            options["max_tasks"] = job.max_tasks
+        if job.estimate >= LONG or job.limit is not None:
             options["say"] = True           # tell when it begins; a short one is over before anybody asks
         self._send(worker.peer, ("run", job.token, (job.session.id, job.number), job.fn, job.payload, job.log,
                                  options or None))
@@ -1725,7 +1775,9 @@ class Scheduler:
                     del session.workers[worker]
             if not worker.inbox:
                 self._send_acks(worker)
-        worker.delivering.pop(token, None)
+        job = worker.delivering.pop(token, None)
+        if job is not None:
+            job.session.unacknowledged -= job.size
 
     # ---- room, windows, recall ----
 
@@ -1745,7 +1797,7 @@ class Scheduler:
 
     def _refresh(self, worker: Worker) -> None:
         """Sort a worker by its room; it moves to the end, so that equals are used in turn."""
-        able = worker.peer is not None and worker not in self._leaving and not worker.recalled
+        able = self._is_able(worker)
         idle = able and not worker.inbox
         roomy = able and not idle and worker.load < WINDOW_SECONDS
         for selection in worker.selections:
@@ -1755,6 +1807,10 @@ class Scheduler:
                 selection.idle[worker] = None
             elif roomy:
                 selection.roomy[worker] = None
+
+    def _is_able(self, worker: Worker) -> bool:
+        return (worker.peer is not None and worker not in self._leaving and not worker.recalled
+                and not worker.node.is_suspect)
 
     def _guard_window(self, worker: Worker, since: float) -> None:
         if not worker.watched:
@@ -1790,8 +1846,6 @@ class Scheduler:
         self._take_back(worker, taken, now)
         for token in set(asked).difference(taken):
             job = worker.inbox.get(token)
-            if job is not None and job.killed:
-                self._send(worker.node.peer, ("kill", [token], job.killed))  # it began after the cell was first read
             if job is not None and not job.begun:
                 self._started(worker, now, token)
         if worker.recalled == asked:
@@ -1815,29 +1869,26 @@ class Scheduler:
         if position == len(session.log):
             session.log.append(name)
 
-    def _unfit(self, worker: Worker, now: float, session_id: bytes, position: int, value: Value,
-               taken: list[int]) -> None:
-        """A log entry raised on a worker: it gets no more of the session; nobody left means a broken session."""
-        self._take_back(worker, taken, now)
-        self._refresh(worker)
-        session = self.sessions.get(session_id)
-        if session is not None:
-            session.unfit[worker] = value
-            if session.tried.keys() <= session.unfit.keys():
-                self._break(session)
+    def _disqualify(self, worker: Worker, job: Job, error: Value, now: float) -> None:
+        """The log raised on a worker: it gets no more of that session; nobody left means a broken session."""
+        session = job.session
+        session.unfit.setdefault(worker, error)
+        self._put_back(job, now)
+        if session.tried.keys() <= session.unfit.keys():
+            self._break(session, now)
 
-    def _break(self, session: Session) -> None:
+    def _break(self, session: Session, now: float) -> None:
         """Every worker that tried the session's log is unfit: its client fails all its futures."""
         if session.broken is None:
             session.broken = next(reversed(session.unfit.values()))
             self._send(session.peer, ("broken", session.broken))
-            self._release(session, list(session.jobs), State.CANCELLED)
+            self._release(session, list(session.jobs), now, State.CANCELLED)
 
     def _judge_fitness(self, session: Session, now: float) -> None:
         """Some time after a loss: if all who are left are unfit, nobody will ever run this session's jobs."""
         left = set(self.workers.values())
         if left and left <= session.unfit.keys():
-            self._break(session)
+            self._break(session, now)
 
     # ---- endings ----
 
@@ -1865,11 +1916,7 @@ class Scheduler:
                 self._lose(worker, now, None, cause)
         else:
             del self.sessions[member.id]
-            for job in member.jobs.values():
-                if job.state == State.RUNNING and not job.delivering:
-                    job.killed = "its client is gone"       # nobody will ever want what it computes
-                    self._kill_attempt(job, now)
-            self._release(member, list(member.jobs), State.CANCELLED)
+            self._release(member, list(member.jobs), now, State.CANCELLED)
             for worker in member.tried:
                 worker.positions.pop(member.id, None)
                 worker.has = {name for name in worker.has if name[0] != member.id}
@@ -1882,6 +1929,8 @@ class Scheduler:
         self._dead[slot] = max(self._dead.pop(slot, b""), generation)
         while len(self._dead) > MOURNED:
             del self._dead[next(iter(self._dead))]
+        if "lost" in cause:
+            node.info["lost"] = [*node.info.get("lost", ()), str(cause["lost"])]
         worker = self.workers.get(worker_id)
         if worker is not None:
             self._lose(worker, now, token, cause)
@@ -1913,13 +1962,16 @@ class Scheduler:
         self._tell_clients()
 
     def _exchange_beats(self, node: Node, now: float) -> None:
-        """Beat once a second; a host of which no connection carried a byte for T_DEAD is dead."""
+        """Beat regularly; a host of which no connection carried a byte for long is suspect, then dead."""
         if self.nodes.get(node.id) is not node:
             return
-        if now - node.heard_at >= T_DEAD:
-            return self._end(node, now, {"what": f"its host was silent for {T_DEAD:g} s"})
+        dead_at = node.heard_at + self.dead_after
+        if now >= dead_at:
+            return self._end(node, now, {"what": f"its host was silent for {self.dead_after:g} s"})
+        if now >= node.heard_at + T_SUSPECT and not node.is_suspect:
+            self._suspect(node, True)
         self._send(node.peer, ("beat",))
-        self._arm(now + T_BEAT, self._exchange_beats, node)
+        self._arm(min(now + self.beat, dead_at), self._exchange_beats, node)
         self._give_up(node, now)
 
     def _beat(self, node: Node, now: float) -> None:
@@ -1939,18 +1991,19 @@ class Scheduler:
             job = session.jobs.get(number)
             if job is None or job.delivering or job.verdict:
                 continue
+            job.killed = KILLED, reason             # this is the last attempt
             if job.state == State.RUNNING:
-                job.killed = reason         # it is the last attempt
                 self._kill_attempt(job, now)
-            else:
-                self._fail(job, KILLED, {"reason": reason})
+            elif job.state == State.READY or not self._adopting:    # else a worker may tell that it runs
+                self._put_back(job, now)
 
     def _kill_attempt(self, job: Job, now: float) -> None:
         """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has."""
         worker = job.worker
         if worker and worker.inbox.get(job.token) is job:
             self._send(worker.peer, ("recall", [job.token]))
-            self._send(worker.node.peer, ("kill", [job.token], job.killed))
+            if job.killed:
+                self._send(worker.node.peer, ("kill", [job.token], job.killed[1]))
 
     def _over(self, node: Node, now: float, token: int) -> None:
         """The cell did not show the attempt: its outcome is on its way, or it began just after both looked."""
@@ -2004,6 +2057,16 @@ class Scheduler:
         answer = self.snapshot(now) if what == "info" else None
         self._send(session.peer, ("answer", number, answer))
 
+    def pause(self, now: float) -> Actions:
+        """Hand out nothing any more: a fourth way in, for a server that is about to stop."""
+        self.is_paused = True
+        return self._take_actions(now)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job runs, or its outcome is on its way to its client."""
+        return any(worker.inbox or worker.delivering for worker in self.workers.values())
+
     def snapshot(self, now: float) -> dict[str, Any]:
         """Return what `status --json` prints: nodes, workers, counts of jobs, objects."""
         states: collections.Counter[str] = collections.Counter()
@@ -2013,7 +2076,7 @@ class Scheduler:
             "schema": 1, **self.about,
             "nodes": [{"name": n.name, "connected": n.peer is not None, "workers": len(n.workers),
                        "silent_s": round(max(0.0, now - n.heard_at), 1),
-                       **{k: n.info.get(k) for k in ("host", "pid", "python")}}
+                       **{k: n.info.get(k) for k in ("host", "pid", "python", "lost")}}
                       for n in self.nodes.values()],
             "workers": [{**self._told(w), "pid": w.pid, "connected": w.peer is not None, "finished": w.finished,
                          "state": "draining" if w in self._leaving else "busy" if w.inbox else "idle",
@@ -2043,6 +2106,8 @@ class Scheduler:
             load = sum(job is not None and job.session is session for w in self.workers.values()
                        for job in w.inbox.values())
             assert session.load == load == sum(session.workers.values()), "a session's load is miscounted"
+            sizes = sum(job.size for job in session.jobs.values() if job.delivering)
+            assert session.unacknowledged == sizes, "a session's unacknowledged bytes are miscounted"
         for worker in self.workers.values():
             self._check_worker(worker)
         for ready in self._queues.values():
@@ -2073,8 +2138,7 @@ class Scheduler:
             assert job.token == token and job.delivering and job.state == State.RUNNING, self.story(job)
         for selection in worker.selections:
             assert worker in selection.members
-            assert (worker in selection.idle) == (worker.peer is not None and not worker.inbox
-                                                  and worker not in self._leaving and not worker.recalled), worker.name
+            assert (worker in selection.idle) == (self._is_able(worker) and not worker.inbox), worker.name
 
 
 # ==================================================================================================================
@@ -2088,6 +2152,7 @@ class Scheduler:
 GUESTS = 1024               # strangers at a time; beyond it a random one is dropped, never is accept() held up
 GUESTS_PER_SOURCE = 64      # of one address, loopback exempt
 PEERS = 4096                # authenticated connections, a thread each
+DRAIN_SECONDS = 30.0        # that running jobs may take after SIGTERM, to a server as to a node
 
 
 class _Guest:
@@ -2157,6 +2222,7 @@ class Doorkeeper:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._stopping = False
+        self._spare = os.open(os.devnull, os.O_RDONLY)      # given up for a moment to turn somebody away
         listener.setblocking(False)
         self._spoken: dict[str, float] = {}         # when a source was last written of in the log
         self._thread = threading.Thread(target=self._run, name="minipool-doorkeeper", daemon=True)
@@ -2183,6 +2249,8 @@ class Doorkeeper:
             self._dismiss(guest)
         self._selector.close()
         self._listener.close()
+        with contextlib.suppress(OSError):
+            os.close(self._spare)
 
     def _welcome_guests(self) -> None:
         for _ in range(64):
@@ -2190,8 +2258,7 @@ class Doorkeeper:
                 sock, source = self._listener.accept()
             except OSError as error:
                 if not isinstance(error, BlockingIOError) and not self._stopping:
-                    log.warning("the server cannot accept a connection: %s", error)
-                    time.sleep(0.05)        # out of descriptors: do not spin, they may come back
+                    self._turn_away(error)
                 return
             sock.setblocking(False)
             guest = _Guest(sock, source[0])
@@ -2203,6 +2270,17 @@ class Doorkeeper:
                 continue
             self._guests[sock] = guest
             self._selector.register(sock, selectors.EVENT_READ)
+
+    def _turn_away(self, error: OSError) -> None:
+        """Out of descriptors: nobody is left to wait for an answer that will not come; who is in does not notice."""
+        with contextlib.suppress(OSError):
+            os.close(self._spare)
+            self._spare = -1
+            self._listener.accept()[0].close()
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+        log.warning("somebody was turned away: %s (`ulimit -n` sets how many descriptors there are)", error)
+        time.sleep(0.05)            # they may be given back; and the log is not flooded
 
     def _hear(self, guest: _Guest) -> None:
         """Take what a stranger says; every step is of a known size, any misfit is a quiet close."""
@@ -2282,18 +2360,19 @@ class Server:
 
     `host` and `port` say where to listen (`port=0`: a free one); `secret` is text, by default what `find_secret`
     finds, else a new one in this user's secret file. `address` can be dialled, also after host="0.0.0.0".
+    `dead_after` seconds of silence a host counts as lost.
     Raises OSError if the port is in use, ValueError for a weak password on a port that is not loopback.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, secret: str | None = None,
-                 max_value: int = 64 << 30, embedded: bool = False) -> None:
+                 max_value: int = 64 << 30, dead_after: float = T_DEAD, embedded: bool = False) -> None:
         self._host, self._port = host, port
         self._secret = find_secret(secret, make=True)
         if self._secret.is_weak and not _is_loopback(host):
             raise ValueError("a password of under 12 characters is for loopback only: use a longer one, or "
                              "leave it out and let the server make a secret")
         self.secret = self._secret.text                 # to hand to clients and nodes
-        self.max_value = max_value
+        self.max_value, self.dead_after = max_value, dead_after
         self.failure: BaseException | None = None       # a broken invariant, which stops the server
         self._embedded = embedded
         self._lock = threading.Lock()
@@ -2327,7 +2406,7 @@ class Server:
         self._secret.role_key("client", instance)       # a password is stretched once, here
         about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, max_value=self.max_value,
-                                    adopting=not self._embedded, about=about)
+                                    adopting=not self._embedded, dead_after=self.dead_after, about=about)
         self._threads = [threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)]
         self._threads[0].start()
         self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit)
@@ -2347,6 +2426,15 @@ class Server:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(2)
+
+    def drain(self, patience: float, hurry: threading.Event) -> None:
+        """Hand out nothing new, and let what runs end and be delivered: for `patience` seconds, or until `hurry`."""
+        give_up = time.monotonic() + patience
+        self._perform(Scheduler.pause)
+        while time.monotonic() < give_up and not hurry.wait(0.05):
+            with self._lock:
+                if not self._scheduler.is_busy:
+                    return
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the server is stopped; False if `timeout` seconds passed first."""
@@ -2942,6 +3030,12 @@ def pack(data: bytes, buffers: Sequence[Any] = ()) -> bytes | Blob:
     return blob if blob.size > INLINE else blob.read(0, blob.size)
 
 
+def check_size(value: bytes | Blob, limit: int, what: str) -> None:
+    """Raise TooLarge, before anything is sent, if a packed value is larger than the server allows."""
+    if isinstance(value, Blob) and value.size > limit:
+        raise TooLarge(f"{what} take {value.size} bytes; the server allows {limit} (serve --max-value)")
+
+
 def decode_value(data: Any) -> Any:
     """Return the value that pack()ed bytes stand for. The one place where bytes of users are opened."""
     if data[:1] != b"\0":
@@ -3000,6 +3094,8 @@ def decode_failure(status: str, value: Any) -> BaseException:
         return error
     if status == KILLED:
         return JobKilled(f"{value.get('job') or 'the job'} was ended: {value.get('reason')}")
+    if status == TIMED_OUT:
+        return JobTimeout(f"{value.get('job') or 'the job'} was ended: {value.get('reason')}")
     if status != RAISED:                    # it ended without its worker's word
         deaths, tail = value.get("deaths"), value.get("stderr")
         return WorkerDied(
@@ -3078,6 +3174,7 @@ class Future(concurrent.futures.Future[Any]):
         self._client, self._number, self._view = client, number, view
         self._call: _Call | None = call         # dropped with the outcome
         self._raw: tuple[str, Any] | None = None        # an outcome that nobody has looked at yet
+        self._doom = ""                         # why it was killed, as long as the server may not have heard it
         self._face: Callable[[], Future | None] = lambda: None      # the object that the user has, if it is another
 
     @property
@@ -3086,9 +3183,13 @@ class Future(concurrent.futures.Future[Any]):
         return job_id((self._client.session, self._number))
 
     def cancel(self) -> bool:
-        """Cancel the job unless it began; what arrives later for it is dropped. Never blocks on the network."""
+        """Cancel the job unless it began; what arrives later for it is dropped. Never blocks on the network.
+
+        With `options(cancel_running=True)` a job that runs is cancelled too, and its worker's process ended.
+        """
         with self._client.lock, self._condition:        # in the order in which outcomes take them
-            if self._state != _PENDING:
+            by_force = self._call is not None and self._call.options.get("cancel_running")
+            if self._state != _PENDING and not (by_force and self._state == _RUNNING):
                 return self.cancelled()
             self._state = _CANCELLED
             self.set_running_or_notify_cancel()         # wait() and as_completed() hear of it
@@ -3275,9 +3376,7 @@ class Client:
         entry = self.functions.function(fn)
         retry_on = options.get("retry_on", (Exception,)) if options.get("retries") else ()
         payload = pack(*self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ())))
-        if isinstance(payload, Blob) and payload.size > self.max_value:
-            raise TooLarge(f"the arguments of {name_of(fn)}() take {payload.size} bytes; the server allows "
-                           f"{self.max_value} (serve --max-value)")
+        check_size(payload, self.max_value, f"the arguments of {name_of(fn)}()")
         wire = self._wire_options(options, fn)
         with self.lock:
             if self.broken is not None:
@@ -3297,7 +3396,7 @@ class Client:
     @staticmethod
     def _wire_options(options: dict[str, Any], fn: Any) -> dict[str, Any]:
         """Return the options that the server needs to know."""
-        wire = {name: options[name] for name in ("priority", "retries", "max_deaths") if options.get(name) is not None}
+        wire = {name: options[name] for name in _WIRE_OPTIONS if options.get(name) is not None}
         wire["name"] = options.get("name") or name_of(fn)
         if where := options.get("on") or options.get("prefer"):
             wire.update(on=list(where), soft=not options.get("on"))
@@ -3388,6 +3487,7 @@ class Client:
         with self.lock:
             for future in futures:
                 if future._number in self._sent:
+                    future._doom = reason
                     self.peer.send(("kill", [future._number], reason))
                 else:
                     self._finish(future, KILLED, {"reason": reason})
@@ -3437,6 +3537,7 @@ class Client:
         self.max_value = info["max_value"]
         self._on_workers(*info["workers"])
         self._send_log(info["log"])
+        self.peer.send(*(("kill", [n], future._doom) for n, future in self._sent.items() if future._doom))
 
     def _on_refuse(self, error: str, text: str) -> None:
         self.peer.trouble = (VersionMismatch if error == "VersionMismatch" else Refused)(text)
@@ -3595,7 +3696,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
 
-_OPTIONS = {"retries", "retry_on", "priority", "on", "prefer", "name", "max_deaths", "weak", "timeout"}
+_WIRE_OPTIONS = {"retries", "priority", "max_deaths", "job_timeout", "cancel_running", "max_tasks"}     # for the server
+_OPTIONS = (_WIRE_OPTIONS | {"retry_on", "on", "prefer", "name", "weak", "timeout"}) - {"max_tasks"}
 _said: set[str] = set()         # sentences for stderr that this process has had
 
 # whole numbers among arguments and options: the smallest, in the standard library's words where it has some
@@ -3658,7 +3760,7 @@ class Executor(concurrent.futures.Executor):
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         _check_whole(max_workers=max_workers, max_tasks_per_child=max_tasks_per_child)
-        self._options: dict[str, Any] = {}
+        self._options: dict[str, Any] = {"max_tasks": max_tasks_per_child}
         self._parent: Executor | None = None
         self._closed = False            # this view
         child, limit, patience = None, max_workers, reconnect_timeout
@@ -3667,7 +3769,7 @@ class Executor(concurrent.futures.Executor):
             key = Secret.new()
             path = list(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))    # it works in another folder
             child = ChildProcess({"serve": True, "secret": key.text, "options": {
-                "name": "local", "workers": max_workers, "max_tasks": max_tasks_per_child, "sys_path": path}})
+                "name": "local", "workers": max_workers, "sys_path": path}})
             where, limit, patience = child.answer["address"], None, 3.0     # it is never restarted
         else:
             key = find_secret(secret)
@@ -3779,15 +3881,19 @@ class Executor(concurrent.futures.Executor):
 
         `retries` runs a job again that many times on exceptions (of the types in `retry_on`); `priority`: larger
         first; `on`: only on these workers, nodes or tags, `prefer`: there if there is one; `name` for logs;
-        `max_deaths`: workers it may take down; `weak`; `timeout`. Raises TypeError for an unknown option.
+        `job_timeout`: seconds that it may run, then its worker is ended and the future raises JobTimeout;
+        `cancel_running`: so does `Future.cancel`; `max_deaths`: workers it may take down; `weak`; `timeout`. Raises
+        TypeError for an unknown option.
         """
         unknown = sorted(set(options) - _OPTIONS)
         if unknown:
             raise TypeError(f"options() got unknown {', '.join(unknown)}; known are {', '.join(sorted(_OPTIONS))}")
         _check_whole(**options)
-        priority = options.get("priority", 0)
+        priority, limit = options.get("priority", 0), options.get("job_timeout")
         if not isinstance(priority, int | float) or priority != priority:       # NaN is no place in an order
             raise ValueError(f"priority is a number, not {priority!r}")
+        if limit is not None and not (isinstance(limit, int | float) and 0 < limit < BIGGEST):
+            raise ValueError(f"job_timeout is a number of seconds above 0, not {limit!r}")
         for name in {"on", "prefer", "retry_on"} & set(options):                # these take one thing or several
             if options[name] is not None:
                 options[name] = _several(name, options[name])
@@ -3879,19 +3985,24 @@ def _print_lines(server: Server, options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     """Run a server until a signal ends it."""
-    server = Server(options.host, options.port, max_value=options.max_value,
+    server = Server(options.host, options.port, max_value=options.max_value, dead_after=options.dead_after,
                     secret=find_secret(path=options.secret_file, make=True).text)
-    stop = threading.Event()
+    stop, hurry = threading.Event(), threading.Event()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)     # a descriptor per peer: take what we may have
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with contextlib.ExitStack() as stack:
         stack.enter_context(server)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+            signal.signal(number, lambda *_: (hurry if stop.is_set() else stop).set())
         _print_lines(server, options)
         if options.with_node:
             from minipool_worker import Node
             stack.enter_context(Node(server.address, secret=server.secret))
         while not stop.wait(0.5) and not server.wait(0):
             pass
+        if stop.is_set():
+            log.info("draining: running jobs have %g s to end; a second signal ends the server at once", DRAIN_SECONDS)
+            server.drain(DRAIN_SECONDS, hurry)
     return EXIT_BROKEN if server.failure else EXIT_OK
 
 
@@ -3950,6 +4061,18 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 64G") from None
 
 
+def seconds(text: str) -> float:
+    """Read a time such as 90, 90s, 55m or 2h."""
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
+    try:
+        seconds = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < BIGGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90, 55m or 2h")
+    return seconds
+
+
 def subcommands(program: str, description: str) -> tuple[argparse.ArgumentParser, Callable[..., Any]]:
     """Return a parser, and the function that adds a command to it: name, what runs it, one line of help."""
     parser = argparse.ArgumentParser(prog=program, description=description)
@@ -3971,6 +4094,8 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: loopback only)")
     serve.add_argument("--port", type=int, default=DEFAULT_PORT, help="default: %(default)s; 0: a free one")
     serve.add_argument("--max-value", type=_size, default=64 << 30, metavar="SIZE", help="largest value, e.g. 64G")
+    serve.add_argument("--dead-after", type=seconds, default=T_DEAD, metavar="S",
+                       help="seconds of silence after which a host is lost (default: %(default)g)")
     serve.add_argument("--with-node", action="store_true", help="use this machine's devices too")
     status = add("status", _status, "show nodes, workers and jobs")
     status.add_argument("--address", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then this machine")

@@ -48,7 +48,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import minipool
-from minipool import OK, PYTHON, RAISED, Blob, Message, Name, Peer, Secret, Value
+from minipool import DRAIN_SECONDS, OK, PYTHON, RAISED, UNFIT, Blob, Message, Name, Peer, Secret, Value
 
 __all__ = ["Node", "is_node_running", "find_slots"]
 
@@ -292,8 +292,8 @@ class Worker:
             if attempt is None:
                 break
             self._execute(attempt)
-            limit = self.setup.get("max_tasks")
-            if limit and self._done_jobs >= limit and not self._leaving:
+            limits = [n for n in (self.setup.get("max_tasks"), attempt.options.get("max_tasks")) if n]
+            if limits and self._done_jobs >= min(limits) and not self._leaving:
                 self.leave("it has run as many jobs as it may")
         self.peer.stop(("bye", self._leaving))
 
@@ -341,13 +341,14 @@ class Worker:
         began = time.perf_counter()
         retry, retry_on = False, None
         try:
-            if not self._apply_log(attempt):
-                return
+            if error_of_log := self._apply_log(attempt):
+                return self._finish(attempt, UNFIT, error_of_log, 0.0, False)
             fn = self._function(attempt.fn)
             args, kwargs, retry_on = self._open_payload(attempt)
             os.environ["MINIPOOL_JOB"] = minipool.job_id(attempt.job)
             minipool._running.job = lambda: self._describe(attempt)
             status, value = OK, minipool.encode_value(fn(*args, **kwargs))
+            minipool.check_size(value, self._max_value, "the results")
         except BaseException as error:          # SystemExit and KeyboardInterrupt too: the job's, not the worker's
             status, value = RAISED, minipool.encode_exception(error, self._where)
             with contextlib.suppress(Exception):
@@ -379,8 +380,8 @@ class Worker:
         if connection:
             connection.flush(0 if more else minipool.BORROWED_FRAMES)
 
-    def _apply_log(self, attempt: Attempt) -> bool:
-        """Run the entries of the session's log that this worker has not run; False if one raised, now or before."""
+    def _apply_log(self, attempt: Attempt) -> bytes:
+        """Run the entries of the session's log that this worker has not run; return what one raised, now or before."""
         state = self._sessions[attempt.job[0]]
         while state.applied < attempt.log and not state.unfit:
             try:
@@ -392,18 +393,7 @@ class Worker:
                 if isinstance(value, Blob):     # too long to ride in a message
                     value = minipool.encode_exception(RuntimeError(str(error)[:1000]), self._where)
                 state.unfit = bytes(value)      # type: ignore[arg-type]
-        if state.unfit:
-            self._give_up(attempt, state.applied, state.unfit)
-        return not state.unfit
-
-    def _give_up(self, attempt: Attempt, position: int, value: bytes) -> None:
-        """A log entry raised, now or for an earlier job: hand back all that this session has here."""
-        session = attempt.job[0]
-        with self._lock:
-            self._begun = None
-            self._cell[0] = 0
-            taken = self._take_out([a.token for a in self._inbox.values() if a.job[0] == session])
-            self.peer.send(("unfit", session, position, value, [attempt.token, *taken]))
+        return state.unfit
 
     def _function(self, name: Name) -> Any:
         fn = self._functions.get(name)
@@ -450,7 +440,7 @@ class Worker:
         self._welcomed = True
         self._name = os.environ["MINIPOOL_WORKER"] = info["name"]
         self._where = f"worker {self._name} on {self.device}"
-        self.setup["node_name"] = info["node_name"]
+        self.setup["node_name"], self._max_value = info["node_name"], info["max_value"]
         if self._leaving:           # to a server that is new, or that did not hear it
             self.peer.send(("retire", self._leaving))
 
@@ -574,7 +564,7 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
 # ==================================================================================================================
 
 BEAT_SECONDS = 1.0
-DRAIN_SECONDS = 30.0        # that running jobs may take after SIGTERM
+DEVICE_SECONDS = 5.0        # between looks at whether a GPU has fallen off the bus
 TAIL_LINES = 40             # of a worker's last output, for the error that tells of its death
 _NEVER = float("inf")
 
@@ -654,11 +644,32 @@ def _pidfd(process: Any) -> int:
     return int(process.sentinel)
 
 
-def _node_file() -> Any:
-    """Open the file whose lock all nodes of this user share: the kernel takes it back, however they end."""
+def _lock(name: str, mode: int) -> Any:
+    """Return a file of this user's that is locked until it is closed: the kernel sees to that, however we end.
+
+    Raises BlockingIOError if another process has it.
+    """
     folder = os.path.join(os.environ.get("XDG_RUNTIME_DIR") or "/tmp", f"minipool-{os.getuid()}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    return open(os.path.join(folder, "nodes"), "a")
+    file = open(os.path.join(folder, name.replace("/", "_")), "a")  # noqa: SIM115 - it is the caller's
+    try:
+        fcntl.flock(file, mode)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _oom_kills(pid: int) -> tuple[str, int]:
+    """Return a process's memory cgroup, and how many processes the kernel has killed there for want of memory."""
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/cgroup") as cgroups:
+        for line in cgroups:
+            _, controllers, path = line.strip().split(":", 2)
+            if controllers in ("", "memory"):       # version 2; version 1
+                folder = f"/sys/fs/cgroup/{controllers}{path}"
+                with open(f"{folder}/{'memory.oom_control' if controllers else 'memory.events'}") as events:
+                    return path, next(int(words.split()[1]) for words in events if words.startswith("oom_kill "))
+    return "", 0
 
 
 class Child:
@@ -676,7 +687,7 @@ class Child:
         self.output: Any = None                     # our end of its stdout and stderr
         self.pidfd = -1
         self.id = b""
-        self.killed = ""                            # why we killed it
+        self.killed = self.lost = ""                # why we killed it; what NVML said of its GPU, which is no more
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         self.rest = b""                             # of a line not complete yet
 
@@ -701,8 +712,9 @@ class Supervisor:
         self._selector.register(woken, selectors.EVENT_READ, lambda: woken.recv(4096))
         if lifeline is not None:
             self._selector.register(lifeline, selectors.EVENT_READ, self._check_lifeline)
-        self._beat_at = 0.0
+        self._born, self._beat_at, self._beat_every = time.monotonic(), 0.0, BEAT_SECONDS
         self._stop_at: float | None = None              # when patience with running jobs ends
+        self._oom_kills = dict([_oom_kills(os.getpid())])      # by memory cgroup, as far as we know of them
         self._instance = b""
         self.on_welcome: Any = lambda: None
         self.peer = Peer("node", address, secret.role_key, lock=threading.RLock(), announce=self._announce, name="node",
@@ -712,8 +724,8 @@ class Supervisor:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
         _hide_main()
         self.peer.start()
-        mark = _node_file()
-        fcntl.flock(mark, fcntl.LOCK_SH)
+        locks = [_lock("nodes", fcntl.LOCK_SH), *self._claim_devices()]
+        threading.Thread(target=self._watch_devices, name="minipool-devices", daemon=True).start()
         try:
             while self._stop_at is None or (self._running() and time.monotonic() < self._stop_at):
                 for key, _ in self._selector.select(0.2):       # also how late a beat or a respawn may be
@@ -724,6 +736,7 @@ class Supervisor:
                 self._respawn()
                 self._beat()
                 self._check_trouble()
+                self._check_time()
         finally:
             for child in self._running():
                 self._kill_group(child)
@@ -731,7 +744,8 @@ class Supervisor:
                 multiprocessing.connection.wait([child.pidfd], 5)   # join() would wait for the sentinel, which may lie
                 self._bury(child)
             self.peer.stop(("bye", "the node stopped"))
-            mark.close()
+            for lock in locks:
+                lock.close()
         if self.failure:
             raise self.failure
 
@@ -766,6 +780,16 @@ class Supervisor:
         if not self._instance and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
             self.failure, self._stop_at = trouble, 0.0
 
+    def _check_time(self) -> None:
+        """Leave at the end of `--lifetime`, drained; and when the server was away for `--death-timeout`."""
+        now, lost_at = time.monotonic(), self.peer.lost_at
+        lifetime, patience = self.options.get("lifetime"), self.options.get("death_timeout")
+        if lifetime and now >= self._born + lifetime and self._stop_at is None:
+            self.stop(DRAIN_SECONDS)
+        if patience and lost_at and now >= lost_at + patience and not self.failure:
+            self.failure = minipool.ServerLost(f"no server for {patience:g} s ({self.peer.trouble})")
+            self._stop_at = 0.0
+
     # ---- talking ----
 
     def _announce(self) -> list[Message]:
@@ -779,7 +803,7 @@ class Supervisor:
 
     def _on_welcome(self, info: dict[str, Any]) -> None:
         """The first welcome starts the workers; a later one may be of a new server, with new tickets."""
-        self.name = info["name"]
+        self.name, self._beat_every = info["name"], info["beat"]
         if self.peer.instance != self._instance:
             first, self._instance = not self._instance, self.peer.instance
             for child in self._running():
@@ -802,7 +826,7 @@ class Supervisor:
     def _beat(self) -> None:
         now = time.monotonic()
         if now >= self._beat_at:
-            self._beat_at = now + BEAT_SECONDS
+            self._beat_at = now + self._beat_every
             self.peer.send(("beat",))
 
     # ---- birth ----
@@ -842,29 +866,35 @@ class Supervisor:
     def _on_death(self, child: Child) -> None:
         """A worker process is no more: say so, with the cell's word on whom to blame, and start another."""
         self._kill_group(child)             # grandchildren that stayed in the group
+        oom_kills = _oom_kills(child.process.pid)       # while it is a zombie
         exitcode = child.process.exitcode
         self._bury(child)
         token, successes = child.cell
-        cause = self._cause(child, exitcode)
+        cause = self._cause(child, exitcode, oom_kills)
         with self.peer.lock:
             self._unreported.append(("died", child.id, token, cause))
             self.peer.send(self._unreported[-1])
         if self._stop_at is None:
             if not cause.get("planned"):
                 _log.warning("worker %d on %s %s", child.place, child.slot.device, cause["what"])
-            child.start_at = time.monotonic() + self._back_off(child, bool(successes or child.killed))
+            back_off = self._back_off(child, bool(successes or child.killed))
+            child.start_at = _NEVER if child.lost else time.monotonic() + back_off
 
-    def _cause(self, child: Child, exitcode: int | None) -> dict[str, Any]:
+    def _cause(self, child: Child, exitcode: int | None, oom_kills: tuple[str, int]) -> dict[str, Any]:
         """Return the cause of a death in words and numbers."""
         code = exitcode or 0
+        cgroup, kills = oom_kills
+        was_oom, self._oom_kills[cgroup] = kills > self._oom_kills.get(cgroup, 0), kills
         if child.killed:
             what = f"was killed: {child.killed}"
         elif code < 0:
             name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
-            what = f"died of {name}" + (", perhaps the kernel's out-of-memory killer" if code == -9 else "")
+            what = f"died of {name}" + (": out of memory, says its memory cgroup" if code == -9 and was_oom else
+                                        ", perhaps the kernel's out-of-memory killer" if code == -9 else "")
         else:
             what = f"exited with code {code}"
-        return {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0}
+        lost = {"lost": f"{child.slot.label}: {child.lost}"} if child.lost else {}
+        return {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0, **lost}
 
     def _back_off(self, child: Child, succeeded: bool) -> float:
         """Return how long to wait: at once, but a slot that dies five times in a minute without a success rests."""
@@ -901,6 +931,43 @@ class Supervisor:
                     if child is not None:
                         os.kill(child.process.pid, signal.SIGCONT)
                 self.peer.send(("over", token))
+
+    # ---- devices ----
+
+    def _claim_devices(self) -> list[Any]:
+        """Lock our GPUs: two nodes on one would take each other's memory. An embedded pool only warns."""
+        locks = []
+        for name, label in {slot.lock: slot.label for slot in self.slots if slot.lock}.items():
+            try:
+                locks.append(_lock(f"device {name}", fcntl.LOCK_EX | fcntl.LOCK_NB))
+            except BlockingIOError:
+                text = f"another node of this user has {label}: choose others by --gpus, or let one node have them all"
+                if not self._lifeline:
+                    raise NoDevice(text) from None
+                _log.warning("%s", text)
+        return locks
+
+    def _watch_devices(self) -> None:
+        """Ask NVML now and then whether a GPU is lost; in a thread of its own, as a broken driver may never answer."""
+        gpus = {lock for lock in {slot.lock or "" for slot in self.slots} if lock.startswith(("GPU-", "MIG-"))}
+        with contextlib.suppress(Exception):        # without NVML there is nothing to hear
+            nvml = importlib.import_module("pynvml") if gpus else None
+            while nvml and self._stop_at is None:
+                for uuid in sorted(gpus):
+                    try:
+                        nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid))
+                    except nvml.NVMLError_GpuIsLost as error:
+                        gpus.discard(uuid)
+                        self._on_batch([("device_lost", uuid, str(error))])
+                time.sleep(DEVICE_SECONDS)
+
+    def _on_device_lost(self, lock: str, text: str) -> None:
+        """End the workers of a GPU that is lost, for good; those of the others do not notice."""
+        for child in [child for child in self._children if child.slot.lock == lock]:
+            child.lost, child.start_at = text, _NEVER
+            if child.process:
+                child.killed = f"its GPU is lost: {text}"
+                self._kill_group(child)
 
     # ---- output ----
 
@@ -960,11 +1027,10 @@ class Node:
 
 def is_node_running() -> bool:
     """Return whether a node of this user runs on this machine."""
-    with _node_file() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    try:
+        _lock("nodes", fcntl.LOCK_EX | fcntl.LOCK_NB).close()
+    except BlockingIOError:
+        return True
     return False
 
 
@@ -1054,6 +1120,8 @@ def _parser() -> argparse.ArgumentParser:
     connect.add_argument("--devices", metavar="LIST", help="other vendors' devices, with --device-env")
     connect.add_argument("--device-env", metavar="VAR", help="the variable that selects one, e.g. HIP_VISIBLE_DEVICES")
     connect.add_argument("--tag", action="append", dest="tags", metavar="T", default=[], help="a word for `on=`")
+    connect.add_argument("--lifetime", type=minipool.seconds, metavar="T", help="drain and leave after T, e.g. 55m")
+    connect.add_argument("--death-timeout", type=minipool.seconds, metavar="T", help="leave after T without a server")
     connect.add_argument("--max-tasks", type=_at_least(1), metavar="N", help="renew a worker after N jobs")
     return parser
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 
-from minipool import OK, RAISED, Scheduler, check_message
+from minipool import OK, RAISED, UNFIT, Scheduler, check_message
 
 
 class Cluster:
@@ -169,8 +169,7 @@ class Cluster:
         self.feed(client, ("put", name, 1, b"x"), ("log", self.session(client), position, name))
 
     def unfit(self, worker, jobs, client="c1"):
-        taken = [self.token(job, client) for job in jobs]
-        self.feed(worker, ("unfit", self.session(client), 0, b"it raised", taken))
+        self.feed(worker, *[("finished", self.token(job, client), UNFIT, b"it raised", 0.0, False) for job in jobs])
 
     # ---- looking ----
 

@@ -40,7 +40,7 @@ import random
 import time
 
 import minipool
-from minipool import DIED, KILLED, OK, RAISED, T_RECALL, Scheduler, State, check_message
+from minipool import DIED, KILLED, OK, RAISED, T_RECALL, TIMED_OUT, UNFIT, Scheduler, State, check_message
 
 SHORT, MEDIUM, LONG = 0.0005, 0.03, 0.4         # how long the three functions of each client take, in seconds
 GOOD, FICKLE, BAD = "good", "fickle", "bad"     # log entries: work everywhere, raise on some processes, raise always
@@ -140,7 +140,8 @@ class Client(Actor):
                 frame.append(self.submission(self.pending[number], again=True))
         frame += [self.submission(record) for n, record in self.pending.items() if n not in self.announced]
         gone = [number for number in self.announced if number not in self.pending]
-        self.say(*frame, *([("cancel", gone)] if gone else []))
+        killed = [number for number, record in self.pending.items() if record.kill_asked]
+        self.say(*frame, ("cancel", gone), ("kill", killed, "asked for"))
 
     def submission(self, record, again=False):
         options = {**record.options, **({"again": True} if again else {})}
@@ -149,7 +150,8 @@ class Client(Actor):
     def submit(self):
         rng, options = self.world.rng, {}
         for option, value in (("priority", rng.randint(-1, 2)), ("retries", rng.randint(0, 2)),
-                              ("max_deaths", rng.choice([0, 1, 3])), ("on", [rng.choice(["even", "odd"])])):
+                              ("max_deaths", rng.choice([0, 1, 3])), ("on", [rng.choice(["even", "odd"])]),
+                              ("job_timeout", rng.choice([0.1, 1.0])), ("cancel_running", True)):
             if rng.random() < 0.15 and (option != "on" or self.uses_on):
                 options[option] = value
         if "on" in options and rng.random() < 0.5:
@@ -183,8 +185,8 @@ class Client(Actor):
             self.say(("cancel", [number]))
 
     def kill(self, number):
+        self.pending[number].kill_asked = True
         if self.is_in:
-            self.pending[number].kill_asked = True
             self.say(("kill", [number], "asked for"))
 
     def done(self, number, status, value, worker, attempts):
@@ -217,6 +219,8 @@ class Client(Actor):
                 assert record.raises > record.options.get("retries", 0), "not retried, though retries were left"
         elif status == DIED:
             assert value["deaths"] == record.options.get("max_deaths", 3) + 1, value
+        elif status == TIMED_OUT:
+            assert "job_timeout" in record.options, f"timed out without a limit: {value}"
         else:
             assert status == KILLED and record.kill_asked, f"killed unasked: {value}"
 
@@ -317,9 +321,11 @@ class Worker(Actor):
         if self.running or not self.inbox or not self.is_in:
             return
         run = min(self.inbox, key=lambda r: (-r[6].get("priority", 0), r[1]))
-        if not self.apply_log(run[2][0], run[5]):
-            return
         self.inbox.remove(run)
+        if not self.apply_log(run[2][0], run[5]):
+            finished = ("finished", run[1], UNFIT, b"it raised", 0.0, False)
+            self.outcomes[run[1]] = (run[2], finished, b"")
+            return self.say(finished)
         self.running, self.cell = run, run[1]
         self.ends_at = self.world.now + self.seconds(run)
         self.world.begun.add(run[1])
@@ -335,12 +341,7 @@ class Worker(Actor):
                 self.unfit[session] = position
             else:
                 self.applied[session] = position + 1
-        if session not in self.unfit or self.unfit[session] >= upto:
-            return True
-        taken = [run[1] for run in self.inbox if run[2][0] == session and run[5] > self.unfit[session]]
-        self.inbox = [run for run in self.inbox if run[1] not in taken]
-        self.say(("unfit", session, self.unfit[session], b"it raised", taken))
-        return False
+        return session not in self.unfit or self.unfit[session] >= upto
 
     def seconds(self, run):
         return (SHORT, MEDIUM, LONG)[run[3][1] % 3]

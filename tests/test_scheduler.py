@@ -480,7 +480,7 @@ class TestClients:
         token = pool.token(pool.submit())
         pool.cut("c1")
         pool.pass_time(61)
-        assert pool.told("n1", "kill") == [([token], "its client is gone")]
+        assert pool.told("n1", "kill") == [([token], "nobody wants its outcome any more")]
 
     def test_a_client_that_returns_within_its_lease_keeps_everything(self):
         pool = Cluster()
@@ -816,7 +816,7 @@ class TestHosts:
         pool.join_node("n2")
         pool.generations["w7"] = 1
         pool.join_worker("w7", node="n2")
-        assert pool.told("n2", "welcome")[-1] == ({"name": "host~2"},)
+        assert pool.told("n2", "welcome")[-1][0]["name"] == "host~2"
         assert pool.told("w7", "welcome")[-1][0]["name"] == "host~2-7"
 
     def test_a_node_is_made_up_for_a_worker_that_is_back_first(self):
