@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import itertools
 
-from minipool import OK, RAISED, UNFIT, Scheduler, check_message
+from minipool import OK, RAISED, T_DEAD, UNFIT, Scheduler, check_message
 
 
 class Cluster:
     """One scheduler and all its peers. Workers are named by the test, "w1"; clients too, and "c1" is the default."""
 
-    def __init__(self, workers=("w1",), clients=("c1",), *, tags=None, limit=None, restarted=False):
+    def __init__(self, workers=("w1",), clients=("c1",), *, tags=None, limit=None, restarted=False, dead_after=T_DEAD):
         self.now, self.lives = 100.0, 0
         self.peers, self.sent, self.connections = itertools.count(1), {}, {}
         self.generations = dict.fromkeys(workers, 1)
-        self.tags, self.limit = tags or {}, limit
+        self.tags, self.limit, self.dead_after = tags or {}, limit, dead_after
         self.attempts = {}              # token: (worker, client, job), of all runs ever sent
         self.numbers = itertools.count(1)
         self.start_server(adopting=restarted)
@@ -40,7 +40,7 @@ class Cluster:
     def start_server(self, adopting=True):
         self.lives += 1
         self.connections, self.sent = {}, {}
-        self.scheduler = Scheduler(self.now, self.lives * 1_000_000, adopting=adopting)
+        self.scheduler = Scheduler(self.now, self.lives * 1_000_000, adopting=adopting, dead_after=self.dead_after)
 
     def feed(self, who, *messages):
         """Let `who` say these messages over its connection."""

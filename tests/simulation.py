@@ -405,6 +405,7 @@ class World:
         self.peers, self.links = itertools.count(1), {}
         self.entries, self.wanted_retry, self.begun = {}, {}, set()
         self.events, self.record, self.history = 0, record, []
+        self.limited = {}                   # since when jobs with a time limit are known to run, by token
         self.crowded = {}                   # windows of several jobs, and since when they are as they are
         self.last_token, self.tokens = 0, set()     # the largest of earlier events; those of the last one
         self.names = itertools.count(1)
@@ -436,6 +437,7 @@ class World:
         self.scheduler.check()
         self.judge_blame(before, oldest, arguments[1] if len(arguments) > 1 else [])
         self.judge_windows(entry)
+        self.judge_limits(entry)
         assert not self.told_dead & set(self.scheduler.workers), "a worker that its node buried is in the pool"
         if self.record:
             self.history.append((entry, *arguments, self.now, actions))
@@ -511,6 +513,15 @@ class World:
                 waiting = [worker.inbox.get(token) for token in worker.recalled[1:]]
                 assert not any(job and job.state == State.RUNNING for job in waiting), "a recall is waited for"
         self.crowded = crowded
+
+    def judge_limits(self, entry):
+        """A job that is known to run has its end asked for when its time is over."""
+        begun = {job.token: job for worker in self.scheduler.workers.values() for job in worker.inbox.values()
+                 if job and job.begun and job.limit is not None and job.state == State.RUNNING}
+        self.limited = {token: self.limited.get(token, self.now) for token in begun}
+        for token, since in self.limited.items():
+            in_time = self.now < since + begun[token].limit + 1e-6
+            assert entry != "tick" or in_time or begun[token].killed, "a job runs on after its time"
 
     # ---- links ----
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import minipool
-from minipool import CATALOGUE, LEGAL, Malformed, Scheduler, State, check_message
+from minipool import CATALOGUE, INLINE, LEGAL, UNACKNOWLEDGED, Malformed, Scheduler, State, check_message
 from tests.harness import Cluster
 
 SOURCE = Path(minipool.__file__)
@@ -819,6 +819,28 @@ class TestHosts:
         assert pool.told("n2", "welcome")[-1][0]["name"] == "host~2"
         assert pool.told("w7", "welcome")[-1][0]["name"] == "host~2-7"
 
+    def test_a_silent_host_gets_no_new_jobs_until_it_is_heard_again(self):
+        pool = Cluster()
+        pool.pass_time(5.1, beating=False)
+        job = pool.submit()
+        assert pool.state(job) == "ready"
+        pool.feed("n1", ("beat",))
+        assert pool.state(job) == "running"
+
+    def test_how_long_it_may_be_silent_can_be_set(self):
+        pool = Cluster(dead_after=1.5)
+        pool.submit()
+        pool.pass_time(1.4, beating=False)
+        assert pool.knows("w1")
+        pool.pass_time(0.2, beating=False)
+        assert not pool.knows("w1")
+
+    def test_it_is_told_how_often_to_beat(self):
+        assert Cluster(dead_after=1.5).scheduler.beat == pytest.approx(0.3)
+        pool = Cluster()
+        pool.join_node("n2")
+        assert pool.told("n2", "welcome")[0][0]["beat"] == 1.0
+
     def test_a_node_is_made_up_for_a_worker_that_is_back_first(self):
         pool = Cluster(workers=[], restarted=True)
         pool.generations["w1"] = 1
@@ -875,6 +897,112 @@ class TestKill:
         pool.feed("c1", ("kill", [job], "asked for"))
         pool.join_node()
         assert pool.told("n1", "kill") == [([pool.token(job)], "asked for")]
+
+
+    def test_one_that_a_worker_may_tell_to_run_waits_for_that_after_a_restart(self):
+        pool = Cluster(workers=[], restarted=True)
+        pool.generations["w1"] = 1
+        job = pool.submit(again=True)
+        pool.feed("c1", ("kill", [job], "asked for"))
+        assert pool.outcomes() == []
+        pool.join_worker("w1", [(7, (pool.session("c1"), job), "begun")])
+        assert pool.told("n1", "kill") == [([7], "asked for")]
+
+    def test_one_that_no_worker_told_of_after_a_restart_ends(self):
+        pool = Cluster(workers=[], restarted=True)
+        job = pool.submit(again=True)
+        pool.feed("c1", ("kill", [job], "asked for"))
+        pool.pass_time(10)
+        assert pool.outcomes() == [(job, "killed")]
+
+
+class TestTimeLimits:
+    def test_count_from_the_beginning_of_the_job_and_end_its_process(self):
+        pool = Cluster()
+        job = pool.submit(job_timeout=5)
+        pool.pass_time(50)
+        pool.start(job)
+        pool.pass_time(4.9)
+        assert pool.told("n1", "kill") == []
+        pool.pass_time(0.2)
+        assert pool.told("n1", "kill") == [([pool.token(job)], "it ran longer than its job_timeout of 5 s")]
+        pool.lose("w1")
+        assert pool.outcomes() == [(job, "timed out")]
+
+    def test_of_an_attempt_that_is_over_mean_nothing_to_the_next(self):
+        pool = Cluster(workers=["w1", "w2"])
+        job = pool.submit(job_timeout=5, retries=1)
+        pool.start(job)
+        pool.pass_time(4)
+        pool.raise_in(job)
+        pool.start(job)
+        pool.pass_time(4)
+        assert pool.told("n1", "kill") == [] and pool.state(job) == "running"
+
+    def test_a_short_job_with_one_tells_when_it_begins(self):
+        pool = Cluster()
+        pool.learn_short()
+        pool.submit(job_timeout=5)
+        assert pool.told("w1", "run")[0][-1]["say"]
+
+    def test_of_a_job_that_survived_a_restart_begin_anew(self):
+        pool = Cluster(workers=[], clients=[], restarted=True)
+        pool.generations["w1"] = 1
+        pool.join_worker("w1", [(7, (pool.session("c1"), 1), "begun")])
+        pool.join_client(jobs=[1])
+        pool.submit(number=1, again=True, job_timeout=5)
+        pool.pass_time(4.9)
+        assert pool.told("n1", "kill") == []
+        pool.pass_time(0.2)
+        assert len(pool.told("n1", "kill")) == 1
+
+
+class TestCancellingByForce:
+    def test_ends_the_process_of_a_running_job(self):
+        pool = Cluster()
+        job = pool.submit(cancel_running=True)
+        token = pool.token(job)
+        pool.feed("c1", ("cancel", [job]))
+        assert pool.told("n1", "kill") == [([token], "nobody wants its outcome any more")]
+
+    def test_without_the_option_the_job_runs_to_its_end(self):
+        pool = Cluster()
+        job = pool.submit()
+        pool.feed("c1", ("cancel", [job]))
+        assert pool.told("n1", "kill") == []
+
+    def test_is_done_for_a_client_that_forgot_the_job_while_it_was_away(self):
+        pool = Cluster()
+        job = pool.submit(cancel_running=True)
+        token = pool.token(job)
+        pool.cut("c1")
+        pool.join_client(jobs=[])
+        assert pool.told("n1", "kill") == [([token], "nobody wants its outcome any more")]
+
+
+class TestAClientThatDoesNotRead:
+    def test_brings_its_own_jobs_to_a_halt_and_nobody_elses(self):
+        pool = Cluster(clients=["c1", "c2"])
+        mine = pool.submit(UNACKNOWLEDGED // INLINE + 2)
+        for job in mine[:-1]:
+            pool.finish(job, value=bytes(INLINE))
+        assert pool.state(mine[-1]) == "ready"
+        other = pool.submit(client="c2")
+        assert pool.state(other, "c2") == "running"
+        pool.finish(other, client="c2")
+        pool.feed("c1", ("delivered", [mine[0]]))
+        assert pool.state(mine[-1]) == "running"
+
+
+class TestAPause:
+    def test_hands_out_nothing_new_while_what_runs_ends_and_is_delivered(self):
+        pool = Cluster()
+        first, second = pool.submit(2)
+        pool.perform(pool.scheduler.pause(pool.now))
+        pool.finish(first)
+        assert pool.state(second) == "ready" and pool.scheduler.is_busy
+        pool.feed("c1", ("delivered", [first]))
+        assert not pool.scheduler.is_busy
 
 
 class TestRetirement:

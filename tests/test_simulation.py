@@ -149,9 +149,22 @@ class ReusesTokens(Scheduler):
         super().__init__(now, 0, **options)
 
 
+class ForgetsTheTimeLimit(Scheduler):
+    def _time_out(self, about, now):
+        pass
+
+
+class BlamesSomebodyForAnIdleDeath(Scheduler):
+    """Takes "nothing ran" for "nobody could look"."""
+
+    def _died(self, node, now, worker_id, token, cause):
+        super()._died(node, now, worker_id, token or None, cause)
+
+
 PLANTED = [NoFence, BlamesAll, BlamesNobody, BlamesTheOldest, KeepsSessionsForEver, QueuesTheFinishedAgain,
            ForgetsTheAnswerToARecall, WaitsForTheAnswerToARecall, IgnoresWhatIsUnlisted,
-           AcknowledgesTooEarly, NeverClosesAWindow, BelievesTheDead, RunsTheCancelled, SendsNoLog, ReusesTokens]
+           AcknowledgesTooEarly, NeverClosesAWindow, BelievesTheDead, RunsTheCancelled, SendsNoLog, ReusesTokens,
+           ForgetsTheTimeLimit, BlamesSomebodyForAnIdleDeath]
 
 
 @pytest.mark.parametrize("scheduler", PLANTED, ids=lambda scheduler: scheduler.__name__)
