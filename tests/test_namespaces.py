@@ -15,7 +15,6 @@ import minipool
 WORKER = ROOT / "minipool_worker.py"
 HOSTS = {"server": "10.87.0.1", "left": "10.87.0.2", "right": "10.87.0.3"}
 # Run with smaller constants, so that a test of an outage need not last as long as one.
-IMPATIENT = "import sys, minipool; minipool.T_DEAD = 3.0; sys.argv[0] = 'minipool'; sys.exit(minipool.main())"
 
 
 def ip(*arguments, check=True):
@@ -68,12 +67,11 @@ def network(own_mark, tmp_path):
 
 
 @pytest.fixture
-def pool(network, monkeypatch, request):
+def pool(network, monkeypatch):
     """A server and two nodes of one worker each, on three hosts."""
     monkeypatch.setenv("MINIPOOL_SECRET", minipool.Secret.new().text)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
-    script = ["-c", IMPATIENT] if request.node.get_closest_marker("slow") else [ROOT / "minipool.py"]
-    programs = [network.run("server", *script, "serve", "--host", HOSTS["server"])]
+    programs = [network.run("server", ROOT / "minipool.py", "serve", "--host", HOSTS["server"], "--dead-after", "1.5")]
     programs[0].says("server on")
     for host in ("left", "right"):
         programs.append(network.run(host, WORKER, "connect", HOSTS["server"], "--name", "host", "--tag", host,
@@ -116,7 +114,6 @@ def test_the_second_node_of_one_name_gets_a_suffix(pool):
     assert first == "host" and second.startswith("host") and second != first
 
 
-@pytest.mark.slow
 def test_a_host_that_is_cut_off_is_given_up_and_its_job_runs_elsewhere(pool, network, tmp_path):
     client = pool.client("""
 def job():

@@ -10,7 +10,7 @@ import pytest
 from minipool import Scheduler, Session, State
 from tests.simulation import World, first_seed, replay, run
 
-ORDINARY = 200_000          # events of an ordinary run: some ten seconds
+ORDINARY = 100_000          # events of an ordinary run: some ten seconds
 ENOUGH = 150_000            # events within which each planted bug must be noticed
 
 
@@ -20,6 +20,15 @@ def test_every_job_ends_once_and_rightly_whatever_happens():
     events, histories = 0, itertools.count(seed)
     while events < ORDINARY:
         events += run(next(histories)).events
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_thousand_histories_end_well():
+    seed = first_seed()
+    print(f"MINIPOOL_SEED={seed}")
+    for history in range(2000):
+        run(seed + history)
 
 
 @pytest.mark.parametrize("seed", range(5))
