@@ -2645,9 +2645,10 @@ class _FunctionPickler(_ByValue):
     def __init__(self, owner: Functions, root: Any, file: io.BytesIO, buffers: list[Any] | None) -> None:
         super().__init__(file, 5, buffer_callback=None if buffers is None else _keep_large(buffers))
         self.owner, self.root, self.path, self.filled, self.seen = owner, root, list[_Slot](), set[int](), _Seen()
+        self.last: Any = _MISSING  # what is being reduced: the culprit if that fails
 
     def reducer_override(self, obj: Any) -> Any:
-        kind = type(obj)
+        self.last, kind = obj, type(obj)
         if kind is _Module:
             return obj.reduced
         if kind is _Slot:
@@ -2732,7 +2733,6 @@ def name_of(fn: Any) -> str:
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what pickling `value` would descend into, each with the words that follow the path so far."""
-    value = getattr(value, "__func__", value)
     if isinstance(value, types.FunctionType):
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=False)
         yield from ((f" captured variable '{name}'", _contents(cell)) for name, cell in cells)
@@ -2744,9 +2744,37 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (list, tuple, set, frozenset)):
         yield from ((f"[{i}]", part) for i, part in enumerate(value))
     elif not isinstance(value, types.ModuleType):
-        yield from ((f".{name}", part) for name, part in list(getattr(value, "__dict__", {}).items()))
-        slots = getattr(type(value), "__slots__", ())
-        yield from ((f".{name}", getattr(value, name, None)) for name in ([slots] if isinstance(slots, str) else slots))
+        names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ()), "__self__"]
+        yield from ((f".{name}", getattr(value, name, None)) for name in names)
+
+
+def _arguments(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *more: Any) -> dict[str, Any]:
+    """Return what travels with a call, by what to call it in an error."""
+    named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
+        import inspect
+        named = inspect.signature(fn).bind(*args, **kwargs).arguments
+    parts = {f"argument {label!r} of {name_of(fn)}()": value for label, value in named.items()}
+    return {**parts, **{f"{name_of(value)}()": value for value in more}}
+
+
+def _explain(fn: Any, value: Any, culprit: Any, error: Exception) -> pickle.PicklingError:
+    """Return an error that says where `culprit` is, the object at which pickling `fn` or a call of it ended."""
+    what, where = f"function {name_of(fn)}()" if value is fn else f"the arguments of {name_of(fn)}()", "something in it"
+    if isinstance(error.__cause__ or error, RecursionError):
+        return pickle.PicklingError(f"cannot pickle {what}: its objects are nested too deeply")
+    roots = {what: fn} if value is fn else _arguments(fn, *value)
+    met, found = set[int](), [(root, "", part) for root, part in roots.items()]
+    for root, path, part in found:  # it grows at its end, so the shortest path is found first
+        if part is culprit:
+            what, where = root, path.strip() or "it"
+            break
+        if id(part) not in met and len(found) < 10_000:
+            met.add(id(part))
+            with contextlib.suppress(Exception):  # attributes may be users' code
+                found += [(root, path + step, inner) for step, inner in itertools.islice(_parts(part), 1000)]
+    kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}".removeprefix("builtins.")
+    return pickle.PicklingError(f"cannot pickle {what}: {where} is a {kind} ({error})")
 
 
 class Functions:
@@ -2777,11 +2805,7 @@ class Functions:
                 return self._entries[digest]
             except KeyError:
                 pass  # evicted
-        try:
-            blob, seen = self._dump(fn)
-        except Exception as error:
-            raise _explain(self, f"function {name_of(fn)}()", fn, error) from error
-        return self._enter(fn, blob, seen)
+        return self._enter(fn, *self._dump(fn, fn))
 
     def dumps_call(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
                    *more: Any) -> tuple[bytes, list[Any]]:
@@ -2789,25 +2813,7 @@ class Functions:
         if not more and all(type(a) in ATOMS for a in args) and all(type(a) in ATOMS for a in kwargs.values()):
             return pickle.dumps((args, kwargs), 5), []  # a seventh of the price
         buffers: list[Any] = []
-        try:
-            return self._dump((args, kwargs, *more), buffers)[0], buffers
-        except Exception as error:
-            named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-            with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
-                import inspect
-                named = inspect.signature(fn).bind(*args, **kwargs).arguments
-            parts = {f"argument {label!r} of {name_of(fn)}()": value for label, value in named.items()}
-            parts.update({f"{name_of(value)}()": value for value in more})
-            culprits = ((what, value) for what, value in parts.items() if not self.picklable(value))
-            what, value = next(culprits, (f"the arguments of {name_of(fn)}()", (args, kwargs)))
-            raise _explain(self, what, value, error) from error
-
-    def picklable(self, value: Any) -> bool:
-        try:
-            self._dump(value)
-        except Exception:  # user code may raise anything while it is pickled
-            return False
-        return True
+        return self._dump(fn, (args, kwargs, *more), buffers)[0], buffers
 
     def module(self, space: dict[str, Any]) -> _Module:
         """Return the record of a globals dictionary; kept for good, since its names' versions must never fall."""
@@ -2829,7 +2835,8 @@ class Functions:
                 module.names[name] = value, version
             return value, version
 
-    def _dump(self, value: Any, buffers: list[Any] | None = None) -> tuple[bytes, _Seen]:
+    def _dump(self, fn: Any, value: Any, buffers: list[Any] | None = None) -> tuple[bytes, _Seen]:
+        """Return the pickle of `value`, be it `fn` or what a call of it takes, and what it depends on."""
         while True:  # each turn leaves one more unpicklable name out of a module
             file = io.BytesIO()
             pickler = _pickler(_FunctionPickler)(self, value, file, buffers)
@@ -2839,7 +2846,7 @@ class Functions:
             except Exception as error:
                 slot = pickler.path[-1] if pickler.path else None
                 if slot is None or not slot.soft or isinstance(error.__cause__ or error, RecursionError):
-                    raise
+                    raise _explain(fn, value, pickler.last, error) from error
                 slot.module.left_out[slot.name] = slot.value
                 if buffers:
                     buffers.clear()
@@ -2865,21 +2872,6 @@ class Functions:
         for old in gone:
             self._on_evict(old)
         return entry
-
-
-def _explain(functions: Functions, what: str, value: Any, error: Exception) -> pickle.PicklingError:
-    """Return an error that says where the culprit sits, found by pickling the parts of what failed, level by level."""
-    if isinstance(error.__cause__ or error, RecursionError):
-        return pickle.PicklingError(f"cannot pickle {what}: its objects are nested too deeply")
-    where = ""
-    for _ in range(8):  # levels; a culprit deeper than that is named by what holds it
-        parts = itertools.islice(_parts(value), 1000)
-        label, part = next(((label, part) for label, part in parts if not functions.picklable(part)), ("", None))
-        if not label:
-            break
-        where, value = where + label, part
-    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-    return pickle.PicklingError(f"cannot pickle {what}: {where.strip() or 'it'} is a {kind} ({error})")
 
 
 # ---- worker half: what the pickles call ----
