@@ -2606,10 +2606,6 @@ class _Slot(NamedTuple):
     soft: bool
 
 
-class _SlotEnd:
-    """Pickled as the last argument of a slot: it tells the pickler that the slot's value is through."""
-
-
 def _contents(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
@@ -2621,7 +2617,7 @@ class _Seen:
     """All that must still be the same for a pickle to stand for its function."""
 
     def __init__(self) -> None:
-        self.functions, self.cells, self.measures = list[Any](), list[Any](), list[Any]()
+        self.functions, self.measures = list[Any](), list[Any]()
         self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
 
     def holds(self, fn: Any) -> bool:
@@ -2633,10 +2629,10 @@ class _Seen:
         for get, name, value in self.names.values():
             if get(name, _MISSING) is not value:
                 return False
-        for cell, value in self.cells:
-            if _contents(cell) is not value:
+        for measure, what, value in self.measures:
+            if measure(what) is not value:
                 return False
-        return not self.measures or all(measure(what) == number for measure, what, number in self.measures)
+        return True
 
 
 class _FunctionPickler(_ByValue):
@@ -2652,11 +2648,11 @@ class _FunctionPickler(_ByValue):
         if kind is _Module:
             return obj.reduced
         if kind is _Slot:
+            if self.path and self.path[-1] is obj:  # as its own last argument, so its value is through
+                self.path.pop()
+                return int, ()
             self.path.append(obj)
-            return _set_name, (obj.module, obj.name, obj.version, obj.value, _SlotEnd())
-        if kind is _SlotEnd:
-            self.path.pop()
-            return int, ()
+            return _set_name, (obj.module, obj.name, obj.version, obj.value, obj)
         if isinstance(obj, types.ModuleType):
             return self._reduce_module(self.owner.module(vars(obj)))
         if kind is types.FunctionType and obj.__module__ and travels_by_value(obj.__module__):
@@ -2674,31 +2670,33 @@ class _FunctionPickler(_ByValue):
         _, (code, _, *new), (attributes, slots), *_ = super()._dynamic_function_reduce(fn)
         # None stands for the function itself: the record must not keep a lambda and what it captured alive.
         self.seen.functions.append((None if fn is self.root else fn, code, fn.__defaults__, fn.__kwdefaults__))
-        self.seen.cells += [(cell, _contents(cell)) for cell in fn.__closure__ or ()]
+        self.seen.measures += [(_contents, cell, _contents(cell)) for cell in fn.__closure__ or ()]
         module = self.owner.module(fn.__globals__)
-        named = () if module.importable else self._slots(module, _cloudpickle()._extract_code_globals(code))
+        soft, names = bool(self.path and self.path[-1].soft), _cloudpickle()._extract_code_globals(code)
+        named = () if module.importable else self._slots(module, names, soft)
         slots["__globals__"] = {}  # the named slots ride where cloudpickle has what is to be loaded and thrown away
         slots["_cloudpickle_submodules"] = slots["_cloudpickle_submodules"], named
         return _make_function, (module, code, *new), (attributes, slots), None, None, _cloudpickle()._function_setstate
 
-    def _slots(self, module: _Module, names: Any, filling: bool = False) -> list[_Slot]:
-        soft = filling or bool(self.path and self.path[-1].soft)
-        slots = []
+    def _slots(self, module: _Module, names: Any, soft: bool) -> list[_Slot]:
+        slots = list[_Slot]()
+        if soft and id(module) in self.filled:
+            return slots
         for name in names:
             if name not in _OWN:
                 value, version = self.owner.binding(module, name)
                 self.seen.names[id(module), name] = module.space.get, name, value
                 if value is not _MISSING and not (soft and module.left_out.get(name, _MISSING) is value):
                     slots.append(_Slot(module, name, value, version, soft))
-        # A filled module's own slots bring all its names; so the depth does not grow with the call graph.
-        return [] if soft and not filling and id(module) in self.filled else slots
+        return slots
 
     def _reduce_module(self, module: _Module) -> Any:
         if module.importable:
             return module.reduced
-        self.filled.add(id(module))
-        self.seen.measures.append((len, module.space, len(module.space)))
-        slots = self._slots(module, list(module.space), filling=True)
+        size = len(module.space)
+        slots = self._slots(module, list(module.space), soft=True)
+        self.filled.add(id(module))  # they bring all its names; so the depth does not grow with the call graph
+        self.seen.measures.append((lambda space: len(space) == size, module.space, True))
         return *module.reduced, slots, None, None, operator.is_  # a setter that does nothing
 
     def _reduce_class(self, cls: type) -> Any:
@@ -2866,8 +2864,8 @@ class Functions:
             builtin = isinstance(fn, types.BuiltinFunctionType) and isinstance(fn.__self__, types.ModuleType)
             if builtin or isinstance(fn, (types.FunctionType, type)):
                 key, known = id(fn), self._known
-                while len(known) >= 4 * MAX_ENTRIES:
-                    known.pop(next(iter(list(known))), None)
+                if len(known) >= 4 * MAX_ENTRIES:
+                    known.clear()  # a forgotten function is only pickled again
                 known[key] = weakref.ref(fn, lambda ref: [known.pop(key, None)]), digest, seen
         for old in gone:
             self._on_evict(old)
@@ -2878,7 +2876,7 @@ class Functions:
 
 # By session and key; the worker drops those of a session that is over.
 _shared_modules: dict[bytes, dict[tuple[str, int], types.ModuleType]] = {}
-_shared_lock = threading.RLock()  # jobs may load in several threads
+_names_lock = threading.RLock()  # reentrant: the value that a name loses may have a finalizer
 
 
 def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any]) -> types.ModuleType:
@@ -2886,12 +2884,9 @@ def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any]) -> typ
 
     Its `__minipool__` holds the version of each name that was set, and by name and version the sentinels.
     """
-    with _shared_lock:
-        modules = _shared_modules.setdefault(session, {})
-        if key not in modules:
-            modules[key] = types.ModuleType(key[0])
-            vars(modules[key]).update(header, __builtins__=__builtins__, __minipool__={})
-        return modules[key]
+    module = types.ModuleType(key[0])
+    vars(module).update(header, __builtins__=__builtins__, __minipool__={})
+    return _shared_modules.setdefault(session, {}).setdefault(key, module)  # atomic: jobs may load in several threads
 
 
 def _make_function(module: types.ModuleType, code: types.CodeType, *rest: Any) -> types.FunctionType:
@@ -2904,7 +2899,7 @@ def _recached(fn: Any, parameters: dict[str, Any]) -> Any:
 
 def _set_name(module: types.ModuleType, name: str, version: int, value: Any, end: int) -> None:
     space = vars(module)
-    with _shared_lock:
+    with _names_lock:
         if version > space["__minipool__"].get(name, 0):
             space["__minipool__"][name] = version
             space[name] = value
