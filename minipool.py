@@ -2694,10 +2694,6 @@ class _Slot(NamedTuple):
     soft: bool
 
 
-class _SlotEnd:
-    """Pickled as the last argument of a slot: it tells the pickler that the slot's value is through."""
-
-
 def _contents(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
@@ -2709,7 +2705,7 @@ class _Seen:
     """All that must still be the same for a pickle to stand for its function."""
 
     def __init__(self) -> None:
-        self.functions, self.cells, self.measures = list[Any](), list[Any](), list[Any]()
+        self.functions, self.measures = list[Any](), list[Any]()
         self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
 
     def holds(self, fn: Any) -> bool:
@@ -2721,10 +2717,10 @@ class _Seen:
         for get, name, value in self.names.values():
             if get(name, _MISSING) is not value:
                 return False
-        for cell, value in self.cells:
-            if _contents(cell) is not value:
+        for measure, what, value in self.measures:
+            if measure(what) is not value:
                 return False
-        return not self.measures or all(measure(what) == number for measure, what, number in self.measures)
+        return True
 
 
 class _FunctionPickler(_ByValue):
@@ -2733,17 +2729,18 @@ class _FunctionPickler(_ByValue):
     def __init__(self, owner: Functions, root: Any, file: io.BytesIO, buffers: list[Any] | None) -> None:
         super().__init__(file, 5, buffer_callback=None if buffers is None else _keep_large(buffers))
         self.owner, self.root, self.path, self.filled, self.seen = owner, root, list[_Slot](), set[int](), _Seen()
+        self.last: Any = _MISSING  # what is being reduced: the culprit if that fails
 
     def reducer_override(self, obj: Any) -> Any:
-        kind = type(obj)
+        self.last, kind = obj, type(obj)
         if kind is _Module:
             return obj.reduced
         if kind is _Slot:
+            if self.path and self.path[-1] is obj:  # as its own last argument, so its value is through
+                self.path.pop()
+                return int, ()
             self.path.append(obj)
-            return _set_name, (obj.module, obj.name, obj.version, obj.value, _SlotEnd())
-        if kind is _SlotEnd:
-            self.path.pop()
-            return int, ()
+            return _set_name, (obj.module, obj.name, obj.version, obj.value, obj)
         if isinstance(obj, types.ModuleType):
             return self._reduce_module(self.owner.module(vars(obj)))
         if kind is types.FunctionType and obj.__module__ and travels_by_value(obj.__module__):
@@ -2761,31 +2758,33 @@ class _FunctionPickler(_ByValue):
         _, (code, _, *new), (attributes, slots), *_ = super()._dynamic_function_reduce(fn)
         # None stands for the function itself: the record must not keep a lambda and what it captured alive.
         self.seen.functions.append((None if fn is self.root else fn, code, fn.__defaults__, fn.__kwdefaults__))
-        self.seen.cells += [(cell, _contents(cell)) for cell in fn.__closure__ or ()]
+        self.seen.measures += [(_contents, cell, _contents(cell)) for cell in fn.__closure__ or ()]
         module = self.owner.module(fn.__globals__)
-        named = () if module.importable else self._slots(module, _cloudpickle()._extract_code_globals(code))
+        soft, names = bool(self.path and self.path[-1].soft), _cloudpickle()._extract_code_globals(code)
+        named = () if module.importable else self._slots(module, names, soft)
         slots["__globals__"] = {}  # the named slots ride where cloudpickle has what is to be loaded and thrown away
         slots["_cloudpickle_submodules"] = slots["_cloudpickle_submodules"], named
         return _make_function, (module, code, *new), (attributes, slots), None, None, _cloudpickle()._function_setstate
 
-    def _slots(self, module: _Module, names: Any, filling: bool = False) -> list[_Slot]:
-        soft = filling or bool(self.path and self.path[-1].soft)
-        slots = []
+    def _slots(self, module: _Module, names: Any, soft: bool) -> list[_Slot]:
+        slots = list[_Slot]()
+        if soft and id(module) in self.filled:
+            return slots
         for name in names:
             if name not in _OWN:
                 value, version = self.owner.binding(module, name)
                 self.seen.names[id(module), name] = module.space.get, name, value
                 if value is not _MISSING and not (soft and module.left_out.get(name, _MISSING) is value):
                     slots.append(_Slot(module, name, value, version, soft))
-        # A filled module's own slots bring all its names; so the depth does not grow with the call graph.
-        return [] if soft and not filling and id(module) in self.filled else slots
+        return slots
 
     def _reduce_module(self, module: _Module) -> Any:
         if module.importable:
             return module.reduced
-        self.filled.add(id(module))
-        self.seen.measures.append((len, module.space, len(module.space)))
-        slots = self._slots(module, list(module.space), filling=True)
+        size = len(module.space)
+        slots = self._slots(module, list(module.space), soft=True)
+        self.filled.add(id(module))  # they bring all its names; so the depth does not grow with the call graph
+        self.seen.measures.append((lambda space: len(space) == size, module.space, True))
         return *module.reduced, slots, None, None, operator.is_  # a setter that does nothing
 
     def _reduce_class(self, cls: type) -> Any:
@@ -2820,7 +2819,6 @@ def name_of(fn: Any) -> str:
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what pickling `value` would descend into, each with the words that follow the path so far."""
-    value = getattr(value, "__func__", value)
     if isinstance(value, types.FunctionType):
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=False)
         yield from ((f" captured variable '{name}'", _contents(cell)) for name, cell in cells)
@@ -2832,9 +2830,37 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (list, tuple, set, frozenset)):
         yield from ((f"[{i}]", part) for i, part in enumerate(value))
     elif not isinstance(value, types.ModuleType):
-        yield from ((f".{name}", part) for name, part in list(getattr(value, "__dict__", {}).items()))
-        slots = getattr(type(value), "__slots__", ())
-        yield from ((f".{name}", getattr(value, name, None)) for name in ([slots] if isinstance(slots, str) else slots))
+        names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ()), "__self__"]
+        yield from ((f".{name}", getattr(value, name, None)) for name in names)
+
+
+def _arguments(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *more: Any) -> dict[str, Any]:
+    """Return what travels with a call, by what to call it in an error."""
+    named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
+        import inspect
+        named = inspect.signature(fn).bind(*args, **kwargs).arguments
+    parts = {f"argument {label!r} of {name_of(fn)}()": value for label, value in named.items()}
+    return {**parts, **{f"{name_of(value)}()": value for value in more}}
+
+
+def _explain(fn: Any, value: Any, culprit: Any, error: Exception) -> pickle.PicklingError:
+    """Return an error that says where `culprit` is, the object at which pickling `fn` or a call of it ended."""
+    what, where = f"function {name_of(fn)}()" if value is fn else f"the arguments of {name_of(fn)}()", "something in it"
+    if isinstance(error.__cause__ or error, RecursionError):
+        return pickle.PicklingError(f"cannot pickle {what}: its objects are nested too deeply")
+    roots = {what: fn} if value is fn else _arguments(fn, *value)
+    met, found = set[int](), [(root, "", part) for root, part in roots.items()]
+    for root, path, part in found:  # it grows at its end, so the shortest path is found first
+        if part is culprit:
+            what, where = root, path.strip() or "it"
+            break
+        if id(part) not in met and len(found) < 10_000:
+            met.add(id(part))
+            with contextlib.suppress(Exception):  # attributes may be users' code
+                found += [(root, path + step, inner) for step, inner in itertools.islice(_parts(part), 1000)]
+    kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}".removeprefix("builtins.")
+    return pickle.PicklingError(f"cannot pickle {what}: {where} is a {kind} ({error})")
 
 
 class Functions:
@@ -2865,11 +2891,7 @@ class Functions:
                 return self._entries[digest]
             except KeyError:
                 pass  # evicted
-        try:
-            blob, seen = self._dump(fn)
-        except Exception as error:
-            raise _explain(self, f"function {name_of(fn)}()", fn, error) from error
-        return self._enter(fn, blob, seen)
+        return self._enter(fn, *self._dump(fn, fn))
 
     def dumps_call(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
                    *more: Any) -> tuple[bytes, list[Any]]:
@@ -2877,25 +2899,7 @@ class Functions:
         if not more and all(type(a) in ATOMS for a in args) and all(type(a) in ATOMS for a in kwargs.values()):
             return pickle.dumps((args, kwargs), 5), []  # a seventh of the price
         buffers: list[Any] = []
-        try:
-            return self._dump((args, kwargs, *more), buffers)[0], buffers
-        except Exception as error:
-            named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-            with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
-                import inspect
-                named = inspect.signature(fn).bind(*args, **kwargs).arguments
-            parts = {f"argument {label!r} of {name_of(fn)}()": value for label, value in named.items()}
-            parts.update({f"{name_of(value)}()": value for value in more})
-            culprits = ((what, value) for what, value in parts.items() if not self.picklable(value))
-            what, value = next(culprits, (f"the arguments of {name_of(fn)}()", (args, kwargs)))
-            raise _explain(self, what, value, error) from error
-
-    def picklable(self, value: Any) -> bool:
-        try:
-            self._dump(value)
-        except Exception:  # user code may raise anything while it is pickled
-            return False
-        return True
+        return self._dump(fn, (args, kwargs, *more), buffers)[0], buffers
 
     def module(self, space: dict[str, Any]) -> _Module:
         """Return the record of a globals dictionary; kept for good, since its names' versions must never fall."""
@@ -2917,7 +2921,8 @@ class Functions:
                 module.names[name] = value, version
             return value, version
 
-    def _dump(self, value: Any, buffers: list[Any] | None = None) -> tuple[bytes, _Seen]:
+    def _dump(self, fn: Any, value: Any, buffers: list[Any] | None = None) -> tuple[bytes, _Seen]:
+        """Return the pickle of `value`, be it `fn` or what a call of it takes, and what it depends on."""
         while True:  # each turn leaves one more unpicklable name out of a module
             file = io.BytesIO()
             pickler = _pickler(_FunctionPickler)(self, value, file, buffers)
@@ -2927,7 +2932,7 @@ class Functions:
             except Exception as error:
                 slot = pickler.path[-1] if pickler.path else None
                 if slot is None or not slot.soft or isinstance(error.__cause__ or error, RecursionError):
-                    raise
+                    raise _explain(fn, value, pickler.last, error) from error
                 slot.module.left_out[slot.name] = slot.value
                 if buffers:
                     buffers.clear()
@@ -2947,34 +2952,19 @@ class Functions:
             builtin = isinstance(fn, types.BuiltinFunctionType) and isinstance(fn.__self__, types.ModuleType)
             if builtin or isinstance(fn, (types.FunctionType, type)):
                 key, known = id(fn), self._known
-                while len(known) >= 4 * MAX_ENTRIES:
-                    known.pop(next(iter(list(known))), None)
+                if len(known) >= 4 * MAX_ENTRIES:
+                    known.clear()  # a forgotten function is only pickled again
                 known[key] = weakref.ref(fn, lambda ref: [known.pop(key, None)]), digest, seen
         for old in gone:
             self._on_evict(old)
         return entry
 
 
-def _explain(functions: Functions, what: str, value: Any, error: Exception) -> pickle.PicklingError:
-    """Return an error that says where the culprit sits, found by pickling the parts of what failed, level by level."""
-    if isinstance(error.__cause__ or error, RecursionError):
-        return pickle.PicklingError(f"cannot pickle {what}: its objects are nested too deeply")
-    where = ""
-    for _ in range(8):  # levels; a culprit deeper than that is named by what holds it
-        parts = itertools.islice(_parts(value), 1000)
-        label, part = next(((label, part) for label, part in parts if not functions.picklable(part)), ("", None))
-        if not label:
-            break
-        where, value = where + label, part
-    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-    return pickle.PicklingError(f"cannot pickle {what}: {where.strip() or 'it'} is a {kind} ({error})")
-
-
 # ---- worker half: what the pickles call ----
 
 # By session and key; the worker drops those of a session that is over.
 _shared_modules: dict[bytes, dict[tuple[str, int], types.ModuleType]] = {}
-_shared_lock = threading.RLock()  # jobs may load in several threads
+_names_lock = threading.RLock()  # reentrant: the value that a name loses may have a finalizer
 
 
 def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any]) -> types.ModuleType:
@@ -2982,12 +2972,9 @@ def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any]) -> typ
 
     Its `__minipool__` holds the version of each name that was set, and by name and version the sentinels.
     """
-    with _shared_lock:
-        modules = _shared_modules.setdefault(session, {})
-        if key not in modules:
-            modules[key] = types.ModuleType(key[0])
-            vars(modules[key]).update(header, __builtins__=__builtins__, __minipool__={})
-        return modules[key]
+    module = types.ModuleType(key[0])
+    vars(module).update(header, __builtins__=__builtins__, __minipool__={})
+    return _shared_modules.setdefault(session, {}).setdefault(key, module)  # atomic: jobs may load in several threads
 
 
 def _make_function(module: types.ModuleType, code: types.CodeType, *rest: Any) -> types.FunctionType:
@@ -3000,7 +2987,7 @@ def _recached(fn: Any, parameters: dict[str, Any]) -> Any:
 
 def _set_name(module: types.ModuleType, name: str, version: int, value: Any, end: int) -> None:
     space = vars(module)
-    with _shared_lock:
+    with _names_lock:
         if version > space["__minipool__"].get(name, 0):
             space["__minipool__"][name] = version
             space[name] = value
