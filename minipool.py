@@ -1116,6 +1116,7 @@ class Node(Member):
         super().__init__(id)
         self.heard_at = now                         # a byte from any connection of the host
         self.is_suspect = False                     # none for T_SUSPECT
+        self.is_leaving = False                     # and so do its workers, those that come later too
         self.workers: dict[bytes, Worker] = {}
         self.info: dict[str, Any] = {}
 
@@ -1411,6 +1412,8 @@ class Scheduler:
             self._session(session_id, now).tried[worker] = None
         self._admit(worker, peer, {"name": worker.name, "node_name": node.name, "max_value": self.max_value})
         self._reconcile(worker, {token: (name, kind) for token, name, kind in attempts}, now)
+        if node.is_leaving:
+            self._retire(worker, now, "its node is leaving")
         self._refresh(worker)
         self._guard_window(worker, now)
         self._tell_clients()
@@ -1979,6 +1982,8 @@ class Scheduler:
 
     def _retire(self, who: Worker | Node, now: float, reason: str) -> None:
         """A planned exit of a worker, or of all of a node's: nothing new, what has not begun comes back."""
+        if isinstance(who, Node):
+            who.is_leaving = True
         for worker in [who] if isinstance(who, Worker) else list(who.workers.values()):
             self._leaving[worker] = None
             if worker.inbox and not worker.recalled:
@@ -2079,7 +2084,8 @@ class Scheduler:
                        **{k: n.info.get(k) for k in ("host", "pid", "python", "lost")}}
                       for n in self.nodes.values()],
             "workers": [{**self._told(w), "pid": w.pid, "connected": w.peer is not None, "finished": w.finished,
-                         "state": "draining" if w in self._leaving else "busy" if w.inbox else "idle",
+                         "state": ("draining" if w in self._leaving else "suspect" if w.node.is_suspect else
+                                   "busy" if w.inbox else "idle"),
                          "jobs": [job.name or f"job {job.number}" for job in list(w.inbox.values())[:3] if job]}
                         for w in self.workers.values()],
             "jobs": {**{s: states[s] for s in (State.WAITING, State.READY, State.RUNNING, "delivering", State.FAILED)},

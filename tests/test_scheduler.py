@@ -1015,6 +1015,13 @@ class TestRetirement:
         pool.feed("c1", ("delivered", [first]))
         assert len(pool.told("w1", "bye")) == 1 and not pool.knows("w1")
 
+    def test_a_worker_that_joins_while_its_node_leaves_leaves_too(self):
+        pool = Cluster()
+        pool.feed("n1", ("retire", "enough"))
+        pool.generations["w2"] = 1
+        pool.join_worker("w2")
+        assert pool.told("w2", "bye") != [] and not pool.knows("w2")
+
     def test_an_outcome_that_waits_for_its_client_is_waited_for(self):
         pool = Cluster(workers=[], clients=[], restarted=True)
         pool.generations["w1"] = 1

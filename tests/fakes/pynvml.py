@@ -5,6 +5,7 @@ FAKE_GPUS holds JSON: a list of GPUs, or the name of the error that nvmlInit rai
      "mig": [GPU or null, ...]}     # present: MIG is on; null: an empty place
 Every key is optional: a query for one that is absent raises NVMLError_NotSupported. "lost": true refuses the handle;
 "bytes": true makes strings bytes, as older bindings did.
+FAKE_GPU_LOST names a file: once it is there, the GPUs whose UUIDs it contains have fallen off the bus.
 """
 
 import json
@@ -28,6 +29,10 @@ class NVMLError_NotSupported(NVMLError):
 
 
 class NVMLError_NotFound(NVMLError):
+    pass
+
+
+class NVMLError_GpuIsLost(NVMLError):
     pass
 
 
@@ -58,9 +63,15 @@ def nvmlDeviceGetHandleByIndex(index):
 
 
 def nvmlDeviceGetHandleByUUID(uuid):
+    uuid = uuid if isinstance(uuid, str) else uuid.decode()     # the real one takes both
+    lost = os.environ.get("FAKE_GPU_LOST", "")
+    if os.path.exists(lost):
+        with open(lost) as names:
+            if uuid in names.read():
+                raise NVMLError_GpuIsLost("GPU is lost")
     parts = [part for gpu in _gpus() for part in (gpu, *gpu.get("mig", ())) if part]
     for part in parts:
-        if part.get("uuid") == uuid.decode():
+        if part.get("uuid") == uuid:
             return part
     raise NVMLError_NotFound(uuid)
 
@@ -86,3 +97,7 @@ def nvmlDeviceGetUUID(handle):
 
 def nvmlDeviceGetName(handle):
     return _get(handle, "name")
+
+
+def nvmlDeviceGetMemoryInfo(handle):
+    return _get(handle, "uuid")         # nobody looks at the numbers
