@@ -476,18 +476,22 @@ def read_first_hello(data: bytes) -> tuple[str, bytes, int]:
     return ROLES[role], identity[:20], version
 
 
-def _read_exactly(sock: socket.socket, size: int) -> bytes:
+_CLOSED_EARLY = "the connection was closed during the handshake: it may not be a minipool server, or one that "
+
+
+def _read_exactly(sock: socket.socket | Plain, size: int) -> bytes:
     data = b""
     while len(data) < size:
         more = sock.recv(size - len(data))
         if not more:
-            raise ConnectionError("the connection was closed during the handshake: it may not be a minipool server")
+            raise ConnectionError(_CLOSED_EARLY + "wants TLS")
         data += more
     return data
 
 
-def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = b"") -> tuple[SessionKeys, bytes]:
-    """Dial in: run the four steps on a connected socket; return the keys and the server's instance.
+def handshake(sock: socket.socket | Plain, role: str, key: KeySource, identity: bytes = b"",
+              binding: bytes = b"") -> tuple[SessionKeys, bytes]:
+    """Dial in: run the four steps on what is connected; return the keys and the server's instance.
 
     Raises Refused (the secret does not match), VersionMismatch, or ConnectionError (not a minipool server).
     """
@@ -499,7 +503,7 @@ def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = 
         raise ConnectionError("what answers there is not a minipool server")
     if version != PROTOCOL:
         raise VersionMismatch(f"the server speaks minipool protocol {version}, this side {PROTOCOL}")
-    keys = SessionKeys.derive(key(role, instance, identity), first, second)
+    keys = SessionKeys.derive(key(role, instance, identity), first, second, binding)
     sock.sendall(keys.dialer_proof)
     answer = _read_exactly(sock, 32)
     if hmac.compare_digest(answer, keys.server_proof):
@@ -543,14 +547,11 @@ _TUNING = (
 
 
 class Plain:
-    """The seam between Connection and the socket: bytes out without blocking, bytes in.
-
-    A TLS seam has the same methods over an SSLObject; Connection never sees the difference.
-    """
+    """The seam between Connection and the socket: bytes out without blocking, bytes in."""
+    binding = b""               # what the handshake covers of the layer below: nothing
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        sock.settimeout(None)
         for level, option, setting in _TUNING:
             with contextlib.suppress(OSError, AttributeError):
                 sock.setsockopt(level, getattr(socket, option), setting)
@@ -569,6 +570,18 @@ class Plain:
             raise EOFError
         return count
 
+    def sendall(self, data: Any) -> None:
+        """Send some bytes of the handshake, for which the kernel always has room."""
+        while data:
+            data = data[self.send([data]):]
+
+    def recv(self, size: int) -> bytes:
+        """Receive some bytes of the handshake; none at the end of the stream."""
+        view = memoryview(bytearray(size))
+        with contextlib.suppress(EOFError):
+            return bytes(view[:self.receive_into(view)])
+        return b""
+
     def poll(self, event: int, seconds: float) -> bool:
         """Wait until the socket can be read (select.POLLIN) or written (select.POLLOUT), or is broken."""
         poll = select.poll()
@@ -579,6 +592,121 @@ class Plain:
         """Wake both ends; the descriptor stays until the socket is closed."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class Tls(Plain):
+    """The seam over TLS 1.3: an SSLObject between two memory buffers, touched only under a small lock of its own.
+
+    The certificate proves nothing by itself. Its digest is the `binding`, which the handshake's proofs cover: who
+    stands in the middle has another one, and is caught. So the secret is all that a user has to copy.
+    """
+
+    def __init__(self, sock: socket.socket, context: Any, binding: bytes = b"") -> None:
+        super().__init__(sock)
+        import ssl  # late: slow to import, and few need it
+        self.binding = binding                      # of a server; a dialer learns it from establish()
+        self._lock = threading.Lock()
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=bool(binding))
+        self._again = ssl.SSLWantReadError
+        self._scratch = memoryview(bytearray(64 * 1024))
+        self._greeting = True                       # TLS's own handshake is not over: its words go out at once
+        # for the holder of the writer role: what was encrypted and has not gone, and the bytes that it stands for
+        self._ciphertext, self._taken = memoryview(b""), 0
+
+    def establish(self) -> Tls:
+        """Dial: run TLS's handshake, and learn the server's certificate."""
+        try:
+            self._converse(self._object.do_handshake)
+        except (EOFError, OSError):
+            raise ConnectionError(_CLOSED_EARLY + "has no TLS") from None
+        self._greeting = False
+        self.binding = hashlib.sha256(self._object.getpeercert(True)).digest()
+        return self
+
+    def _converse(self, step: Callable[[], Any]) -> Any:
+        """Do a step that needs to hear the other side; a server's first one runs TLS's handshake by the way."""
+        while True:
+            try:
+                with self._lock:
+                    return step()
+            except self._again:
+                pass
+            finally:
+                if self._greeting and (words := self._outgoing.read()):
+                    self.sock.sendall(words)
+            count = super().receive_into(self._scratch)
+            with self._lock:
+                self._incoming.write(self._scratch[:count])
+
+    def send(self, buffers: Sequence[Any]) -> int:
+        """Encrypt and send; what was encrypted counts as sent when all of it has gone."""
+        if not self._taken:
+            with self._lock:
+                self._taken = self._object.write(buffers[0][:RANGE])
+                self._ciphertext = memoryview(self._outgoing.read())
+        while self._ciphertext:
+            sent = super().send([self._ciphertext])
+            if not sent:
+                return 0
+            self._ciphertext = self._ciphertext[sent:]
+        taken, self._taken = self._taken, 0
+        return taken
+
+    def receive_into(self, view: memoryview) -> int:
+        """Block until decrypted bytes are there; return how many, or raise EOFError at the end of the stream."""
+        count = self._converse(lambda: self._object.read(len(view), view))
+        self._greeting = False
+        if not count:
+            raise EOFError
+        return int(count)
+
+    def poll(self, event: int, seconds: float) -> bool:
+        """Wait as Plain does; what was received and not read counts as readable."""
+        with self._lock:
+            held = self._incoming.pending or self._object.pending()
+        return bool(event == select.POLLIN and held) or super().poll(event, seconds)
+
+
+def _tls_context(protocol: str) -> Any:
+    import ssl
+    if sys.version_info[:3] == (3, 13, 6):
+        raise ValueError("TLS can deadlock on Python 3.13.6: use 3.13.7 or newer, or do without TLS")
+    context = ssl.SSLContext(getattr(ssl, f"PROTOCOL_TLS_{protocol}"))
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
+
+
+def tls_client_context() -> Any:
+    """Return what a dialer needs. It trusts any certificate: the handshake's proofs tell the right one."""
+    context = _tls_context("CLIENT")
+    context.check_hostname = False
+    context.verify_mode = 0         # ssl.CERT_NONE
+    return context
+
+
+def tls_server_context(cert: str | None = None, key: str | None = None) -> tuple[Any, bytes]:
+    """Return what a server needs, and its binding; without PEM files `openssl` makes a certificate for this run.
+
+    Raises ValueError if that command is not there, OSError for files that are of no use.
+    """
+    import tempfile
+    context = _tls_context("SERVER")
+    context.num_tickets = 0         # sessions are never resumed, and nobody but the writer role writes
+    with tempfile.TemporaryDirectory() as folder:
+        if not cert:
+            cert, key = os.path.join(folder, "cert"), os.path.join(folder, "key")
+            try:
+                subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+                                "-nodes", "-days", "3650", "-subj", "/CN=minipool", "-keyout", key, "-out", cert],
+                               check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise ValueError(f"no certificate could be made by the openssl command ({error}): install it, or give "
+                                 "--tls-cert and --tls-key") from None
+        context.load_cert_chain(cert, key)
+        with open(cert) as file:
+            pem = file.read().partition("-----BEGIN CERTIFICATE-----")[2].partition("-----END")[0]
+    return context, hashlib.sha256(base64.b64decode(pem)).digest()
 
 
 class Connection:
@@ -597,6 +725,7 @@ class Connection:
         # where the body of a range belongs, of that many bytes
         self.destination: Callable[[Message, int], memoryview] = lambda message, size: memoryview(bytearray(size))
         self._seam = seam
+        seam.sock.settimeout(None)              # the handshake had a deadline
         # the outbox and the role; all guarded by _lock
         self._lock = threading.Lock()
         self._control: collections.deque[Message] = collections.deque()
@@ -866,8 +995,10 @@ class Peer:
     def __init__(self, role: str, address: tuple[str, int], key: KeySource, *,
                  lock: threading.Lock | threading.RLock, announce: Callable[[], list[Message]],
                  on_batch: Callable[[list[Message]], None], on_lost: Callable[[], None] = lambda: None,
-                 on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", name: str = "") -> None:
+                 on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", name: str = "",
+                 tls: bool = False) -> None:
         self.role, self.address, self.key, self.identity = role, address, key, identity
+        self._tls = tls_client_context() if tls else None
         self.lock = lock
         self.connection: Connection | None = None           # written by the I/O thread under lock
         self.instance = b""                                 # which life of the server we talk to
@@ -932,12 +1063,13 @@ class Peer:
         """Return an authenticated connection; tries every address of the host, resolved anew each time."""
         sock = socket.create_connection(self.address, timeout=HANDSHAKE_SECONDS)
         try:
-            keys, instance = handshake(sock, self.role, self.key, self.identity)
+            seam = Tls(sock, self._tls).establish() if self._tls else Plain(sock)
+            keys, instance = handshake(seam, self.role, self.key, self.identity, seam.binding)
         except BaseException:
             sock.close()
             raise
         self.instance = instance
-        connection = Connection(Plain(sock), keys.up, keys.down, "server")
+        connection = Connection(seam, keys.up, keys.down, "server")
         connection.start_writer()
         connection.destination = self._destination
         return connection
@@ -2164,8 +2296,8 @@ DRAIN_SECONDS = 30.0        # that running jobs may take after SIGTERM, to a ser
 class _Guest:
     """A socket that has proved nothing yet: it gets no thread, and never more than 64 + 32 bytes of memory."""
 
-    def __init__(self, sock: socket.socket, source: str) -> None:
-        self.sock, self.source = sock, source
+    def __init__(self, sock: socket.socket, source: str, seam: Plain) -> None:
+        self.sock, self.source, self.seam = sock, source, seam
         self.deadline = time.monotonic() + HANDSHAKE_SECONDS
         self.data = b""
         self.role, self.identity = "", b""
@@ -2222,8 +2354,9 @@ class Doorkeeper:
     """The one thread that talks to strangers. It answers nothing until 64 right bytes have arrived."""
 
     def __init__(self, listener: socket.socket, secret: KeySource, instance: bytes,
-                 admit: Callable[[socket.socket, str, bytes, SessionKeys], None]) -> None:
+                 admit: Callable[[Plain, str, bytes, SessionKeys], None], tls: tuple[Any, bytes] | None = None) -> None:
         self._listener, self._secret, self._instance, self._admit = listener, secret, instance, admit
+        self._tls = tls                             # context and binding
         self._guests: dict[socket.socket, _Guest] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -2267,7 +2400,7 @@ class Doorkeeper:
                     self._turn_away(error)
                 return
             sock.setblocking(False)
-            guest = _Guest(sock, source[0])
+            guest = _Guest(sock, source[0], Tls(sock, *self._tls) if self._tls else Plain(sock))
             if len(self._guests) >= GUESTS:
                 self._dismiss(random.choice(list(self._guests.values())), "made room")
             same = sum(g.source == guest.source for g in self._guests.values())
@@ -2292,7 +2425,7 @@ class Doorkeeper:
         """Take what a stranger says; every step is of a known size, any misfit is a quiet close."""
         wanted, step = (32, self._judge) if guest.keys else (_FIRST.size, self._answer)
         try:
-            data = guest.sock.recv(wanted - len(guest.data))
+            data = guest.seam.recv(wanted - len(guest.data))
             guest.data += data
             if not guest.keys and guest.data[:8] != MAGIC[:len(guest.data)]:
                 raise Malformed(f"begins with {guest.data[:8]!r}")     # HTTP and TLS are easily told
@@ -2310,21 +2443,21 @@ class Doorkeeper:
         first, guest.data = guest.data, b""
         guest.role, guest.identity, version = read_first_hello(first)
         second = second_hello(self._instance)
-        guest.sock.sendall(second)
+        guest.seam.sendall(second)
         if version != PROTOCOL:         # the dialer reads our version in it, and names both
             raise Malformed(f"speaks protocol {version}")
         key = self._secret(guest.role, self._instance, guest.identity)
-        guest.keys = SessionKeys.derive(key, first, second)
+        guest.keys = SessionKeys.derive(key, first, second, guest.seam.binding)
 
     def _judge(self, guest: _Guest) -> None:
         """Steps 3 and 4: the dialer's proof, then ours or a refusal."""
         assert guest.keys
         if not hmac.compare_digest(guest.data, guest.keys.dialer_proof):
-            guest.sock.sendall(REFUSED)
+            guest.seam.sendall(REFUSED)
             raise Malformed("has another secret")
-        guest.sock.sendall(guest.keys.server_proof)
+        guest.seam.sendall(guest.keys.server_proof)
         self._forget(guest)
-        self._admit(guest.sock, guest.role, guest.identity, guest.keys)
+        self._admit(guest.seam, guest.role, guest.identity, guest.keys)
 
     def _forget(self, guest: _Guest) -> None:
         self._selector.unregister(guest.sock)
@@ -2366,19 +2499,20 @@ class Server:
 
     `host` and `port` say where to listen (`port=0`: a free one); `secret` is text, by default what `find_secret`
     finds, else a new one in this user's secret file. `address` can be dialled, also after host="0.0.0.0".
-    `dead_after` seconds of silence a host counts as lost.
+    `tls`: True, or the PEM files of a certificate and its key. After `dead_after` seconds of silence a host is lost.
     Raises OSError if the port is in use, ValueError for a weak password on a port that is not loopback.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, secret: str | None = None,
-                 max_value: int = 64 << 30, dead_after: float = T_DEAD, embedded: bool = False) -> None:
+                 tls: bool | tuple[str, str] = False, max_value: int = 64 << 30, dead_after: float = T_DEAD,
+                 embedded: bool = False) -> None:
         self._host, self._port = host, port
         self._secret = find_secret(secret, make=True)
         if self._secret.is_weak and not _is_loopback(host):
             raise ValueError("a password of under 12 characters is for loopback only: use a longer one, or "
                              "leave it out and let the server make a secret")
         self.secret = self._secret.text                 # to hand to clients and nodes
-        self.max_value, self.dead_after = max_value, dead_after
+        self.tls, self.max_value, self.dead_after = tls, max_value, dead_after
         self.failure: BaseException | None = None       # a broken invariant, which stops the server
         self._embedded = embedded
         self._lock = threading.Lock()
@@ -2404,6 +2538,7 @@ class Server:
 
     def start(self) -> Server:
         """Listen, and start the threads."""
+        tls = tls_server_context(*(self.tls if isinstance(self.tls, tuple) else ())) if self.tls else None
         v6 = ":" in self._host                          # "::" is for IPv4 too
         listener = socket.create_server((self._host, self._port), backlog=1024, dualstack_ipv6=v6,
                                         family=socket.AF_INET6 if v6 else socket.AF_INET)
@@ -2415,7 +2550,7 @@ class Server:
                                     adopting=not self._embedded, dead_after=self.dead_after, about=about)
         self._threads = [threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)]
         self._threads[0].start()
-        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit)
+        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, tls)
         return self
 
     def stop(self) -> None:
@@ -2454,12 +2589,12 @@ class Server:
 
     # ---- threads ----
 
-    def _admit(self, sock: socket.socket, role: str, identity: bytes, keys: SessionKeys) -> None:
+    def _admit(self, seam: Plain, role: str, identity: bytes, keys: SessionKeys) -> None:
         """Give a peer that proved itself its thread; called by the doorkeeper."""
         if len(self._connections) >= PEERS:
             log.warning("%d peers are connected, which is the limit: one more was turned away", PEERS)
-            return sock.close()
-        connection = Connection(Plain(sock), keys.down, keys.up, role)
+            return seam.sock.close()
+        connection = Connection(seam, keys.down, keys.up, role)
         peer = next(self._peer_numbers)
         with self._lock:
             self._connections[peer] = connection
@@ -2551,12 +2686,13 @@ def find_address(address: str | None = None) -> tuple[str, int]:
 
 def is_server_running(address: str | None = None) -> bool:
     """Return whether a minipool server answers at `address` (default: this machine's port 8899)."""
-    try:
-        with socket.create_connection(parse_address(address or "127.0.0.1"), timeout=2) as sock:
-            sock.sendall(first_hello("client"))
-            return _read_exactly(sock, _SECOND.size).startswith(MAGIC)
-    except OSError:
-        return False
+    where = parse_address(address or "127.0.0.1")
+    for tls in (False, True):
+        with contextlib.suppress(OSError), socket.create_connection(where, timeout=2) as sock:
+            seam = Tls(sock, tls_client_context()).establish() if tls else Plain(sock)
+            seam.sendall(first_hello("client"))
+            return _read_exactly(seam, _SECOND.size).startswith(MAGIC)
+    return False
 
 
 # ==================================================================================================================
@@ -2723,10 +2859,7 @@ class _Seen:
         for get, name, value in self.names.values():
             if get(name, _MISSING) is not value:
                 return False
-        for measure, what, value in self.measures:
-            if measure(what) is not value:
-                return False
-        return True
+        return not self.measures or all(measure(what) is value for measure, what, value in self.measures)
 
 
 class _FunctionPickler(_ByValue):
@@ -3312,7 +3445,8 @@ class Client:
     """One connection to a server, and everything that waits on it. Executors are its views."""
 
     def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None,
-                 connect_timeout: float, reconnect_timeout: float, child: ChildProcess | None = None) -> None:
+                 connect_timeout: float, reconnect_timeout: float, tls: bool = False,
+                 child: ChildProcess | None = None) -> None:
         self.child = child                              # the embedded pool; it ends with this client
         self.session = secrets.token_bytes(16)
         self.lock = threading.RLock()
@@ -3340,7 +3474,7 @@ class Client:
         self._callbacks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._callback_thread = threading.Thread(target=self._run_callbacks, name="minipool-callbacks", daemon=True)
         self.peer = Peer("client", address, secret.role_key, lock=self.lock, announce=self._announce,
-                         on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered)
+                         on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered, tls=tls)
         self._callback_thread.start()
         self.peer.start()
         final = Refused, VersionMismatch                # trying again does not help
@@ -3736,8 +3870,8 @@ class Executor(concurrent.futures.Executor):
     `address`: "host", "host:port", "[::1]:port"; "local" is an embedded pool of this machine, closed with the
     executor; None is MINIPOOL_ADDRESS, and "local" where that is not set. An int in its place is `max_workers`, which
     bounds how many workers are used (embedded: how many are started). `initializer(*initargs)` runs once per worker
-    before this executor's first job there, on late and respawned workers too. Seconds: `connect_timeout` for the
-    first connection, `reconnect_timeout` for outages that are ridden out.
+    before this executor's first job there, on late and respawned workers too. `tls` as the server has it. Seconds:
+    `connect_timeout` for the first connection, `reconnect_timeout` for outages that are ridden out.
 
     Raises ServerLost, Refused, VersionMismatch; ValueError and TypeError for bad arguments.
     """
@@ -3745,7 +3879,7 @@ class Executor(concurrent.futures.Executor):
     def __init__(self, address: str | int | None = None, *, secret: str | None = None,
                  max_workers: int | None = None, initializer: Callable[..., object] | None = None,
                  initargs: tuple[Any, ...] = (), max_tasks_per_child: int | None = None, name: str | None = None,
-                 connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
+                 tls: bool = False, connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
         if isinstance(address, int) and not isinstance(address, bool):
             address, max_workers = None, address
         if address is not None and not isinstance(address, str):
@@ -3768,7 +3902,7 @@ class Executor(concurrent.futures.Executor):
             key = find_secret(secret)
         self._client = Client(parse_address(where), key, name=name or os.path.basename(sys.argv[0] or "python"),
                               max_workers=limit, connect_timeout=connect_timeout, reconnect_timeout=patience,
-                              child=child)
+                              child=child, tls=tls and not child)
         # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
         end = functools.partial(self._client.close, wait=False)
         weakref.finalize(self, self._client.later, end).atexit = False      # a collector takes no lock
@@ -3960,25 +4094,35 @@ def run_command(options: argparse.Namespace, log_to: Any = None) -> int:
 def _print_lines(server: Server, options: argparse.Namespace) -> None:
     """Print the exact lines to paste for workers and clients."""
     address, loopback = server.address, _is_loopback(options.host)
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()        # None: it was closed
     source = (options.secret_file or os.environ.get("MINIPOOL_SECRET_FILE")
               or ("MINIPOOL_SECRET" if os.environ.get("MINIPOOL_SECRET") else secret_path()))
-    prefix = "" if loopback else f"MINIPOOL_SECRET={server.secret if sys.stdout.isatty() else '...'} "
+    flag = " --tls" if options.tls else ""
+    prefix = "" if loopback else f"MINIPOOL_SECRET={server.secret if on_terminal else '...'} "
     if loopback and options.secret_file:
         prefix = f"MINIPOOL_SECRET_FILE={options.secret_file} "
     worker = "minipool-worker" if "site-packages" in os.path.abspath(__file__) else "python minipool_worker.py"
     lines = [f"minipool {__version__} server on {address} (Python {PYTHON}); the secret is from {source}",
-             f"  workers:  {prefix}{worker} connect {address}",
-             f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}",
-             f"  status:   {prefix}python minipool.py status --address {address}        stop: Ctrl-C"]
-    if not loopback:
+             f"  workers:  {prefix}{worker} connect {address}{flag}",
+             f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}" + "    and Executor(tls=True)" * options.tls,
+             f"  status:   {prefix}python minipool.py status --address {address}{flag}        stop: Ctrl-C"]
+    if not loopback and not options.tls:
         lines.append("  traffic is authenticated but not encrypted: use it in a network you trust, or a tunnel"
-                     + ("" if sys.stdout.isatty() else "; `minipool secret` prints the secret"))
-    print("\n".join(lines), flush=True)
+                     + ("" if on_terminal else "; `minipool secret` prints the secret"))
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError as error:            # a full disk, a reader that has gone: a pool needs neither
+        log.warning("the lines to paste could not be printed: %s", error)
+        sys.stdout = None               # else what it still holds fails again at the end
 
 
 def _serve(options: argparse.Namespace) -> int:
     """Run a server until a signal ends it."""
-    server = Server(options.host, options.port, max_value=options.max_value, dead_after=options.dead_after,
+    if bool(options.tls_cert) != bool(options.tls_key):
+        raise ValueError("--tls-cert and --tls-key go together: the PEM files of a certificate and its key")
+    files = (options.tls_cert, options.tls_key) if options.tls_cert else options.tls
+    options.tls = bool(files)
+    server = Server(options.host, options.port, max_value=options.max_value, dead_after=options.dead_after, tls=files,
                     secret=find_secret(path=options.secret_file, make=True).text)
     stop, hurry = threading.Event(), threading.Event()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)     # a descriptor per peer: take what we may have
@@ -3990,7 +4134,7 @@ def _serve(options: argparse.Namespace) -> int:
         _print_lines(server, options)
         if options.with_node:
             from minipool_worker import Node
-            stack.enter_context(Node(server.address, secret=server.secret))
+            stack.enter_context(Node(server.address, secret=server.secret, tls=options.tls))
         while not stop.wait(0.5) and not server.wait(0):
             pass
         if stop.is_set():
@@ -4013,7 +4157,7 @@ def _describe(info: dict[str, Any]) -> str:
 def _status(options: argparse.Namespace) -> None:
     """Print one snapshot of the pool."""
     client = Client(find_address(options.address), find_secret(path=options.secret_file), name="minipool status",
-                    max_workers=None, connect_timeout=5, reconnect_timeout=5)
+                    max_workers=None, connect_timeout=5, reconnect_timeout=5, tls=options.tls)
     try:
         info = client.ask("info", timeout=10)
     except TimeoutError as error:
@@ -4075,6 +4219,7 @@ def subcommands(program: str, description: str) -> tuple[argparse.ArgumentParser
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=run)
         command.add_argument("--secret-file", metavar="F", help="file that holds the pool's secret")
+        command.add_argument("--tls", action="store_true", help="encrypt; all members of a pool do, or none")
         command.add_argument("-v", "--verbose", action="store_true", help="log every message")
         return command
     return parser, add
@@ -4086,6 +4231,8 @@ def main(arguments: list[str] | None = None) -> int:
     serve = add("serve", _serve, "run the server")
     serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: loopback only)")
     serve.add_argument("--port", type=int, default=DEFAULT_PORT, help="default: %(default)s; 0: a free one")
+    serve.add_argument("--tls-cert", metavar="F", help="PEM file of a certificate (default: one made by openssl)")
+    serve.add_argument("--tls-key", metavar="F", help="PEM file of its key")
     serve.add_argument("--max-value", type=_size, default=64 << 30, metavar="SIZE", help="largest value, e.g. 64G")
     serve.add_argument("--dead-after", type=seconds, default=T_DEAD, metavar="S",
                        help="seconds of silence after which a host is lost (default: %(default)g)")

@@ -4,7 +4,7 @@ FAKE_GPUS holds JSON: a list of GPUs, or the name of the error that nvmlInit rai
     {"uuid": "GPU-1a2b3c4d-...", "name": "NVIDIA A100",
      "mig": [GPU or null, ...]}     # present: MIG is on; null: an empty place
 Every key is optional: a query for one that is absent raises NVMLError_NotSupported. "lost": true refuses the handle;
-"bytes": true makes strings bytes, as older bindings did.
+"bytes": true makes strings bytes, as older bindings did; "memory": false makes it one whose memory NVML cannot tell.
 FAKE_GPU_LOST names a file: once it is there, the GPUs whose UUIDs it contains have fallen off the bus.
 """
 
@@ -100,4 +100,6 @@ def nvmlDeviceGetName(handle):
 
 
 def nvmlDeviceGetMemoryInfo(handle):
+    if not handle.get("memory", True):
+        raise NVMLError_NotSupported("memory")
     return _get(handle, "uuid")         # nobody looks at the numbers
