@@ -3,8 +3,10 @@
 import os
 import pathlib
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -18,6 +20,24 @@ MARK = "MINIPOOL_TEST_RUN"      # in the environment of every process that these
 os.environ[MARK] = secrets.token_hex(8)
 for _name in ("MINIPOOL_ADDRESS", "MINIPOOL_SECRET", "MINIPOOL_SECRET_FILE"):
     os.environ.pop(_name, None)     # the tests bring their own pools
+
+# What a server process of these tests resolves from a pickle is written there, by tests/audit/sitecustomize.py: nothing.
+AUDIT = str(ROOT / "tests" / "audit")
+IS_FIRST = "MINIPOOL_TEST_AUDIT" not in os.environ          # pytest-xdist's processes inherit it from the first
+if IS_FIRST:
+    os.environ["MINIPOOL_TEST_AUDIT"] = os.path.join(tempfile.mkdtemp(prefix="minipool-audit-"), "resolved")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), AUDIT]))
+
+
+def pytest_sessionfinish(session):
+    """Fail the run if any server process resolved a global from a pickle."""
+    file = pathlib.Path(os.environ["MINIPOOL_TEST_AUDIT"])
+    resolved = file.read_text() if file.exists() else ""
+    if resolved:
+        print(f"\nserver processes resolved globals from pickles:\n{resolved}", file=sys.stderr)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if IS_FIRST:
+        shutil.rmtree(file.parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +85,7 @@ def run_script(tmp_path):
     def run(text, name="program.py", **environment):
         script = tmp_path / name
         script.write_text(text)
-        path = os.pathsep.join(filter(None, [str(ROOT), environment.pop("PYTHONPATH", "")]))
+        path = os.pathsep.join(filter(None, [str(ROOT), environment.pop("PYTHONPATH", ""), AUDIT]))
         environment = {**os.environ, "PYTHONPATH": path, **environment}
         return subprocess.run([sys.executable, name], cwd=tmp_path, env=environment, capture_output=True, text=True,
                               timeout=100)

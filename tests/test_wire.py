@@ -54,7 +54,7 @@ def door(secret, instance=INSTANCE):
     finally:
         keeper.stop()
         while not admitted.empty():
-            admitted.get()[0].close()
+            admitted.get()[0].sock.close()
 
 
 def knock(address, role, key, identity=b""):
