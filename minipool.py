@@ -206,7 +206,7 @@ Check = Callable[[Any], bool]
 # what the scheduler reads of a job's options; the rest is for the worker
 _OPTIONS_READ: dict[str, tuple[type, ...]] = {
     "name": (str,), "priority": (int, float), "retries": (int,), "max_deaths": (int,), "job_timeout": (int, float),
-    "max_tasks": (int,), "on": (list, tuple, frozenset)}
+    "max_tasks": (int,), "attempts": (int,), "on": (list, tuple, frozenset)}
 
 
 def _is_number(field: Any) -> bool:
@@ -1307,7 +1307,7 @@ class Job:
     """One call: what to run, where it stands, and who has it."""
     __slots__ = ("session", "number", "sequence", "fn", "payload", "log", "name", "priority", "on", "soft", "retries",
                  "max_deaths", "limit", "cancel_running", "max_tasks", "state", "token", "worker", "estimate",
-                 "attempts", "deaths", "delivering", "size", "begun", "killed", "verdict", "history")
+                 "attempts", "earlier", "deaths", "delivering", "size", "begun", "killed", "verdict", "history")
 
     def __init__(self, session: Session, number: int, sequence: int) -> None:
         self.session, self.number = session, number
@@ -1330,6 +1330,7 @@ class Job:
         self.worker: Worker | None = None   # who runs it, or holds its outcome
         self.estimate = LONG                # seconds that the current attempt was taken for
         self.attempts = self.deaths = 0
+        self.earlier = 0                    # attempts under an earlier server, as its client says
         self.delivering = False             # finished, and its client has not said that it has the outcome
         self.size = 0                       # of the outcome, as far as it rides in messages
         self.begun = False                  # the worker said that user code runs
@@ -1514,10 +1515,10 @@ class Scheduler:
         node.info = info
         self._hear(node, now)
         self._admit(node, peer, {"name": node.name, "beat": self.beat})
-        for worker in node.workers.values():
-            for job in worker.inbox.values():
-                if job is not None and job.killed:
-                    self._kill_attempt(job, now)        # the old connection may have lost the word
+        for worker in node.workers.values():        # the old connection may have lost such words
+            for token, job in worker.inbox.items():
+                if job is None or job.killed:
+                    self._kill_process(worker, token)
 
     def _new_node(self, id: bytes, name: str, now: float) -> Node:
         taken = {node.name for node in self.nodes.values()}
@@ -1600,8 +1601,9 @@ class Scheduler:
                 self._started(worker, now, token)
             if self._current(worker, token) is None:
                 self._unassign(worker, token)
-                if kind == "begun":         # it cannot be taken back, and what comes of it is stale
+                if kind == "begun":         # what comes of it is stale: the slot is wanted for others
                     worker.inbox[token] = None
+                    self._kill_process(worker, token)
                 else:
                     forget.append(token)
             elif kind == "outcome":
@@ -1621,7 +1623,7 @@ class Scheduler:
         for session in self.sessions.values():
             for job in session.jobs.values():
                 if job.state == State.WAITING and job.payload is not None:
-                    self._put_back(job, now)
+                    self._run_anew(job, now)
 
     # ---- jobs ----
 
@@ -1652,10 +1654,17 @@ class Scheduler:
         job.on, job.soft = frozenset(options["on"]) if options.get("on") else None, bool(options.get("soft"))
         job.limit, job.cancel_running = options.get("job_timeout"), bool(options.get("cancel_running"))
         job.max_tasks = options.get("max_tasks", 0)
+        job.earlier = options.get("attempts", 0)
         if job.begun:
             self._guard_limit(job, now)
         if job.state == State.WAITING and not (self._adopting and options.get("again")):
-            self._put_back(job, now)
+            self._run_anew(job, now)
+
+    def _run_anew(self, job: Job, now: float) -> None:
+        """No worker claims it: it is new, or was lost; what may begin only once does not begin a second time."""
+        job.attempts = job.earlier
+        once = job.earlier > 0 and not job.max_deaths
+        self._put_back(job, now, once, {"what": "was lost while the server was away"})
 
     def _make_ready(self, job: Job) -> None:
         """Put a job into the heap of its class; one that its client has still to send waits for that."""
@@ -1712,7 +1721,7 @@ class Scheduler:
             self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
             self._guard_limit(job, now)
             if job.killed:                  # the cell did not show it yet when that was asked for
-                self._send(worker.node.peer, ("kill", [token], job.killed[1]))
+                self._kill_process(worker, token)
 
     def _guard_limit(self, job: Job, now: float) -> None:
         if job.limit is not None:
@@ -2140,7 +2149,13 @@ class Scheduler:
         if worker and worker.inbox.get(job.token) is job:
             self._send(worker.peer, ("recall", [job.token]))
             if job.killed:
-                self._send(worker.node.peer, ("kill", [job.token], job.killed[1]))
+                self._kill_process(worker, job.token)
+
+    def _kill_process(self, worker: Worker, token: int) -> None:
+        """Ask a worker's node to end its process, if that is still at this attempt."""
+        job = worker.inbox.get(token)
+        reason = job.killed[1] if job and job.killed else "its job is not wanted here any more"
+        self._send(worker.node.peer, ("kill", [token], reason))
 
     def _over(self, node: Node, now: float, token: int) -> None:
         """The cell did not show the attempt: its outcome is on its way, or it began just after both looked."""
@@ -3564,7 +3579,7 @@ class Client:
         else:
             payload = call.payload
             self._sent_bytes += 0 if again else len(payload)
-        options = {**call.options, "again": True} if again else call.options
+        options = {**call.options, "again": True, "attempts": future.attempts} if again else call.options
         messages.append(("submit", future._number, (self.session, call.fn.number), payload, call.log, options))
 
     def _put(self, number: int, data: bytes | Blob, messages: list[Message]) -> None:

@@ -89,6 +89,7 @@ class Record:
         self.number, self.fn, self.log, self.options = number, fn, log, options
         self.end = None                     # how it ended, once
         self.kill_asked = False
+        self.attempts = 0                   # as the server last said
         self.raises = 0                     # attempts that raised and asked for a retry, as really happened
 
 
@@ -119,6 +120,8 @@ class Client(Actor):
                 self.welcomed(message[1], [m[1] for m in frame if m[0] == "missing"])
             elif message[0] == "done":
                 self.done(*message[1:])
+            elif message[0] == "began" and message[1] in self.pending:
+                self.pending[message[1]].attempts = message[3]
             elif message[0] == "workers":
                 self.seen = len(message[1])
             elif message[0] == "range":
@@ -144,7 +147,7 @@ class Client(Actor):
         self.say(*frame, ("cancel", gone), ("kill", killed, "asked for"))
 
     def submission(self, record, again=False):
-        options = {**record.options, **({"again": True} if again else {})}
+        options = {**record.options, **({"again": True, "attempts": record.attempts} if again else {})}
         return "submit", record.number, record.fn, b"%d" % record.number, record.log, options or None
 
     def submit(self):

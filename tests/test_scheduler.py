@@ -634,6 +634,24 @@ class TestRestart:
         pool.join_worker("w2")
         assert [run[1:] for run in pool.runs()] == [(job, 1)]
 
+    def test_what_may_begin_only_once_and_nobody_claims_fails(self):
+        pool = Cluster(restarted=True)
+        job = pool.submit(again=True, attempts=1, max_deaths=0)
+        pool.pass_time(10)
+        assert pool.outcomes() == [(job, "died")]
+
+    def test_attempts_go_on_from_what_the_client_knows(self):
+        pool = Cluster(restarted=True)
+        pool.submit(number=5, again=True, attempts=2)
+        pool.pass_time(10)
+        assert pool.runs() == [("w1", 5, 3)]
+
+    def test_a_begun_job_that_nobody_wants_any_more_is_ended(self):
+        pool = Cluster(restarted=True)
+        pool.generations["w2"] = 1
+        pool.join_worker("w2", [(7, (pool.session("c1"), 99), "begun")])
+        assert pool.told("n1", "kill") == [([7], "its job is not wanted here any more")]
+
     def test_new_jobs_do_not_wait_for_adoption(self):
         pool = Cluster(restarted=True)
         job = pool.submit()
