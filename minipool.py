@@ -2431,9 +2431,9 @@ class Doorkeeper:
             os.close(self._spare)
             self._spare = -1
             self._listener.accept()[0].close()
+            log.warning("somebody was turned away: %s (`ulimit -n` sets how many descriptors there are)", error)
         with contextlib.suppress(OSError):
             self._spare = os.open(os.devnull, os.O_RDONLY)
-        log.warning("somebody was turned away: %s (`ulimit -n` sets how many descriptors there are)", error)
         time.sleep(0.05)            # they may be given back; and the log is not flooded
 
     def _hear(self, guest: _Guest) -> None:
@@ -2617,7 +2617,8 @@ class Server:
                                   name=f"minipool-peer-{peer}", daemon=True)
         try:
             thread.start()
-        except RuntimeError:            # out of threads: this peer has to come again, the others do not notice
+        except RuntimeError as error:   # out of threads: this peer has to come again, the others do not notice
+            log.warning("a %s was turned away: %s", role, error)
             return self._forget_peer(peer, connection)
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]
 
@@ -4146,6 +4147,7 @@ def _serve(options: argparse.Namespace) -> int:
         stack.enter_context(server)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: (hurry if stop.is_set() else stop).set())
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)        # a pool outlives the terminal it was started in
         _print_lines(server, options)
         if options.with_node:
             from minipool_worker import Node
