@@ -4123,7 +4123,7 @@ def _print_lines(server: Server, options: argparse.Namespace) -> None:
              f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}" + "    and Executor(tls=True)" * options.tls,
              f"  status:   {prefix}python minipool.py status --address {address}{flag}        stop: Ctrl-C"]
     if not loopback and not options.tls:
-        lines.append("  traffic is authenticated but not encrypted: use it in a network you trust, or a tunnel"
+        lines.append("  traffic is authenticated but not encrypted (--tls encrypts it): use it in a network you trust"
                      + ("" if on_terminal else "; `minipool secret` prints the secret"))
     try:
         print("\n".join(lines), flush=True)
