@@ -1684,6 +1684,7 @@ class Scheduler:
             job = self._current(worker, token)
             self._unassign(worker, token)
             if job is not None:
+                job.attempts -= 1           # it never began
                 self._put_back(job, now)
 
     def _put_back(self, job: Job, now: float, charged: bool = False, cause: dict[str, Any] | None = None) -> None:
@@ -2017,6 +2018,7 @@ class Scheduler:
         """The log raised on a worker: it gets no more of that session; nobody left means a broken session."""
         session = job.session
         session.unfit.setdefault(worker, error)
+        job.attempts -= 1
         self._put_back(job, now)
         if session.tried.keys() <= session.unfit.keys():
             self._break(session, now)
@@ -3172,10 +3174,11 @@ def pack(data: bytes, buffers: Sequence[Any] = ()) -> bytes | Blob:
     return blob if blob.size > INLINE else blob.read(0, blob.size)
 
 
-def check_size(value: bytes | Blob, limit: int, what: str) -> None:
-    """Raise TooLarge, before anything is sent, if a packed value is larger than the server allows."""
-    if isinstance(value, Blob) and value.size > limit:
-        raise TooLarge(f"{what} take {value.size} bytes; the server allows {limit} (serve --max-value)")
+def check_size(value: bytes | Blob, limit: int, what: str, fn: Any) -> None:
+    """Raise TooLarge, before anything is sent, if a packed value of `fn` is larger than the server allows."""
+    size = value.size if isinstance(value, Blob) else len(value)
+    if size > limit:
+        raise TooLarge(f"the {what} of {name_of(fn)}(): {size} bytes; the server allows {limit} (serve --max-value)")
 
 
 def decode_value(data: Any) -> Any:
@@ -3519,7 +3522,8 @@ class Client:
         entry = self.functions.function(fn)
         retry_on = options.get("retry_on", (Exception,)) if options.get("retries") else ()
         payload = pack(*self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ())))
-        check_size(payload, self.max_value, f"the arguments of {name_of(fn)}()")
+        check_size(entry.blob, self.max_value, "pickle", fn)
+        check_size(payload, self.max_value, "arguments", fn)
         wire = self._wire_options(options, fn)
         with self.lock:
             if self.broken is not None:
@@ -3607,6 +3611,7 @@ class Client:
     def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Append a call that every worker must have made before it begins a job submitted from now on."""
         data = pack(*self.functions.dumps_call(fn, args, kwargs, fn))
+        check_size(data, self.max_value, "arguments", fn)
         with self.lock:
             self._log.append(((self.session, next(self.numbers)), data))
             if self._welcomed:
@@ -4035,7 +4040,7 @@ class Executor(concurrent.futures.Executor):
         priority, limit = options.get("priority", 0), options.get("job_timeout")
         if not isinstance(priority, int | float) or priority != priority:       # NaN is no place in an order
             raise ValueError(f"priority is a number, not {priority!r}")
-        if limit is not None and not (isinstance(limit, int | float) and 0 < limit < BIGGEST):
+        if limit is not None and not (isinstance(limit, int | float) and limit is not True and 0 < limit < BIGGEST):
             raise ValueError(f"job_timeout is a number of seconds above 0, not {limit!r}")
         for name in {"on", "prefer", "retry_on"} & set(options):                # these take one thing or several
             if options[name] is not None:

@@ -349,9 +349,9 @@ class Worker:
             os.environ["MINIPOOL_JOB"] = minipool.job_id(attempt.job)
             minipool._running.job = lambda: self._describe(attempt)
             status, value = OK, minipool.encode_value(fn(*args, **kwargs))
-            minipool.check_size(value, self._max_value, "the results")
+            minipool.check_size(value, self._max_value, "result", fn)
         except BaseException as error:          # SystemExit and KeyboardInterrupt too: the job's, not the worker's
-            status, value = RAISED, minipool.encode_exception(error, self._where)
+            status, value = RAISED, self._encode_failure(error, self._max_value)
             with contextlib.suppress(Exception):
                 retry = bool(retry_on and isinstance(error, retry_on))
         self._finish(attempt, status, value, time.perf_counter() - began, retry)
@@ -390,11 +390,16 @@ class Worker:
                 fn(*args, **kwargs)
                 state.applied += 1
             except BaseException as error:
-                value = minipool.encode_exception(error, self._where)
-                if isinstance(value, Blob):     # too long to ride in a message
-                    value = minipool.encode_exception(RuntimeError(str(error)[:1000]), self._where)
-                state.unfit = bytes(value)      # type: ignore[arg-type]
+                state.unfit = bytes(self._encode_failure(error, minipool.INLINE))      # type: ignore[arg-type]
         return state.unfit
+
+    def _encode_failure(self, error: BaseException, limit: int) -> bytes | Blob:
+        """Return an exception as it travels; of one that is too long the beginning of its text."""
+        value = minipool.encode_exception(error, self._where)
+        if (value.size if isinstance(value, Blob) else len(value)) > limit:
+            cut = minipool.RemoteError(type(error).__qualname__, str(error)[:1000] + " [...]")
+            value = minipool.encode_exception(cut, self._where)
+        return value
 
     def _function(self, name: Name) -> Any:
         fn = self._functions.get(name)
@@ -426,6 +431,9 @@ class Worker:
     def _on_lost(self) -> None:
         with self._lock:
             self._welcomed = False
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass                    # a job closed its standard streams: their numbers must not become our socket
+        os.close(descriptor)
         if isinstance(self.peer.trouble, minipool.VersionMismatch):
             os._exit(5)
 
@@ -869,7 +877,7 @@ class Supervisor:
     def _on_death(self, child: Child) -> None:
         """A worker process is no more: say so, with the cell's word on whom to blame, and start another."""
         self._kill_group(child)             # grandchildren that stayed in the group
-        oom_kills = _oom_kills(child.process.pid)       # while it is a zombie
+        oom_kills = dict([_oom_kills(os.getpid()), _oom_kills(child.process.pid)])      # while it is a zombie
         exitcode = child.process.exitcode
         self._bury(child)
         token, successes = child.cell
@@ -883,11 +891,12 @@ class Supervisor:
             back_off = self._back_off(child, bool(successes or child.killed))
             child.start_at = _NEVER if child.lost else time.monotonic() + back_off
 
-    def _cause(self, child: Child, exitcode: int | None, oom_kills: tuple[str, int]) -> dict[str, Any]:
+    def _cause(self, child: Child, exitcode: int | None, oom_kills: dict[str, int]) -> dict[str, Any]:
         """Return the cause of a death in words and numbers."""
         code = exitcode or 0
-        cgroup, kills = oom_kills
-        was_oom, self._oom_kills[cgroup] = kills > self._oom_kills.get(cgroup, 0), kills
+        # of a cgroup that we hear of now, all kills are news; but "/" may be what version 1 says of the dead
+        was_oom = any(n > self._oom_kills.get(path, n if path == "/" else 0) for path, n in oom_kills.items())
+        self._oom_kills |= oom_kills
         if child.killed:
             what = f"was killed: {child.killed}"
         elif code < 0:
@@ -953,16 +962,16 @@ class Supervisor:
     def _watch_devices(self) -> None:
         """Ask NVML now and then whether a GPU is lost; in a thread of its own, as a broken driver may never answer."""
         gpus = {lock for lock in {slot.lock or "" for slot in self.slots} if lock.startswith(("GPU-", "MIG-"))}
-        with contextlib.suppress(Exception):        # without NVML there is nothing to hear
-            nvml = importlib.import_module("pynvml") if gpus else None
-            while nvml and self._stop_at is None:
-                for uuid in sorted(gpus):
-                    try:
-                        nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid))
-                    except nvml.NVMLError_GpuIsLost as error:
+        while gpus and self._stop_at is None:
+            for uuid in sorted(gpus):
+                try:
+                    nvml = importlib.import_module("pynvml")
+                    nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid))
+                except Exception as error:          # any other is about the question, not the GPU
+                    if "GpuIsLost" in type(error).__name__:
                         gpus.discard(uuid)
                         self._on_batch([("device_lost", uuid, str(error))])
-                time.sleep(DEVICE_SECONDS)
+            time.sleep(DEVICE_SECONDS)
 
     def _on_device_lost(self, lock: str, text: str) -> None:
         """End the workers of a GPU that is lost, for good; those of the others do not notice."""
@@ -1053,6 +1062,8 @@ def child_main(lifeline: socket.socket) -> int:
         return 1
     job = json.loads(line)
     options = job["options"]
+    logging.basicConfig(stream=_stderr, format="%(name)s: %(message)s",
+                        level=(os.environ.get("MINIPOOL_LOG") or "warning").upper())
     server = None
     try:
         found = _slots_from(options)

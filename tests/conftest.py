@@ -21,7 +21,7 @@ os.environ[MARK] = secrets.token_hex(8)
 for _name in ("MINIPOOL_ADDRESS", "MINIPOOL_SECRET", "MINIPOOL_SECRET_FILE"):
     os.environ.pop(_name, None)     # the tests bring their own pools
 
-# What a server process of these tests resolves from a pickle is written there, by tests/audit/sitecustomize.py: nothing.
+# What a server process of these tests resolves from a pickle is written there by tests/audit/sitecustomize.py: nothing.
 AUDIT = str(ROOT / "tests" / "audit")
 IS_FIRST = "MINIPOOL_TEST_AUDIT" not in os.environ          # pytest-xdist's processes inherit it from the first
 if IS_FIRST:
