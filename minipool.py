@@ -71,6 +71,7 @@ import select
 import selectors
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -207,6 +208,7 @@ Check = Callable[[Any], bool]
 _OPTIONS_READ: dict[str, tuple[type, ...]] = {
     "name": (str,), "priority": (int, float), "retries": (int,), "max_deaths": (int,), "job_timeout": (int, float),
     "max_tasks": (int,), "attempts": (int,), "on": (list, tuple, frozenset)}
+_NUMBERS = [name for name, accepted in _OPTIONS_READ.items() if int in accepted]
 
 
 def _is_number(field: Any) -> bool:
@@ -226,8 +228,8 @@ def _is_value(field: Any) -> bool:
 def _are_options(field: Any) -> bool:
     return field is None or (
         type(field) is dict
-        and all(isinstance(field[name], accepted) and field[name] == field[name]        # which NaN is not
-                for name, accepted in _OPTIONS_READ.items() if name in field)
+        and all(isinstance(field[name], accepted) for name, accepted in _OPTIONS_READ.items() if name in field)
+        and all((-BIGGEST if name == "priority" else -1) < field[name] < BIGGEST for name in _NUMBERS if name in field)
         and all(type(tag) is str for tag in field.get("on", ())))
 
 
@@ -246,8 +248,12 @@ _CHECKS: dict[Any, Check] = {
     "name": _is_name, "value": _is_value, "options": _are_options,
     "int?": _one_of(int, type(None)), "bytes?": _one_of(bytes, type(None)), "dict?": _one_of(dict, type(None)),
     "numbers": _list_of(_is_number), "names": _list_of(_is_name), "texts": _list_of(_one_of(str)),
-    "attempts": _list_of(lambda item: type(item) is tuple and len(item) == 3
-                         and _is_number(item[0]) and _is_name(item[1])),
+    "attempts": _list_of(lambda item: type(item) is tuple and len(item) == 3 and _is_name(item[1])
+                         and _is_number(item[0]) and item[0] < BIGGEST // 2),       # the server counts on from there
+    "length": lambda field: _is_number(field) and field <= RANGE,
+    "positions": lambda field: type(field) is dict and all(
+        type(session) is bytes and _is_number(position) for session, position in field.items()),
+    "cause": lambda field: type(field) is dict and all(type(what) in (str, int, bool) for what in field.values()),
     "any": _one_of(int, float, bool, str, bytes, list, dict, tuple, type(None)),
 }
 
@@ -278,7 +284,7 @@ ANNOUNCED = {
     "client": _fields(session=bytes, python=str, name=str, max_workers="int?", workers_seen=int),
     "node": _fields(id=bytes, python=str, name=str, host=str, pid=int, slots=list),
     "worker": _fields(id=bytes, python=str, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
-                      has="names", positions=dict),
+                      has="names", positions="positions"),
 }
 
 # a job's life
@@ -307,7 +313,7 @@ _message("kill", "client server", "end these running attempts by ending their wo
          "to a node: tokens)", numbers="numbers", reason=str)
 _message("over", "node", "the attempt to be killed had already ended", token=int)
 _message("died", "node", "this worker process is no more; token: what its cell showed (0: it was idle)",
-         worker=bytes, token=int, cause=dict)
+         worker=bytes, token=int, cause="cause")
 
 # a session's log: what every worker must have run before the session's jobs
 _message("log", "client server", "entry number position of a session's log is this object",
@@ -316,7 +322,8 @@ _message("broken", "server", "every worker that tried the session's log is unfit
 _message("leave", "server", "forget this session: its functions, its log, its globals", session=bytes)
 
 # large values
-_message("pull", "client worker server", "send me this range of an object", name="name", offset=int, length=int)
+_message("pull", "client worker server", "send me this range of an object", name="name", offset=int,
+         length="length")
 _message("range", "client worker server", "a range; its bytes follow the frame, their SHA-256 is here",
          name="name", offset=int, digest=bytes)
 _message("gone", "client worker server", "nobody holds this object", name="name")
@@ -1395,10 +1402,10 @@ class Scheduler:
         known = self._peers.get(peer)
         if isinstance(known, Worker | Node):        # any byte from a host is its heartbeat
             self._hear(known.node if isinstance(known, Worker) else known, now)
-        for message in messages:
-            if known is None and message[0] not in ("client", "node", "worker"):
+        for place, message in enumerate(messages):
+            if known is None and (place or message[0] not in ANNOUNCED):
                 break                       # of a connection that was superseded, or whose owner was given up
-            if known is not None and message[0] in ("client", "node", "worker"):
+            if known is not None and message[0] in ANNOUNCED:
                 raise Malformed("only the first message is an announcement")
             self._handlers[message[0]](known or peer, now, *message[1:])
             known = self._peers.get(peer)
@@ -1512,7 +1519,7 @@ class Scheduler:
     def _node(self, peer: Any, now: float, info: dict[str, Any]) -> None:
         """Admit a node; a name that another host has gets a suffix."""
         node = self.nodes.get(info["id"]) or self._new_node(info["id"], info["name"], now)
-        node.info = info
+        node.info = {name: info[name] for name in ANNOUNCED["node"] if name in info}
         self._hear(node, now)
         self._admit(node, peer, {"name": node.name, "beat": self.beat})
         for worker in node.workers.values():        # the old connection may have lost such words
@@ -1587,7 +1594,9 @@ class Scheduler:
 
     def _reconcile(self, worker: Worker, listed: dict[int, tuple[Name, str]], now: float) -> None:
         """Settle what a worker holds: assigned but unlisted goes back, listed but unassigned is adopted or dropped."""
-        self._take_back(worker, [t for t in (*worker.inbox, *worker.delivering) if t not in listed], now)
+        held = {**worker.inbox, **worker.delivering}
+        self._take_back(worker, [token for token, job in held.items() if token not in listed or (
+            job is not None and listed[token][0] != (job.session.id, job.number))], now)
         resend, forget = [], []
         for token, (name, kind) in listed.items():
             self._token = max(self._token, token)
@@ -1628,10 +1637,12 @@ class Scheduler:
     # ---- jobs ----
 
     def _put(self, session: Session, now: float, name: Name, size: int, data: bytes | None) -> None:
-        session.objects[name] = (size, data)
+        if name[0] == session.id:       # who names what is another's is not heard
+            session.objects[name] = (size, data)
 
     def _drop(self, session: Session, now: float, names: list[Any]) -> None:
         """Forget objects that nobody will ask for again, here and in the workers."""
+        names = [name for name in names if name[0] == session.id]
         for name in names:
             session.objects.pop(name, None)
             session.estimates.pop(name, None)
@@ -2071,13 +2082,15 @@ class Scheduler:
 
     def _died(self, node: Node, now: float, worker_id: bytes, token: int | None, cause: dict[str, Any]) -> None:
         """A node's word on the death of its worker is final, and its cell's token says who is to blame."""
+        worker = self.workers.get(worker_id)
+        if worker is not None and worker.node is not node:
+            return
         slot, generation = worker_id[:16], worker_id[16:]
         self._dead[slot] = max(self._dead.pop(slot, b""), generation)
         while len(self._dead) > MOURNED:
             del self._dead[next(iter(self._dead))]
         if "lost" in cause:
-            node.info["lost"] = [*node.info.get("lost", ()), str(cause["lost"])]
-        worker = self.workers.get(worker_id)
+            node.info["lost"] = [*node.info.get("lost", ()), cause["lost"]]
         if worker is not None:
             self._lose(worker, now, token, cause)
 
@@ -2328,10 +2341,12 @@ def secret_path() -> str:
 
 def _read_secret(path: str) -> Secret:
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             status, text = os.fstat(file.fileno()), file.read(4096)
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"the secret file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise Refused(f"the secret file {path} is no file")
     if status.st_uid not in (os.getuid(), 0):
         raise Refused(f"the secret file {path} belongs to another user")
     if status.st_mode & 0o077:
@@ -2632,7 +2647,7 @@ class Server:
                 connection.post([refusal])
                 connection.flush()
                 return
-            while not self._stopping.is_set():
+            while peer in self._connections:        # else it said goodbye, or was superseded
                 if log.isEnabledFor(logging.DEBUG):
                     log.debug("< %d %s", peer, ", ".join(map(brief, messages)))
                 self._perform(Scheduler.receive, peer, messages)
@@ -2662,7 +2677,7 @@ class Server:
                 if connection := self._connections.get(peer):
                     connection.post(messages)
                     touched.append(connection)
-            closing = [self._connections[p] for p in actions.closes if p in self._connections]
+            closing = [self._connections.pop(p) for p in actions.closes if p in self._connections]
             deadline = self._scheduler.deadline
             if deadline is not None and deadline < self._planned:
                 self._clock.notify()
@@ -2677,7 +2692,7 @@ class Server:
                 now, deadline = time.monotonic(), self._scheduler.deadline
                 self._planned = now + 60 if deadline is None else deadline
                 if self._planned > now and not self._stopping.is_set():
-                    self._clock.wait(self._planned - now)
+                    self._clock.wait(min(60, self._planned - now))
                     self._planned = 0.0
                     continue            # the deadline may have moved meanwhile
             try:
@@ -3859,7 +3874,7 @@ def _check_whole(**values: Any) -> None:
         value = values.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise TypeError(f"{name} must be an integer or None, not {value!r}")
-        if value is not None and value < least:
+        if value is not None and not least <= value < BIGGEST:
             raise ValueError(f"{name} must be {words}, not {value}")
 
 
@@ -4038,7 +4053,7 @@ class Executor(concurrent.futures.Executor):
             raise TypeError(f"options() got unknown {', '.join(unknown)}; known are {', '.join(sorted(_OPTIONS))}")
         _check_whole(**options)
         priority, limit = options.get("priority", 0), options.get("job_timeout")
-        if not isinstance(priority, int | float) or priority != priority:       # NaN is no place in an order
+        if not (isinstance(priority, int | float) and -BIGGEST < priority < BIGGEST):   # NaN is no place in an order
             raise ValueError(f"priority is a number, not {priority!r}")
         if limit is not None and not (isinstance(limit, int | float) and limit is not True and 0 < limit < BIGGEST):
             raise ValueError(f"job_timeout is a number of seconds above 0, not {limit!r}")
