@@ -3032,7 +3032,7 @@ as_completed = concurrent.futures.as_completed
 wait = concurrent.futures.wait
 
 _PENDING, _RUNNING = concurrent.futures._base.PENDING, concurrent.futures._base.RUNNING
-_CANCELLED, _FINISHED = concurrent.futures._base.CANCELLED, concurrent.futures._base.FINISHED
+_CANCELLED = concurrent.futures._base.CANCELLED
 
 
 class JobInfo(NamedTuple):
@@ -3061,7 +3061,8 @@ def job_id(name: Name) -> str:
 class _Call(NamedTuple):
     """What it takes to send a job, and to send it again."""
     fn: Entry
-    payload: bytes | Blob
+    payload: Value
+    inline: int                 # bytes of the payload that ride inside the message
     log: int                    # how much of the session's log a worker must have applied before it
     options: dict[str, Any]     # those that the server needs to know
 
@@ -3110,14 +3111,13 @@ class Future(concurrent.futures.Future[Any]):
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return the job's exception, None if it has a value; TimeoutError after `timeout` seconds."""
         super().exception(timeout)
-        if self._raw and self._condition._is_owned():       # type: ignore[attr-defined]
-            # wait(FIRST_EXCEPTION) asks, which holds the conditions of all its futures: no user code under them
-            return None if self._raw[0] == OK else RemoteError("not decoded yet")
-        self._decode()
+        # wait(FIRST_EXCEPTION) asks, which holds the conditions of all its futures: no user code under them
+        if not self._condition._is_owned():     # type: ignore[attr-defined]
+            self._decode()
         return super().exception(0)
 
     def _get_snapshot(self) -> Any:         # asyncio reads this from Python 3.14 on
-        if self._state == _FINISHED:
+        if self.done():
             self._decode()
         return super()._get_snapshot()      # type: ignore[misc]
 
@@ -3153,16 +3153,13 @@ class Future(concurrent.futures.Future[Any]):
         return face
 
     def _settle(self, status: str, value: Any) -> None:
-        """End the future, unless it was cancelled; waiters wake, callbacks go to their thread."""
-        self = self._face() or self
-        with self._condition:
-            if self._state not in (_PENDING, _RUNNING):
-                return
-            self._raw, self._state = (status, value), _FINISHED
-            for waiter in self._waiters:
-                (waiter.add_result if status == OK else waiter.add_exception)(self)
-            self._condition.notify_all()
-        self._invoke_callbacks()
+        """End the future with an outcome to be decoded; waiters wake, callbacks go to their thread."""
+        self._raw = status, value
+        face = self._face() or self
+        if status == OK:
+            face.set_result(None)
+        else:
+            face.set_exception(RemoteError("not decoded yet"))
 
     def _invoke_callbacks(self) -> None:
         invoke = super()._invoke_callbacks                  # type: ignore[misc]
@@ -3229,14 +3226,14 @@ class Client:
         self._name, self._max_workers = name, max_workers
         self._patience = float("inf")                   # seconds of an outage that are ridden out
         # all below is guarded by lock
-        self._changed = threading.Condition(self.lock)  # a future ended, a worker came or went, an answer came
+        self._changed = threading.Condition(self.lock)  # a worker came or went, an answer came
         self.unfinished: dict[int, Future] = {}         # every future without an outcome
         self._sent: dict[int, Future] = {}              # those the server has
         self._sent_bytes = 0
         self._backlog: list[tuple[float, int]] = []     # a heap of those it has not: (-priority, number)
         self._lowest = 0.0                              # priority among the sent
         self._known_objects: set[int] = set()           # what the server has of ours, on this connection
-        self._log: list[tuple[Name, bytes | Blob]] = []     # what every worker must have run before our jobs
+        self._log: list[tuple[int, bytes | Blob]] = []  # what every worker must have run before our jobs
         self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
         self._answers: dict[int, Any] = {}
         self._credit = CREDIT_JOBS
@@ -3274,10 +3271,11 @@ class Client:
             raise TypeError(f"submit() needs something callable, not {type(fn).__name__}")
         entry = self.functions.function(fn)
         retry_on = options.get("retry_on", (Exception,)) if options.get("retries") else ()
-        payload = pack(*self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ())))
-        if isinstance(payload, Blob) and payload.size > self.max_value:
-            raise TooLarge(f"the arguments of {name_of(fn)}() take {payload.size} bytes; the server allows "
+        packed = pack(*self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ())))
+        if isinstance(packed, Blob) and packed.size > self.max_value:
+            raise TooLarge(f"the arguments of {name_of(fn)}() take {packed.size} bytes; the server allows "
                            f"{self.max_value} (serve --max-value)")
+        inline = 0 if isinstance(packed, Blob) else len(packed)
         wire = self._wire_options(options, fn)
         with self.lock:
             if self.broken is not None:
@@ -3285,7 +3283,8 @@ class Client:
             if self.closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             number = next(self.numbers)
-            future = Future(self, number, view, _Call(entry, payload, len(self._log), wire))
+            call = _Call(entry, self._share(number, packed), inline, len(self._log), wire)
+            future = Future(self, number, view, call)
             self.unfinished[number] = future
             heapq.heappush(self._backlog, (-wire.get("priority", 0), number))
             self._send_backlog()
@@ -3305,13 +3304,9 @@ class Client:
 
     def _send_backlog(self) -> None:
         """Send what the credit allows, most urgent first. Holds the lock; somebody flushes."""
-        connection = self.peer.connection
-        if not connection or not self._welcomed:
-            return
         if not self._sent:
             self._lowest = float("inf")
-        messages: list[Message] = []
-        while self._backlog:
+        while self._backlog and self._welcomed:
             priority, number = -self._backlog[0][0], self._backlog[0][1]
             future = self.unfinished.get(number)        # None: cancelled here
             share = 1 if priority > self._lowest else URGENT_SHARE
@@ -3321,37 +3316,40 @@ class Client:
             heapq.heappop(self._backlog)
             if future:
                 self._lowest = min(self._lowest, priority)
-                self._send_job(future, messages)
-        if messages:
-            connection.post(messages)
+                self._post_job(future)
 
-    def _send_job(self, future: Future, messages: list[Message], again: bool = False) -> None:
-        """Add the messages that send one job, with its function if this server has not got it."""
-        call = future._call
+    def _post_job(self, future: Future) -> None:
+        """Post one job, with its function if this server has not got it."""
+        number, call = future._number, future._call
         assert call
-        self._sent[future._number] = future
-        self._put(call.fn.number, call.fn.blob, messages)
-        payload: Value
-        if isinstance(call.payload, Blob):
-            payload = ((self.session, future._number), call.payload.size)
-            self.peer.values[payload[0]] = call.payload
+        options = call.options
+        if number in self._sent:
+            options = {**options, "again": True}
         else:
-            payload = call.payload
-            self._sent_bytes += 0 if again else len(payload)
-        options = {**call.options, "again": True} if again else call.options
-        messages.append(("submit", future._number, (self.session, call.fn.number), payload, call.log, options))
+            self._sent[number] = future
+            self._sent_bytes += call.inline
+        self._put(call.fn.number, call.fn.blob)
+        self._post(("submit", number, (self.session, call.fn.number), call.payload, call.log, options))
 
-    def _put(self, number: int, data: bytes | Blob, messages: list[Message]) -> None:
-        """Add what makes an object known to the server: its bytes if small, else its size."""
-        if number in self._known_objects:
-            return
-        self._known_objects.add(number)
-        name, packed = (self.session, number), pack(data) if isinstance(data, bytes) else data
-        if isinstance(packed, Blob):
-            self.peer.values[name] = packed
-            messages.append(("put", name, packed.size, None))
-        else:
-            messages.append(("put", name, len(packed), packed))
+    def _put(self, number: int, data: bytes | Blob) -> None:
+        """Make an object known to the server, unless it is."""
+        if number not in self._known_objects:
+            self._known_objects.add(number)
+            value = self._share(number, pack(data) if isinstance(data, bytes) else data)
+            put = (*value, None) if isinstance(value, tuple) else ((self.session, number), len(value), value)
+            self._post(("put", *put))
+
+    def _share(self, number: int, data: bytes | Blob) -> Value:
+        """Return what a message says of some data: itself if small, else name and size, to be pulled from here."""
+        if not isinstance(data, Blob):
+            return data
+        self.peer.values[self.session, number] = data
+        return (self.session, number), data.size
+
+    def _post(self, message: Message) -> None:
+        """Leave a message for the next flush, or for the next announcement. The caller holds the lock."""
+        if self.peer.connection:
+            self.peer.connection.post((message,))
 
     def _evicted(self, entry: Entry) -> None:
         """A function's pickle left the cache: nobody will ask for it again, unless a job is still out with it."""
@@ -3366,16 +3364,15 @@ class Client:
         """Append a call that every worker must have made before it begins a job submitted from now on."""
         data = pack(*self.functions.dumps_call(fn, args, kwargs, fn))
         with self.lock:
-            self._log.append(((self.session, next(self.numbers)), data))
+            self._log.append((next(self.numbers), data))
             if self._welcomed:
                 self._send_log(len(self._log) - 1)
 
     def _send_log(self, known: int) -> None:
-        messages: list[Message] = []
-        for position, (name, data) in enumerate(self._log[known:], known):
-            self._put(name[1], data, messages)
-            messages.append(("log", self.session, position, name))
-        self.peer.send(*messages)
+        for position, (number, data) in enumerate(self._log[known:], known):
+            self._put(number, data)
+            self._post(("log", self.session, position, (self.session, number)))
+        self.peer.send()
 
     def cancelled(self, future: Future) -> None:
         """A future was cancelled here: that decides it, and the server is told. The caller holds the lock."""
@@ -3429,7 +3426,7 @@ class Client:
             connection, numbers = self.peer.connection, self._delivered
             if connection and numbers:
                 self._delivered = []
-                connection.post([("delivered", numbers)])
+                self._post(("delivered", numbers))
             return bool(connection and connection.waiting)
 
     def _on_welcome(self, info: dict[str, Any]) -> None:
@@ -3443,11 +3440,9 @@ class Client:
 
     def _on_missing(self, numbers: list[int]) -> None:
         """The server does not know these (it is a new one, or they were lost on the way): send them again."""
-        messages: list[Message] = []
         for number in numbers:
             if future := self._sent.get(number):
-                self._send_job(future, messages, again=True)
-        self.peer.send(*messages)
+                self._post_job(future)
 
     def _on_began(self, number: int, worker: str, attempts: int) -> None:
         if future := self._sent.get(number):
@@ -3462,38 +3457,31 @@ class Client:
             self._delivered.append(number)      # told twice: the first acknowledgement was lost
             return
         future.worker, future.attempts = worker, attempts
-        if type(value) is tuple:
-            self.peer.pull(value[0], value[1], lambda data: self._pulled(future, status, data))
-        else:
-            self._finish(future, status, value)
+        if type(value) is not tuple:
+            return self._finish(future, status, value)
 
-    def _pulled(self, future: Future, status: str, data: Any) -> None:
-        """A large outcome is here; or its holder is lost, and the job runs again by itself."""
-        if data is not None:
-            with self.lock:
-                self._finish(future, status, data)
-                self._send_backlog()
-            self.peer.send()
+        def fetched(data: Any) -> None:
+            if data is not None:        # else its holder is lost, and the job runs again by itself
+                self._on_batch([("done", number, status, data, worker, attempts)])      # now as if it were small
+        self.peer.pull(value[0], value[1], fetched)
 
     def _finish(self, future: Future, status: str, value: Any) -> None:
-        if future._number in self._sent:
-            self._delivered.append(future._number)
-        self._retire(future)
-        future._settle(status, value)
+        """End a future that has not ended, with an outcome that the server may forget."""
+        if future._number in self.unfinished:
+            if future._number in self._sent:
+                self._delivered.append(future._number)
+            self._retire(future)
+            future._settle(status, value)
 
     def _retire(self, future: Future) -> None:
         """Forget a job that has ended: nothing is kept that it alone needed."""
         self.unfinished.pop(future._number, None)
+        self.peer.values.pop((self.session, future._number), None)
         call, future._call = future._call, None
         if self._sent.pop(future._number, None) and call:
-            if isinstance(call.payload, Blob):
-                self.peer.values.pop((self.session, future._number), None)
-            else:
-                self._sent_bytes -= len(call.payload)
-        if not self.unfinished:
-            self._changed.notify_all()
-            if self.closing:
-                self.later(self._end)
+            self._sent_bytes -= call.inline
+        if self.closing and not self.unfinished:
+            self.later(self._end)
 
     def _on_broken(self, value: Value) -> None:
         def error() -> BaseException:
@@ -3507,8 +3495,7 @@ class Client:
         """Fail everything that waits, each future with an exception of its own, made where it is asked for."""
         self.broken = error
         for future in list(self.unfinished.values()):
-            self._retire(future)
-            future._settle(DIED, error)
+            self._finish(future, DIED, error)
 
     def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
         self.workers, self._credit = workers, credit
@@ -3554,12 +3541,10 @@ class Client:
 
     def close(self, wait: bool = True) -> None:
         """Take no more jobs; once all have ended, end the connection, the threads and the child."""
-        with self._changed:
+        with self.lock:
             self.closing = True
             if not self.unfinished:
                 self.later(self._end)
-            if wait:
-                self._changed.wait_for(lambda: not self.unfinished)
         if wait and self._callback_thread is not threading.current_thread():
             self._callback_thread.join()
 
