@@ -3204,18 +3204,17 @@ class ChildProcess:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the child has ended."""
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+        return self._process.returncode is not None
 
 
 class Client:
     """One connection to a server, and everything that waits on it. Executors are its views."""
 
-    def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None,
-                 connect_timeout: float, reconnect_timeout: float, child: ChildProcess | None = None) -> None:
+    def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None = None,
+                 connect_timeout: float, reconnect_timeout: float, child: ChildProcess | None = None,
+                 initializer: Callable[..., object] | None = None, initargs: Iterable[Any] = ()) -> None:
         self.child = child                              # the embedded pool; it ends with this client
         self.session = secrets.token_bytes(16)
         self.lock = threading.RLock()
@@ -3241,6 +3240,7 @@ class Client:
         self.broken: Callable[[], BaseException] | None = None  # makes what every call and future then raises
         self.closing = False                            # it takes no more jobs, and ends with the last
         self._callbacks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self.later = self._callbacks.put    # run it on the callback thread; no lock is taken: a collector may call this
         self._callback_thread = threading.Thread(target=self._run_callbacks, name="minipool-callbacks", daemon=True)
         self.peer = Peer("client", address, secret.role_key, lock=self.lock, announce=self._announce,
                          on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered)
@@ -3248,14 +3248,15 @@ class Client:
         self.peer.start()
         final = Refused, VersionMismatch                # trying again does not help
         try:
+            if initializer is not None:
+                self.add_to_log(initializer, tuple(initargs), {})
             with self._changed:         # until the first welcome
                 self._changed.wait_for(lambda: self._welcomed or isinstance(self.peer.trouble, final), connect_timeout)
-                welcomed, trouble = self._welcomed, self.peer.trouble
-            if isinstance(trouble, final):
-                raise trouble
-            if not welcomed:
-                raise ServerLost(f"no minipool server at {format_address(*address)} within {connect_timeout:g} s "
-                                 f"({trouble}): start one there with `minipool serve`, or check the address")
+                trouble = self.peer.trouble
+                if not self._welcomed:
+                    raise trouble if isinstance(trouble, final) else ServerLost(
+                        f"no minipool server at {format_address(*address)} within {connect_timeout:g} s ({trouble}): "
+                        "start one there with `minipool serve`, or check the address")
         except BaseException:
             self.close()
             raise
@@ -3521,10 +3522,6 @@ class Client:
 
     # ---- callbacks and the end ----
 
-    def later(self, callback: Callable[[], object]) -> None:
-        """Run something on the callback thread; takes no lock, so that a collector may call it."""
-        self._callbacks.put(callback)
-
     def _run_callbacks(self) -> None:
         """Run callbacks, and after the last one end all that this client started: nobody waits for it in vain."""
         while (callback := self._callbacks.get()) is not None:
@@ -3550,7 +3547,7 @@ class Client:
 
     def _end(self) -> None:
         with self.lock:     # under which the last future's callbacks were queued: before this
-            self._callbacks.put(None)
+            self.later(None)
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()       # those that are open
@@ -3581,20 +3578,21 @@ if hasattr(os, "register_at_fork"):
 
 
 _OPTIONS = {"retries", "retry_on", "priority", "on", "prefer", "name", "max_deaths", "weak", "timeout"}
-_said: set[str] = set()         # sentences for stderr that this process has had
+_said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
-# whole numbers among arguments and options: the smallest, in the standard library's words where it has some
-_WHOLE = {"max_workers": (1, "greater than 0"), "max_tasks_per_child": (1, ">= 1"), "buffersize": (1, "None or > 0"),
-          "retries": (0, ">= 0"), "max_deaths": (0, ">= 0")}
+# numbers among arguments and options: type, the smallest, in the standard library's words where it has some
+_NUMBERS = {"max_workers": (int, 1, "greater than 0"), "max_tasks_per_child": (int, 1, ">= 1"),
+            "buffersize": (int, 1, "None or > 0"), "chunksize": (int, 1, ">= 1"), "retries": (int, 0, ">= 0"),
+            "max_deaths": (int, 0, ">= 0"), "priority": (int | float, float("-inf"), "a number")}
 
 
-def _check_whole(**values: Any) -> None:
-    """Check those of these values that must be whole numbers; None is the same as not given."""
-    for name, (least, words) in _WHOLE.items():
+def _check_numbers(**values: Any) -> None:
+    """Check the numbers among these values; None is the same as not given."""
+    for name, (kind, least, words) in _NUMBERS.items():
         value = values.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise TypeError(f"{name} must be an integer or None, not {value!r}")
-        if value is not None and value < least:
+        if isinstance(value, bool) or not isinstance(value, kind | None):
+            raise TypeError(f"{name} must be {kind | None}, not {value!r}")
+        if value is not None and not value >= least:        # NaN is no place in an order
             raise ValueError(f"{name} must be {words}, not {value}")
 
 
@@ -3609,15 +3607,9 @@ def _several(name: str, value: Any) -> tuple[Any, ...]:
     return values
 
 
-class _Chunk:
-    """Several calls of one function as one job: what `map(chunksize=)` sends."""
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn = fn
-        self.__name__ = name_of(fn)
-
-    def __call__(self, chunk: tuple[tuple[Any, ...], ...]) -> list[Any]:
-        return [self.fn(*args) for args in chunk]
+def _call_each(fn: Callable[..., Any], *chunk: tuple[Any, ...]) -> list[Any]:
+    """Make several calls of one function as one job: what `map(chunksize=)` sends."""
+    return [fn(*args) for args in chunk]
 
 
 class Executor(concurrent.futures.Executor):
@@ -3636,13 +3628,13 @@ class Executor(concurrent.futures.Executor):
                  max_workers: int | None = None, initializer: Callable[..., object] | None = None,
                  initargs: tuple[Any, ...] = (), max_tasks_per_child: int | None = None, name: str | None = None,
                  connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
-        if isinstance(address, int) and not isinstance(address, bool):
+        if type(address) is int:
             address, max_workers = None, address
         if address is not None and not isinstance(address, str):
             raise TypeError(f"address is text such as 'host:port', not {type(address).__name__}")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        _check_whole(max_workers=max_workers, max_tasks_per_child=max_tasks_per_child)
+        _check_numbers(max_workers=max_workers, max_tasks_per_child=max_tasks_per_child)
         self._options: dict[str, Any] = {}
         self._parent: Executor | None = None
         self._closed = False            # this view
@@ -3658,27 +3650,18 @@ class Executor(concurrent.futures.Executor):
             key = find_secret(secret)
         self._client = Client(parse_address(where), key, name=name or os.path.basename(sys.argv[0] or "python"),
                               max_workers=limit, connect_timeout=connect_timeout, reconnect_timeout=patience,
-                              child=child)
+                              child=child, initializer=initializer, initargs=initargs)
         # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
         end = functools.partial(self._client.close, wait=False)
         weakref.finalize(self, self._client.later, end).atexit = False      # a collector takes no lock
-        if initializer is not None:
-            try:
-                self._client.add_to_log(initializer, tuple(initargs), {})
-            except BaseException:
-                self._client.close()
-                raise
-        if address is None and child:
-            self._say_embedded(child.answer["devices"])
+        if address is None and child and not _said:
+            _said.append(True)
+            self._say_embedded(collections.Counter(child.answer["devices"]))
 
     @staticmethod
-    def _say_embedded(devices: list[str]) -> None:
-        """Say once per process what was started, so that nobody believes to be on a cluster."""
-        if "embedded" in _said:
-            return
-        _said.add("embedded")
-        counts = collections.Counter(devices).items()
-        text = ", ".join(f"{n} worker{'s' * (n > 1)} on {device}" for device, n in counts)
+    def _say_embedded(devices: dict[str, int]) -> None:
+        """Say what was started, so that nobody believes to be on a cluster."""
+        text = ", ".join(f"{n} worker{'s' * (n > 1)} on {device}" for device, n in devices.items())
         line = (f"minipool: embedded pool, {text}, {os.cpu_count()} cores (max_workers= for more, MINIPOOL_ADDRESS= "
                 "for a server)")
         if is_server_running():
@@ -3708,31 +3691,27 @@ class Executor(concurrent.futures.Executor):
         `timeout` seconds count from this call; `chunksize` inputs travel as one job; `buffersize` bounds how many
         results wait unread, and makes the input lazy.
         """
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
-        _check_whole(buffersize=buffersize)
+        _check_numbers(chunksize=chunksize, buffersize=buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
         inputs = zip(*iterables, strict=False)
         calls: Iterator[tuple[Any, ...]] = inputs
         if chunksize > 1:
-            fn = _Chunk(fn)
-            calls = ((chunk,) for chunk in iter(lambda: tuple(itertools.islice(inputs, chunksize)), ()))
-        futures = collections.deque(self.submit(fn, *args) for args in itertools.islice(calls, buffersize))
-        results = self._results(futures, fn, iter(()) if buffersize is None else calls, deadline)
-        return results if chunksize == 1 else itertools.chain.from_iterable(results)
+            fn, calls = functools.partial(_call_each, fn), iter(lambda: tuple(itertools.islice(inputs, chunksize)), ())
+        jobs = (self.submit(fn, *args) for args in calls)       # lazily; all that may wait unread are submitted now
+        futures = collections.deque(itertools.islice(jobs, buffersize))
 
-    def _results(self, futures: collections.deque[Future], fn: Callable[..., Any], more: Iterator[tuple[Any, ...]],
-                 deadline: float | None) -> Iterator[Any]:
-        """Yield the futures' results in order; with each one taken, submit one of the calls that are left."""
-        try:
-            while futures:
-                futures.extend(self.submit(fn, *args) for args in itertools.islice(more, 1))
-                left = None if deadline is None else deadline - time.monotonic()
-                # it cancels a future that is late, and keeps no value in this frame
-                yield concurrent.futures._base._result_or_cancel(futures.popleft(), left)   # type: ignore[attr-defined]
-        finally:
-            for future in futures:
-                future.cancel()
+        def results() -> Iterator[Any]:
+            try:
+                while futures:
+                    futures.extend(itertools.islice(jobs, 1))
+                    left = None if deadline is None else deadline - time.monotonic()
+                    # it cancels a future that is late, and keeps no value in this frame
+                    yield concurrent.futures._base._result_or_cancel(       # type: ignore[attr-defined]
+                        futures.popleft(), left)
+            finally:
+                for future in futures:
+                    future.cancel()
+        return results() if chunksize == 1 else itertools.chain.from_iterable(results())
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more jobs; wait for those there are, or cancel what has not begun. Of a view: this view only."""
@@ -3769,10 +3748,7 @@ class Executor(concurrent.futures.Executor):
         unknown = sorted(set(options) - _OPTIONS)
         if unknown:
             raise TypeError(f"options() got unknown {', '.join(unknown)}; known are {', '.join(sorted(_OPTIONS))}")
-        _check_whole(**options)
-        priority = options.get("priority", 0)
-        if not isinstance(priority, int | float) or priority != priority:       # NaN is no place in an order
-            raise ValueError(f"priority is a number, not {priority!r}")
+        _check_numbers(**options)
         for name in {"on", "prefer", "retry_on"} & set(options):                # these take one thing or several
             if options[name] is not None:
                 options[name] = _several(name, options[name])
@@ -3827,7 +3803,8 @@ class Executor(concurrent.futures.Executor):
 # ==================================================================================================================
 
 EXIT_OK, EXIT_FAILED = 0, 1         # argparse ends with 2 for a misused command
-EXIT_CODES: dict[type[BaseException], int] = {ServerLost: 3, Refused: 4, VersionMismatch: 5, KeyboardInterrupt: 130}
+EXIT_CODES: dict[type[BaseException], int] = {
+    ServerLost: 3, TimeoutError: 3, Refused: 4, VersionMismatch: 5, KeyboardInterrupt: 130}
 EXIT_BROKEN = 70                    # an invariant of the scheduler is broken: the server stopped itself
 
 
@@ -3880,28 +3857,21 @@ def _serve(options: argparse.Namespace) -> int:
     return EXIT_BROKEN if server.failure else EXIT_OK
 
 
-def _describe(info: dict[str, Any]) -> str:
-    jobs = info["jobs"]
-    lines = [f"server {info['address']} (Python {info['python']}): {count(info['nodes'], 'node')}, "
-             f"{count(info['workers'], 'worker')}",
-             "jobs   " + ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered"))]
-    width = max((len(w["name"]) for w in info["workers"]), default=0)
-    lines += [f"  {w['name']:{width}}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
-              f"{w['finished']} finished  {', '.join(w['jobs'])}" for w in info["workers"]]
-    return "\n".join(lines)
-
-
 def _status(options: argparse.Namespace) -> None:
     """Print one snapshot of the pool."""
-    client = Client(find_address(options.address), find_secret(path=options.secret_file), name="minipool status",
-                    max_workers=None, connect_timeout=5, reconnect_timeout=5)
-    try:
+    with contextlib.closing(Client(find_address(options.address), find_secret(path=options.secret_file),
+                                   name="minipool status", connect_timeout=5, reconnect_timeout=5)) as client:
         info = client.ask("info", timeout=10)
-    except TimeoutError as error:
-        raise ServerLost(str(error)) from None
-    finally:
-        client.close()
-    print(json.dumps(info, indent=2) if options.json else _describe(info))
+    if options.json:
+        return print(json.dumps(info, indent=2))
+    workers, jobs = info["workers"], info["jobs"]
+    print(f"server {info['address']} (Python {info['python']}): {count(info['nodes'], 'node')}, "
+          f"{count(workers, 'worker')}")
+    print("jobs  ", ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered")))
+    width = max((len(w["name"]) for w in workers), default=0)
+    for w in workers:
+        print(f"  {w['name']:{width}}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
+              f"{w['finished']} finished  {', '.join(w['jobs'])}")
 
 
 def count(things: Sequence[Any], noun: str) -> str:
@@ -3912,26 +3882,18 @@ def count(things: Sequence[Any], noun: str) -> str:
 def _versions(options: argparse.Namespace) -> None:
     """Print the versions that must agree between the members of a pool."""
     from importlib import metadata  # late: slow to import, and nothing else needs it
-    rows = {"minipool": __version__, "protocol": PROTOCOL, "python": sys.version.split()[0]}
+    print(f"minipool      {__version__}\nprotocol      {PROTOCOL}\npython        {sys.version.split()[0]}")
     for package in ("cloudpickle", "nvidia-ml-py"):
-        try:
-            rows[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            rows[package] = "not installed"
-    print("\n".join(f"{name:13} {value}" for name, value in rows.items()))
-
-
-def _secret(options: argparse.Namespace) -> None:
-    """Print the secret that clients and nodes of this user would use."""
-    print(find_secret(path=options.secret_file).text)
+        found = next(iter(metadata.distributions(name=package)), None)
+        print(f"{package:13} {found.version if found else 'not installed'}")
 
 
 def _size(text: str) -> int:
     """Read a size such as 64G."""
-    exponent = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:].upper())
+    exponent = "KMGT".find(text[-1:].upper()) + 1
     try:
-        return int(float(text[:-1]) * (1 << exponent)) if exponent else int(float(text))
-    except (ValueError, OverflowError):
+        return int(text[:-1] if exponent else text) << 10 * exponent
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 64G") from None
 
 
@@ -3961,7 +3923,8 @@ def main(arguments: list[str] | None = None) -> int:
     status.add_argument("--address", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then this machine")
     status.add_argument("--json", action="store_true", help="one JSON object")
     add("versions", _versions, "show what must agree between machines")
-    add("secret", _secret, "print the secret")
+    add("secret", lambda options: print(find_secret(path=options.secret_file).text),
+        "print the secret that clients and nodes of this user would use")
     return run_command(parser.parse_args(arguments))
 
 
