@@ -3061,10 +3061,8 @@ def job_id(name: Name) -> str:
 class _Call(NamedTuple):
     """What it takes to send a job, and to send it again."""
     fn: Entry
-    payload: Value
-    inline: int                 # bytes of the payload that ride inside the message
-    log: int                    # how much of the session's log a worker must have applied before it
-    options: dict[str, Any]     # those that the server needs to know
+    message: Message            # "submit"
+    inline: int                 # bytes of the payload that ride inside it
 
 
 class Future(concurrent.futures.Future[Any]):
@@ -3072,7 +3070,7 @@ class Future(concurrent.futures.Future[Any]):
 
     def __init__(self, client: Client, number: int, view: Executor, call: _Call) -> None:
         super().__init__()
-        self.name: str = call.options["name"]
+        self.name: str = call.message[-1]["name"]
         self.key: str | None = None             # the identity given by `options(key=)`
         self.worker: str | None = None          # who runs or ran it; None before it begins
         self.attempts = 0
@@ -3281,11 +3279,12 @@ class Client:
         with self.lock:
             if self.broken is not None:
                 raise self.broken()
-            if self.closing:
+            if self.closing or view._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             number = next(self.numbers)
-            call = _Call(entry, self._share(number, packed), inline, len(self._log), wire)
-            future = Future(self, number, view, call)
+            payload = packed if inline else self._share(number, packed)
+            message = ("submit", number, (self.session, entry.number), payload, len(self._log), wire)
+            future = Future(self, number, view, _Call(entry, message, inline))
             self.unfinished[number] = future
             heapq.heappush(self._backlog, (-wire.get("priority", 0), number))
             self._send_backlog()
@@ -3308,7 +3307,8 @@ class Client:
         if not self._sent:
             self._lowest = float("inf")
         while self._backlog and self._welcomed:
-            priority, number = -self._backlog[0][0], self._backlog[0][1]
+            urgency, number = self._backlog[0]
+            priority = -urgency
             future = self.unfinished.get(number)        # None: cancelled here
             share = 1 if priority > self._lowest else URGENT_SHARE
             full = len(self._sent) >= self._credit // share or self._sent_bytes >= CREDIT_BYTES // share
@@ -3321,16 +3321,16 @@ class Client:
 
     def _post_job(self, future: Future) -> None:
         """Post one job, with its function if this server has not got it."""
-        number, call = future._number, future._call
-        assert call
-        options = call.options
-        if number in self._sent:
-            options = {**options, "again": True}
+        assert future._call
+        entry, message, inline = future._call
+        if future._number in self._sent:
+            message = (*message[:-1], {**message[-1], "again": True})       # last are its options
         else:
-            self._sent[number] = future
-            self._sent_bytes += call.inline
-        self._put(call.fn.number, call.fn.blob)
-        self._post(("submit", number, (self.session, call.fn.number), call.payload, call.log, options))
+            self._sent[future._number] = future
+            self._sent_bytes += inline
+        if entry.number not in self._known_objects:
+            self._put(entry.number, entry.blob)
+        self._post(message)
 
     def _put(self, number: int, data: bytes | Blob) -> None:
         """Make an object known to the server, unless it is."""
@@ -3377,9 +3377,8 @@ class Client:
 
     def cancelled(self, future: Future) -> None:
         """A future was cancelled here: that decides it, and the server is told. The caller holds the lock."""
-        if future._number in self._sent:
+        if self._retire(future):
             self.peer.send(("cancel", [future._number]))
-        self._retire(future)
 
     def kill(self, futures: Sequence[Future], reason: str) -> None:
         """End running jobs by force; those that have not begun fail with JobKilled too."""
@@ -3468,21 +3467,23 @@ class Client:
 
     def _finish(self, future: Future, status: str, value: Any) -> None:
         """End a future that has not ended, with an outcome that the server may forget."""
-        if future._number in self.unfinished:
-            if future._number in self._sent:
+        if future._call:
+            if self._retire(future):
                 self._delivered.append(future._number)
-            self._retire(future)
             future._settle(status, value)
 
-    def _retire(self, future: Future) -> None:
-        """Forget a job that has ended: nothing is kept that it alone needed."""
-        self.unfinished.pop(future._number, None)
-        self.peer.values.pop((self.session, future._number), None)
-        call, future._call = future._call, None
-        if self._sent.pop(future._number, None) and call:
+    def _retire(self, future: Future) -> bool:
+        """Forget a job that has ended: nothing is kept that it alone needed. True if the server has it."""
+        number, call, future._call = future._number, future._call, None
+        self.unfinished.pop(number, None)
+        sent = self._sent.pop(number, None) is not None
+        if call and sent:
             self._sent_bytes -= call.inline
+        if call and not call.inline:            # a large payload
+            self.peer.values.pop((self.session, number), None)
         if self.closing and not self.unfinished:
             self.later(self._end)
+        return sent
 
     def _on_broken(self, value: Value) -> None:
         def error() -> BaseException:
@@ -3628,7 +3629,7 @@ class Executor(concurrent.futures.Executor):
                  max_workers: int | None = None, initializer: Callable[..., object] | None = None,
                  initargs: tuple[Any, ...] = (), max_tasks_per_child: int | None = None, name: str | None = None,
                  connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
-        if type(address) is int:
+        if isinstance(address, int) and not isinstance(address, bool):
             address, max_workers = None, address
         if address is not None and not isinstance(address, str):
             raise TypeError(f"address is text such as 'host:port', not {type(address).__name__}")
@@ -3678,8 +3679,6 @@ class Executor(concurrent.futures.Executor):
         Arguments are copied now; changing them later changes nothing. Raises pickle.PicklingError naming what cannot
         be pickled, TooLarge, RuntimeError after shutdown, BrokenExecutor after a failed initializer.
         """
-        if self._closed:
-            raise RuntimeError("cannot schedule new futures after shutdown")
         if "timeout" in self._options:
             raise TypeError("options(timeout=) is for calls that wait; a limit on a job's run time is job_timeout")
         return self._client.submit(self, self._options, fn, args, kwargs)
@@ -3716,22 +3715,21 @@ class Executor(concurrent.futures.Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more jobs; wait for those there are, or cancel what has not begun. Of a view: this view only."""
         self._closed = True
-        mine = [f for f in list(self._client.unfinished.values()) if self._parent is None or f._view is self]
         if cancel_futures:
-            for future in mine:
+            for future in self._mine():
                 future.cancel()
         if self._parent is None:
             self._client.close(wait)
         elif wait:
-            concurrent.futures.wait(mine)
+            concurrent.futures.wait(self._mine())
+
+    def _mine(self) -> list[Future]:
+        return [f for f in list(self._client.unfinished.values()) if self._parent is None or f._view is self]
 
     def kill_workers(self) -> None:
         """End this executor's running jobs by force (they raise JobKilled), cancel the rest, shut down."""
-        with self._client.lock:
-            futures = list(self._client.unfinished.values())
-            for future in futures:
-                future.cancel()
-            self._client.kill(futures, "kill_workers() was called")
+        self.shutdown(wait=False, cancel_futures=True)
+        self._client.kill(self._mine(), "kill_workers() was called")
         self.shutdown(wait=True)
 
     terminate_workers = kill_workers        # a worker's process has nothing to save: there is one way to end it
@@ -3843,17 +3841,15 @@ def _serve(options: argparse.Namespace) -> int:
     """Run a server until a signal ends it."""
     server = Server(options.host, options.port, max_value=options.max_value,
                     secret=find_secret(path=options.secret_file, make=True).text)
-    stop = threading.Event()
-    with contextlib.ExitStack() as stack:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
         stack.enter_context(server)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
         _print_lines(server, options)
         if options.with_node:
             from minipool_worker import Node
             stack.enter_context(Node(server.address, secret=server.secret))
-        while not stop.wait(0.5) and not server.wait(0):
-            pass
+        server.wait()
     return EXIT_BROKEN if server.failure else EXIT_OK
 
 
