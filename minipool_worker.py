@@ -580,7 +580,10 @@ _NEVER = float("inf")
 
 
 class _Stderr(threading.Thread):
-    """Writes what the node says and its workers print: a pipe that nobody empties must not stop the node."""
+    """Writes what the node says and its workers print: a pipe that nobody empties must not stop the node.
+
+    It has no flush(): logging, which flushes what can be flushed after each line, must not wait.
+    """
 
     def __init__(self) -> None:
         super().__init__(name="minipool-output", daemon=True)
@@ -596,9 +599,6 @@ class _Stderr(threading.Thread):
         if self._texts.qsize() < 10_000:
             self._texts.put(text)
 
-    def flush(self) -> None:
-        """Do nothing: logging flushes after each line, and must not wait."""
-
     def stop(self) -> None:
         """Let the last words out; for a second, as perhaps nobody reads them."""
         self._texts.put(None)
@@ -608,22 +608,17 @@ class _Stderr(threading.Thread):
 _stderr = _Stderr()         # main() starts it
 
 
-def _set_variables(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-
-
 @contextlib.contextmanager
 def _environment(changes: Mapping[str, str | None]) -> Any:
     """Set variables (None: remove them) for what is started meanwhile; multiprocessing has no env=."""
-    before = {name: os.environ.get(name) for name in changes}
+    before = {name: os.environ.pop(name) for name in changes if name in os.environ}
+    os.environ.update({name: value for name, value in changes.items() if value is not None})
     try:
-        _set_variables(changes)
         yield
     finally:
-        _set_variables(before)
+        for name in changes:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _freeze(pid: int) -> bool:
@@ -640,18 +635,11 @@ def _freeze(pid: int) -> bool:
     return False
 
 
-def _hide_main() -> None:
-    """Keep multiprocessing from importing this process's main module a second time in each worker."""
-    main = sys.modules["__main__"]
-    main.__spec__ = None
-    vars(main).pop("__file__", None)
-
-
 def _pidfd(process: Any) -> int:
     """Return a descriptor that is readable when the process is dead; the sentinel may lie while a grandchild lives."""
     with contextlib.suppress(OSError, AttributeError):
         return os.pidfd_open(process.pid)
-    return int(process.sentinel)
+    return os.dup(process.sentinel)
 
 
 def _node_file() -> Any:
@@ -666,7 +654,7 @@ class Child:
 
     def __init__(self, place: int, slot: Slot) -> None:
         self.place, self.slot = place, slot
-        self.start_at = _NEVER                      # when a worker is to be started here
+        self.start_at = 0.0                         # when a worker is to be started here
         self.generation = 0                         # how many have been
         self.deaths: list[float] = []               # when they died, without a success between
         # of the worker that runs
@@ -690,7 +678,6 @@ class Supervisor:
         self.slots, self.secret, self.options = slots, secret, options
         self.name: str = options.get("name") or socket.gethostname().split(".")[0]
         self.failure: BaseException | None = None
-        self._lifeline = lifeline                       # end of file: whoever started us is gone, or wants us to go
         self._context = multiprocessing.get_context("spawn")
         self._children = [Child(place, slot) for place, slot in enumerate(slots)]
         self._unreported: collections.deque[Message] = collections.deque(maxlen=1000)
@@ -699,8 +686,8 @@ class Supervisor:
         self._waker, woken = socket.socketpair()
         self._waker.setblocking(False)
         self._selector.register(woken, selectors.EVENT_READ, lambda: woken.recv(4096))
-        if lifeline is not None:
-            self._selector.register(lifeline, selectors.EVENT_READ, self._check_lifeline)
+        if lifeline is not None:        # at its end, all it has to say, whoever started us is gone, or wants us to go
+            self._selector.register(lifeline, selectors.EVENT_READ, self.stop)
         self._beat_at = 0.0
         self._stop_at: float | None = None              # when patience with running jobs ends
         self._instance = b""
@@ -710,7 +697,6 @@ class Supervisor:
 
     def run(self) -> None:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
-        _hide_main()
         self.peer.start()
         mark = _node_file()
         fcntl.flock(mark, fcntl.LOCK_SH)
@@ -752,14 +738,6 @@ class Supervisor:
         with contextlib.suppress(OSError):
             self._waker.send(b"!")
 
-    def _check_lifeline(self) -> None:
-        assert self._lifeline
-        with contextlib.suppress(OSError):
-            if self._lifeline.recv(4096):
-                return
-        self._selector.unregister(self._lifeline)
-        self._stop_at = 0.0
-
     def _check_trouble(self) -> None:
         """A refusal ends a node only before its first welcome: later it may be forged, or a mistake being mended."""
         trouble = self.peer.trouble
@@ -781,13 +759,10 @@ class Supervisor:
         """The first welcome starts the workers; a later one may be of a new server, with new tickets."""
         self.name = info["name"]
         if self.peer.instance != self._instance:
-            first, self._instance = not self._instance, self.peer.instance
+            self._instance = self.peer.instance
             for child in self._running():
                 with contextlib.suppress(OSError):
                     child.life.send_bytes(self._ticket(child.id))
-            if first:
-                for child in self._children:
-                    child.start_at = 0.0
         self.on_welcome()
 
     def _on_refuse(self, error: str, text: str) -> None:
@@ -809,7 +784,7 @@ class Supervisor:
 
     def _respawn(self) -> None:
         for child in self._children:
-            if self._stop_at is None and child.start_at <= time.monotonic():
+            if self._instance and self._stop_at is None and child.start_at <= time.monotonic():
                 self._spawn(child)
 
     def _spawn(self, child: Child) -> None:
@@ -875,8 +850,7 @@ class Supervisor:
 
     def _bury(self, child: Child) -> None:
         self._selector.unregister(child.pidfd)
-        if child.pidfd != child.process.sentinel:
-            os.close(child.pidfd)
+        os.close(child.pidfd)
         self._read_output(child)
         with contextlib.suppress(KeyError):
             self._selector.unregister(child.output.fileno())
@@ -960,12 +934,10 @@ class Node:
 
 def is_node_running() -> bool:
     """Return whether a node of this user runs on this machine."""
-    with _node_file() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    with _node_file() as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    return True
 
 
 # ==================================================================================================================
@@ -1061,6 +1033,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    program = sys.modules["__main__"]
+    program.__spec__ = None     # keeps multiprocessing from importing it a second time, in each worker
+    vars(program).pop("__file__", None)
     _stderr.start()
     try:
         if arguments == ["_child"]:
