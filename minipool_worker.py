@@ -656,7 +656,7 @@ class Child:
         self.place, self.slot = place, slot
         self.start_at = 0.0                         # when a worker is to be started here
         self.generation = 0                         # how many have been
-        self.deaths: list[float] = []               # when they died, without a success between
+        self.deaths = 0                             # how many have died since one of them finished a job
         # of the worker that runs
         self.process: Any = None                    # None: none does
         self.cell: Any = None                       # [token it executes, jobs it has finished]
@@ -827,7 +827,9 @@ class Supervisor:
         if self._stop_at is None:
             if not cause.get("planned"):
                 _log.warning("worker %d on %s %s", child.place, child.slot.device, cause["what"])
-            child.start_at = time.monotonic() + self._back_off(child, bool(successes or child.killed))
+            # at once, but a slot whose workers die five times in a row without a success rests, longer each time
+            child.deaths = 0 if successes or child.killed else child.deaths + 1
+            child.start_at = time.monotonic() + (min(60, 2 ** (child.deaths - 5)) if child.deaths >= 5 else 0)
 
     def _cause(self, child: Child, exitcode: int | None) -> dict[str, Any]:
         """Return the cause of a death in words and numbers."""
@@ -840,13 +842,6 @@ class Supervisor:
         else:
             what = f"exited with code {code}"
         return {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0}
-
-    def _back_off(self, child: Child, succeeded: bool) -> float:
-        """Return how long to wait: at once, but a slot that dies five times in a minute without a success rests."""
-        now = time.monotonic()
-        child.deaths = [] if succeeded else [*(t for t in child.deaths if now - t < 60), now]
-        excess = len(child.deaths) - 5
-        return 0.0 if excess < 0 else min(60.0, 2.0 ** excess)
 
     def _bury(self, child: Child) -> None:
         self._selector.unregister(child.pidfd)
@@ -951,35 +946,30 @@ def _slots_from(options: Mapping[str, Any]) -> list[Slot]:
 
 def child_main(lifeline: socket.socket) -> int:
     """Be the child of a Node or of an embedded pool: one line of JSON in, one out, and end of file ends it all."""
-    line = lifeline.makefile("rb").readline()
-    if not line:
-        return 1
-    job = json.loads(line)
-    options = job["options"]
-    server = None
-    try:
-        found = _slots_from(options)
-        slots = [found[i % len(found)] for i in range(options.get("workers") or len(found))]    # dealt in turn
-        address = job.get("address")
-        if job["serve"]:
-            server = minipool.Server(port=0, secret=job["secret"], embedded=True).start()
-            address = server.address
-        supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), slots, options, lifeline)
-        answer = {"address": address, "devices": [slot.device for slot in slots]}
 
-        def say() -> None:
-            lifeline.sendall(json.dumps(answer).encode() + b"\n")
-            supervisor.on_welcome = lambda: None
-
-        supervisor.on_welcome = say
-        supervisor.run()
-    except (OSError, ValueError, minipool.MinipoolError) as error:
+    def answer(**fields: Any) -> None:
         with contextlib.suppress(OSError):
-            lifeline.sendall(json.dumps({"error": type(error).__name__, "text": str(error)}).encode() + b"\n")
-        return 1
-    finally:
-        if server:
-            server.stop()
+            lifeline.sendall(json.dumps(fields).encode() + b"\n")
+
+    def welcomed() -> None:
+        supervisor.on_welcome = lambda: None
+        answer(address=address, devices=[slot.device for slot in slots])
+
+    with contextlib.ExitStack() as stack:
+        try:
+            job = json.loads(lifeline.makefile("rb").readline())    # an empty one, of a dead parent, is no JSON
+            options, address = job["options"], job.get("address")
+            found = _slots_from(options)
+            slots = [found[i % len(found)] for i in range(options.get("workers") or len(found))]    # dealt in turn
+            if job["serve"]:
+                server = minipool.Server(port=0, secret=job["secret"], embedded=True)
+                address = stack.enter_context(server).address
+            supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), slots, options, lifeline)
+            supervisor.on_welcome = welcomed
+            supervisor.run()
+        except (OSError, ValueError, minipool.MinipoolError) as error:
+            answer(error=type(error).__name__, text=str(error))
+            return 1
     return 0
 
 
