@@ -3769,9 +3769,6 @@ class Client:
     def _on_answer(self, number: int, value: Any) -> None:
         self._answers[number] = value
 
-    def _on_bye(self, reason: str) -> None:
-        log.info("the server said goodbye: %s", reason)
-
     def ask(self, what: str, timeout: float | None = None) -> Any:
         """Ask the server a question; return its answer, or raise TimeoutError."""
         give_up = float("inf") if timeout is None else time.monotonic() + timeout

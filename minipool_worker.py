@@ -579,7 +579,10 @@ _NEVER = float("inf")
 
 
 class _Stderr(threading.Thread):
-    """Writes what the node says and its workers print: a pipe that nobody empties must not stop the node."""
+    """Writes what the node says and its workers print: a pipe that nobody empties must not stop the node.
+
+    It has no flush(): logging, which flushes what can be flushed after each line, must not wait.
+    """
 
     def __init__(self) -> None:
         super().__init__(name="minipool-output", daemon=True)
@@ -595,9 +598,6 @@ class _Stderr(threading.Thread):
         if self._texts.qsize() < 10_000:
             self._texts.put(text)
 
-    def flush(self) -> None:
-        """Do nothing: logging flushes after each line, and must not wait."""
-
     def stop(self) -> None:
         """Let the last words out; for a second, as perhaps nobody reads them."""
         self._texts.put(None)
@@ -607,22 +607,17 @@ class _Stderr(threading.Thread):
 _stderr = _Stderr()         # main() starts it
 
 
-def _set_variables(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-
-
 @contextlib.contextmanager
 def _environment(changes: Mapping[str, str | None]) -> Any:
     """Set variables (None: remove them) for what is started meanwhile; multiprocessing has no env=."""
-    before = {name: os.environ.get(name) for name in changes}
+    before = {name: os.environ.pop(name) for name in changes if name in os.environ}
+    os.environ.update({name: value for name, value in changes.items() if value is not None})
     try:
-        _set_variables(changes)
         yield
     finally:
-        _set_variables(before)
+        for name in changes:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _freeze(pid: int) -> bool:
@@ -639,18 +634,11 @@ def _freeze(pid: int) -> bool:
     return False
 
 
-def _hide_main() -> None:
-    """Keep multiprocessing from importing this process's main module a second time in each worker."""
-    main = sys.modules["__main__"]
-    main.__spec__ = None
-    vars(main).pop("__file__", None)
-
-
 def _pidfd(process: Any) -> int:
     """Return a descriptor that is readable when the process is dead; the sentinel may lie while a grandchild lives."""
     with contextlib.suppress(OSError, AttributeError):
         return os.pidfd_open(process.pid)
-    return int(process.sentinel)
+    return os.dup(process.sentinel)
 
 
 def _lock(name: str, mode: int) -> Any:
@@ -686,9 +674,9 @@ class Child:
 
     def __init__(self, place: int, slot: Slot) -> None:
         self.place, self.slot = place, slot
-        self.start_at = _NEVER                      # when a worker is to be started here
+        self.start_at = 0.0                         # when a worker is to be started here
         self.generation = 0                         # how many have been
-        self.deaths: list[float] = []               # when they died, without a success between
+        self.deaths = 0                             # how many have died since one of them finished a job
         # of the worker that runs
         self.process: Any = None                    # None: none does
         self.cell: Any = None                       # [token it executes, jobs it has finished]
@@ -710,7 +698,6 @@ class Supervisor:
         self.slots, self.secret, self.options = slots, secret, options
         self.name: str = options.get("name") or socket.gethostname().split(".")[0]
         self.failure: BaseException | None = None
-        self._lifeline = lifeline                       # end of file: whoever started us is gone, or wants us to go
         self._context = multiprocessing.get_context("spawn")
         self._children = [Child(place, slot) for place, slot in enumerate(slots)]
         self._unreported: collections.deque[Message] = collections.deque(maxlen=1000)
@@ -719,9 +706,11 @@ class Supervisor:
         self._waker, woken = socket.socketpair()
         self._waker.setblocking(False)
         self._selector.register(woken, selectors.EVENT_READ, lambda: woken.recv(4096))
-        if lifeline is not None:
-            self._selector.register(lifeline, selectors.EVENT_READ, self._check_lifeline)
+        if lifeline is not None:        # at its end, all it has to say, whoever started us is gone, or wants us to go
+            self._selector.register(lifeline, selectors.EVENT_READ, self.stop)
+        self._is_child = lifeline is not None
         self._born, self._beat_at, self._beat_every = time.monotonic(), 0.0, BEAT_SECONDS
+        self._complain_at = self._born + 3
         self._stop_at: float | None = None              # when patience with running jobs ends
         self._oom_kills = dict([_oom_kills(os.getpid())])      # by memory cgroup, as far as we know of them
         self._instance = b""
@@ -731,9 +720,8 @@ class Supervisor:
 
     def run(self) -> None:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
-        _hide_main()
-        self.peer.start()
         locks = [_lock("nodes", fcntl.LOCK_SH), *self._claim_devices()]
+        self.peer.start()
         threading.Thread(target=self._watch_devices, name="minipool-devices", daemon=True).start()
         try:
             while self._stop_at is None or (self._running() and time.monotonic() < self._stop_at):
@@ -743,9 +731,7 @@ class Supervisor:
                     word = self._words.popleft()
                     getattr(self, f"_on_{word[0]}")(*word[1:])
                 self._respawn()
-                self._beat()
-                self._check_trouble()
-                self._check_time()
+                self._look_at_the_clock()
         finally:
             for child in self._running():
                 self._kill_group(child)
@@ -775,29 +761,27 @@ class Supervisor:
         with contextlib.suppress(OSError):
             self._waker.send(b"!")
 
-    def _check_lifeline(self) -> None:
-        assert self._lifeline
-        with contextlib.suppress(OSError):
-            if self._lifeline.recv(4096):
-                return
-        self._selector.unregister(self._lifeline)
-        self._stop_at = 0.0
+    def _look_at_the_clock(self) -> None:
+        """Beat, say so if there is no server yet, and leave when it is time, or when there is no hope.
 
-    def _check_trouble(self) -> None:
-        """A refusal ends a node only before its first welcome: later it may be forged, or a mistake being mended."""
-        trouble = self.peer.trouble
-        if not self._instance and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
-            self.failure, self._stop_at = trouble, 0.0
-
-    def _check_time(self) -> None:
-        """Leave at the end of `--lifetime`, drained; and when the server was away for `--death-timeout`."""
-        now, lost_at = time.monotonic(), self.peer.lost_at
+        A refusal is the end only before the first welcome: later it may be forged, or a mistake being mended.
+        """
+        now, lost_at, trouble = time.monotonic(), self.peer.lost_at, self.peer.trouble
         lifetime, patience = self.options.get("lifetime"), self.options.get("death_timeout")
+        if now >= self._beat_at:
+            self._beat_at = now + self._beat_every
+            self.peer.send(("beat",))
         if lifetime and now >= self._born + lifetime and self._stop_at is None:
             self.stop(DRAIN_SECONDS)
-        if patience and lost_at and now >= lost_at + patience and not self.failure:
-            self.failure = minipool.ServerLost(f"no server for {patience:g} s ({self.peer.trouble})")
-            self._stop_at = 0.0
+        if not self._instance and now >= self._complain_at:
+            self._complain_at = _NEVER
+            address = minipool.format_address(*self.peer.address)
+            _stderr.write(f"waiting for a server at {address}: {trouble}\n")
+        if patience and lost_at and now >= lost_at + patience:
+            trouble = minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
+        elif self._instance or not isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
+            return
+        self.failure, self._stop_at = self.failure or trouble, 0.0
 
     # ---- talking ----
 
@@ -815,35 +799,23 @@ class Supervisor:
         """The first welcome starts the workers; a later one may be of a new server, with new tickets."""
         self.name, self._beat_every = info["name"], info["beat"]
         if self.peer.instance != self._instance:
-            first, self._instance = not self._instance, self.peer.instance
+            self._instance = self.peer.instance
             for child in self._running():
                 with contextlib.suppress(OSError):
                     child.life.send_bytes(self._ticket(child.id))
-            if first:
-                for child in self._children:
-                    child.start_at = 0.0
         self.on_welcome()
 
     def _on_refuse(self, error: str, text: str) -> None:
         self.failure, self._stop_at = getattr(minipool, error, minipool.Refused)(text), 0.0
 
-    def _on_bye(self, reason: str) -> None:
-        _log.info("the server said goodbye: %s", reason)
-
     def _ticket(self, worker_id: bytes) -> bytes:
         return self.secret.role_key("worker", self._instance, worker_id)
-
-    def _beat(self) -> None:
-        now = time.monotonic()
-        if now >= self._beat_at:
-            self._beat_at = now + self._beat_every
-            self.peer.send(("beat",))
 
     # ---- birth ----
 
     def _respawn(self) -> None:
         for child in self._children:
-            if self._stop_at is None and child.start_at <= time.monotonic():
+            if self._instance and self._stop_at is None and child.start_at <= time.monotonic():
                 self._spawn(child)
 
     def _spawn(self, child: Child) -> None:
@@ -888,8 +860,10 @@ class Supervisor:
         if self._stop_at is None:
             if not cause.get("planned"):
                 _log.warning("worker %d on %s %s", child.place, child.slot.device, cause["what"])
-            back_off = self._back_off(child, bool(successes or child.killed))
-            child.start_at = _NEVER if child.lost else time.monotonic() + back_off
+            # at once, but a slot whose workers die five times in a row without a success rests, longer each time
+            child.deaths = 0 if successes or child.killed else child.deaths + 1
+            rest = min(60, 2 ** (child.deaths - 5)) if child.deaths >= 5 else 0
+            child.start_at = _NEVER if child.lost else time.monotonic() + rest
 
     def _cause(self, child: Child, exitcode: int | None, oom_kills: dict[str, int]) -> dict[str, Any]:
         """Return the cause of a death in words and numbers."""
@@ -908,17 +882,9 @@ class Supervisor:
         lost = {"lost": f"{child.slot.label}: {child.lost}"} if child.lost else {}
         return {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0, **lost}
 
-    def _back_off(self, child: Child, succeeded: bool) -> float:
-        """Return how long to wait: at once, but a slot that dies five times in a minute without a success rests."""
-        now = time.monotonic()
-        child.deaths = [] if succeeded else [*(t for t in child.deaths if now - t < 60), now]
-        excess = len(child.deaths) - 5
-        return 0.0 if excess < 0 else min(60.0, 2.0 ** excess)
-
     def _bury(self, child: Child) -> None:
         self._selector.unregister(child.pidfd)
-        if child.pidfd != child.process.sentinel:
-            os.close(child.pidfd)
+        os.close(child.pidfd)
         self._read_output(child)
         with contextlib.suppress(KeyError):
             self._selector.unregister(child.output.fileno())
@@ -954,7 +920,7 @@ class Supervisor:
                 locks.append(_lock(f"device {name}", fcntl.LOCK_EX | fcntl.LOCK_NB))
             except BlockingIOError:
                 text = f"another node of this user has {label}: choose others by --gpus, or let one node have them all"
-                if not self._lifeline:
+                if not self._is_child:
                     raise NoDevice(text) from None
                 _log.warning("%s", text)
         return locks
@@ -1039,11 +1005,10 @@ class Node:
 
 def is_node_running() -> bool:
     """Return whether a node of this user runs on this machine."""
-    try:
+    with contextlib.suppress(BlockingIOError):
         _lock("nodes", fcntl.LOCK_EX | fcntl.LOCK_NB).close()
-    except BlockingIOError:
-        return True
-    return False
+        return False
+    return True
 
 
 # ==================================================================================================================
@@ -1057,37 +1022,32 @@ def _slots_from(options: Mapping[str, Any]) -> list[Slot]:
 
 def child_main(lifeline: socket.socket) -> int:
     """Be the child of a Node or of an embedded pool: one line of JSON in, one out, and end of file ends it all."""
-    line = lifeline.makefile("rb").readline()
-    if not line:
-        return 1
-    job = json.loads(line)
-    options = job["options"]
+
+    def answer(**fields: Any) -> None:
+        with contextlib.suppress(OSError):
+            lifeline.sendall(json.dumps(fields).encode() + b"\n")
+
+    def welcomed() -> None:
+        supervisor.on_welcome = lambda: None
+        answer(address=address, devices=[slot.device for slot in slots])
+
     logging.basicConfig(stream=_stderr, format="%(name)s: %(message)s",
                         level=(os.environ.get("MINIPOOL_LOG") or "warning").upper())
-    server = None
-    try:
-        found = _slots_from(options)
-        slots = [found[i % len(found)] for i in range(options.get("workers") or len(found))]    # dealt in turn
-        address = job.get("address")
-        if job["serve"]:
-            server = minipool.Server(port=0, secret=job["secret"], embedded=True).start()
-            address = server.address
-        supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), slots, options, lifeline)
-        answer = {"address": address, "devices": [slot.device for slot in slots]}
-
-        def say() -> None:
-            lifeline.sendall(json.dumps(answer).encode() + b"\n")
-            supervisor.on_welcome = lambda: None
-
-        supervisor.on_welcome = say
-        supervisor.run()
-    except (OSError, ValueError, minipool.MinipoolError) as error:
-        with contextlib.suppress(OSError):
-            lifeline.sendall(json.dumps({"error": type(error).__name__, "text": str(error)}).encode() + b"\n")
-        return 1
-    finally:
-        if server:
-            server.stop()
+    with contextlib.ExitStack() as stack:
+        try:
+            job = json.loads(lifeline.makefile("rb").readline())    # an empty one, of a dead parent, is no JSON
+            options, address = job["options"], job.get("address")
+            found = _slots_from(options)
+            slots = [found[i % len(found)] for i in range(options.get("workers") or len(found))]    # dealt in turn
+            if job["serve"]:
+                server = minipool.Server(port=0, secret=job["secret"], embedded=True)
+                address = stack.enter_context(server).address
+            supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), slots, options, lifeline)
+            supervisor.on_welcome = welcomed
+            supervisor.run()
+        except (OSError, ValueError, minipool.MinipoolError) as error:
+            answer(error=type(error).__name__, text=str(error))
+            return 1
     return 0
 
 
@@ -1110,16 +1070,7 @@ def _connect(options: argparse.Namespace) -> int:
         f"{', '.join(slot.label for slot in slots)}; Python {PYTHON}\n")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: supervisor.stop(DRAIN_SECONDS))
-
-    def complain() -> None:
-        if not supervisor._instance:
-            _stderr.write(f"waiting for a server at {address}: {supervisor.peer.trouble}\n")
-
-    waiting = threading.Timer(3, complain)
-    waiting.daemon = True
-    waiting.start()
     supervisor.run()
-    waiting.cancel()
     return 0
 
 
@@ -1143,6 +1094,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    program = sys.modules["__main__"]
+    program.__spec__ = None     # keeps multiprocessing from importing it a second time, in each worker
+    vars(program).pop("__file__", None)
     _stderr.start()
     try:
         if arguments == ["_child"]:
