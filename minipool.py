@@ -388,8 +388,7 @@ MAGIC = b"minipool"
 ROLES = ("server", "client", "node", "worker")      # the role byte is the place in this tuple
 REFUSED = hashlib.sha256(b"minipool/1 refused").digest()
 
-_FIRST = struct.Struct("!8sBBB21s32s")
-_SECOND = struct.Struct("!8sBBB5s16s32s")
+_HELLO = struct.Struct("!8sBBB21s32s")      # magic, version, role, flags, identity, nonce
 _FRAME = struct.Struct("!II")
 _SEQUENCE = struct.Struct("!Q")
 
@@ -466,17 +465,17 @@ class SessionKeys(NamedTuple):
 
 def first_hello(role: str, identity: bytes = b"") -> bytes:
     """Return step 1: `identity` (20 bytes) says which worker this is, other roles leave it empty."""
-    return _FIRST.pack(MAGIC, PROTOCOL, ROLES.index(role), 0, identity.ljust(21, b"\0"), secrets.token_bytes(32))
+    return _HELLO.pack(MAGIC, PROTOCOL, ROLES.index(role), 0, identity.ljust(21, b"\0"), secrets.token_bytes(32))
 
 
 def second_hello(instance: bytes) -> bytes:
     """Return step 2; `instance` names this life of the server."""
-    return _SECOND.pack(MAGIC, PROTOCOL, 0, 0, bytes(5), instance, secrets.token_bytes(32))
+    return first_hello("server", bytes(5) + instance)
 
 
 def read_first_hello(data: bytes) -> tuple[str, bytes, int]:
     """Return (role, identity, protocol) of step 1, or raise Malformed."""
-    magic, version, role, flags, identity, _nonce = _FIRST.unpack(data)
+    magic, version, role, flags, identity, _nonce = _HELLO.unpack(data)
     reserved = identity[20:] if role == ROLES.index("worker") else identity
     if magic != MAGIC or flags or not 1 <= role < len(ROLES) or any(reserved):
         raise Malformed("not a hello")
@@ -504,8 +503,9 @@ def handshake(sock: socket.socket | Plain, role: str, key: KeySource, identity: 
     """
     first = first_hello(role, identity)
     sock.sendall(first)
-    second = _read_exactly(sock, _SECOND.size)
-    magic, version, _role, _flags, _reserved, instance, _nonce = _SECOND.unpack(second)
+    second = _read_exactly(sock, _HELLO.size)
+    magic, version, _role, _flags, named, _nonce = _HELLO.unpack(second)
+    instance = named[5:]
     if magic != MAGIC:
         raise ConnectionError("what answers there is not a minipool server")
     if version != PROTOCOL:
@@ -2329,9 +2329,9 @@ class _Guest:
     def __init__(self, sock: socket.socket, source: str, seam: Plain) -> None:
         self.sock, self.source, self.seam = sock, source, seam
         self.deadline = time.monotonic() + HANDSHAKE_SECONDS
-        self.data = b""
-        self.role, self.identity = "", b""
-        self.keys: SessionKeys | None = None    # derived from step 1; step 3 is awaited
+        self.data = b""                             # what it said: step 1, then step 3
+        self.wanted = _HELLO.size                   # how long that is when the next step can be taken
+        self.steps: Iterator[int] | None = None     # the server's half of the handshake, under way
 
 
 def secret_path() -> str:
@@ -2455,14 +2455,14 @@ class Doorkeeper:
 
     def _hear(self, guest: _Guest) -> None:
         """Take what a stranger says; every step is of a known size, any misfit is a quiet close."""
-        wanted, step = (32, self._judge) if guest.keys else (_FIRST.size, self._answer)
         try:
-            data = guest.seam.recv(wanted - len(guest.data))
+            data = guest.seam.recv(guest.wanted - len(guest.data))
             guest.data += data
-            if not guest.keys and guest.data[:8] != MAGIC[:len(guest.data)]:
+            if guest.data[:8] != MAGIC[:len(guest.data)]:
                 raise Malformed(f"begins with {guest.data[:8]!r}")     # HTTP and TLS are easily told
-            if len(guest.data) == wanted:
-                step(guest)
+            if len(guest.data) == guest.wanted:
+                guest.steps = guest.steps or self._meet(guest)
+                guest.wanted = next(guest.steps, 0)
             elif not data:
                 self._dismiss(guest)
         except BlockingIOError:
@@ -2470,26 +2470,22 @@ class Doorkeeper:
         except (OSError, Malformed) as error:
             self._dismiss(guest, str(error))
 
-    def _answer(self, guest: _Guest) -> None:
-        """Step 2 of the handshake."""
-        first, guest.data = guest.data, b""
-        guest.role, guest.identity, version = read_first_hello(first)
+    def _meet(self, guest: _Guest) -> Iterator[int]:
+        """The server's half of the handshake, from step 1 on; yields how many bytes it needs before it goes on."""
+        first = guest.data
+        role, identity, version = read_first_hello(first)
         second = second_hello(self._instance)
         guest.seam.sendall(second)
         if version != PROTOCOL:         # the dialer reads our version in it, and names both
             raise Malformed(f"speaks protocol {version}")
-        key = self._secret(guest.role, self._instance, guest.identity)
-        guest.keys = SessionKeys.derive(key, first, second, guest.seam.binding)
-
-    def _judge(self, guest: _Guest) -> None:
-        """Steps 3 and 4: the dialer's proof, then ours or a refusal."""
-        assert guest.keys
-        if not hmac.compare_digest(guest.data, guest.keys.dialer_proof):
+        keys = SessionKeys.derive(self._secret(role, self._instance, identity), first, second, guest.seam.binding)
+        yield _HELLO.size + 32
+        if not hmac.compare_digest(guest.data[_HELLO.size:], keys.dialer_proof):
             guest.seam.sendall(REFUSED)
             raise Malformed("has another secret")
-        guest.seam.sendall(guest.keys.server_proof)
+        guest.seam.sendall(keys.server_proof)
         self._forget(guest)
-        self._admit(guest.seam, guest.role, guest.identity, guest.keys)
+        self._admit(guest.seam, role, identity, keys)
 
     def _forget(self, guest: _Guest) -> None:
         self._selector.unregister(guest.sock)
@@ -2724,7 +2720,7 @@ def is_server_running(address: str | None = None) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(where, timeout=2) as sock:
             seam = Tls(sock, tls_client_context()).establish() if tls else Plain(sock)
             seam.sendall(first_hello("client"))
-            return _read_exactly(seam, _SECOND.size).startswith(MAGIC)
+            return _read_exactly(seam, _HELLO.size).startswith(MAGIC)
     return False
 
 
