@@ -980,14 +980,10 @@ class Pull:
     """A large value on its way here: where its bytes go, and which of its ranges are still missing."""
 
     def __init__(self, size: int, done: Callable[[Any], None]) -> None:
-        self.size, self.done = size, done       # done(buffer), or done(None): nobody holds it
+        self.done = done                        # done(buffer), or done(None): nobody holds it
         self.buffer = bytearray(size)
         self.wanted = collections.deque(range(0, max(1, size), RANGE))  # offsets not asked for
         self.spoiled: collections.Counter[int] = collections.Counter()  # digests that did not match, by offset
-
-    def length(self, offset: int) -> int:
-        """Return the length of the range at `offset`."""
-        return min(RANGE, self.size - offset)
 
 
 class Peer:
@@ -1015,7 +1011,7 @@ class Peer:
         self.values: dict[Name, Blob] = {}                  # large values that others may pull; guarded by lock
         self._announce, self._on_batch, self._on_lost, self._on_idle = announce, on_batch, on_lost, on_idle
         self._pulls: dict[Name, Pull] = {}                  # guarded by lock, as is
-        self._asked: list[tuple[Name, int]] = []            # which ranges are on their way: name, offset
+        self._asked: dict[tuple[Name, int], memoryview] = {}    # ranges on their way, (name, offset): where they belong
         self._stopping = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"minipool-{name or role}-io", daemon=True)
 
@@ -1121,7 +1117,7 @@ class Peer:
     def forget_pull(self, name: Name) -> Pull | None:
         """Stop wanting a value. The caller holds the lock."""
         pull = self._pulls.pop(name, None)
-        self._asked = [asked for asked in self._asked if asked[0] != name]
+        self._asked = {asked: place for asked, place in self._asked.items() if asked[0] != name}
         self._ask_more()
         return pull
 
@@ -1132,16 +1128,14 @@ class Peer:
                 if not self.connection or len(self._asked) >= PULLS_IN_FLIGHT:
                     return
                 offset = pull.wanted.popleft()
-                self._asked.append((name, offset))
-                self.connection.post([("pull", name, offset, pull.length(offset))])
+                place = self._asked[name, offset] = memoryview(pull.buffer)[offset:offset + RANGE]
+                self.connection.post([("pull", name, offset, len(place))])
 
     def _destination(self, message: Message, size: int) -> memoryview:
         """Return where the body of a range belongs; if nobody here waits for it, somewhere."""
-        _, name, offset, _ = message
         with self.lock:
-            if (name, offset) not in self._asked or size != self._pulls[name].length(offset):
-                return memoryview(bytearray(size))
-            return memoryview(self._pulls[name].buffer)[offset:offset + size]
+            place = self._asked.get(message[1:3])
+        return memoryview(bytearray(size)) if place is None or len(place) != size else place
 
     def _handle_range(self, connection: Connection, message: Message) -> bool:
         """Act on a message about large values; return False for any other."""
@@ -1171,21 +1165,18 @@ class Peer:
         """Check an arrived range; a spoiled one is asked for again, three times, then the value counts as lost."""
         intact = hashlib.sha256(body).digest() == digest
         with self.lock:
-            if (name, offset) not in self._asked:
+            place = self._asked.pop((name, offset), None)
+            if place is None:
                 return
-            self._asked.remove((name, offset))
             pull = self._pulls[name]
-            if not intact or len(body) != pull.length(offset):
+            if not intact or len(body) != len(place):
                 pull.spoiled[offset] += 1
                 pull.wanted.appendleft(offset)
             lost = pull.spoiled[offset] > 3
-            finished = not pull.wanted and all(asked != name for asked, _ in self._asked)
-            if lost or finished:
-                self.forget_pull(name)
-            else:
-                self._ask_more()
-        if lost or finished:
-            pull.done(None if lost else pull.buffer)
+            if not lost and (pull.wanted or any(asked == name for asked, _ in self._asked)):
+                return self._ask_more()
+            self.forget_pull(name)
+        pull.done(None if lost else pull.buffer)
 
 
 # ==================================================================================================================
