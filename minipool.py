@@ -930,26 +930,24 @@ class Connection:
     def abandon(self) -> None:
         """Close the descriptor without a word to the other end: for the child of a fork, whose socket it is not."""
         self.closed = True
-        with contextlib.suppress(OSError):
-            os.close(self._seam.sock.detach())
+        self._seam.sock.close()
 
 
-def parse_address(address: str, default_port: int = DEFAULT_PORT) -> tuple[str, int]:
+def parse_address(address: str) -> tuple[str, int]:
     """Split "host", "host:port", "[::1]:port" or "::1" into host and port; raise ValueError otherwise."""
-    host, port = address.strip(), ""
-    if host.startswith("["):
-        host, bracket, port = host[1:].partition("]")
-        host, port = host if bracket else "", port.removeprefix(":")
-    elif host.count(":") == 1:
-        host, _, port = host.partition(":")
-    if ":" in host:
-        try:
+    host, port = address.strip(), str(DEFAULT_PORT)
+    if host.count(":") == 1 or "]:" in host:
+        host, _, port = host.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    try:
+        if ":" in host:
             socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
-        except OSError:
-            host = ""
-    if not host or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
-        raise ValueError(f"{address!r} is not an address: expected host or host:port, and no URL")
-    return host, int(port or default_port)
+        if not host or not 0 < int(port) < 65536:
+            raise ValueError(port)
+    except (OSError, ValueError):
+        raise ValueError(f"{address!r} is not an address: expected host or host:port, and no URL") from None
+    return host, int(port)
 
 
 def format_address(host: str, port: int) -> str:
@@ -968,8 +966,7 @@ class Blob:
         """Return `length` bytes from `offset` on; a view where they lie in one buffer."""
         found = []
         for part in self.parts:
-            piece = part[offset:offset + length]
-            if len(piece):
+            if piece := part[offset:offset + length]:
                 found.append(piece)
             length -= len(piece)
             offset = max(0, offset - len(part))
@@ -1021,13 +1018,10 @@ class Peer:
 
     def stop(self, *farewell: Message) -> None:
         """Say farewell and end the threads; blocks for at most a second of unsent words."""
-        connection = self.connection
-        if connection and not connection.closed:
-            connection.post(farewell)
-            connection.flush()
-            give_up = time.monotonic() + 1
-            while connection.waiting and not connection.closed and time.monotonic() < give_up:
-                time.sleep(0.002)
+        self.send(*farewell)
+        connection, give_up = self.connection, time.monotonic() + 1
+        while connection and connection.waiting and not connection.closed and time.monotonic() < give_up:
+            time.sleep(0.002)
         self._stopping.set()
         with self.lock:                 # so that a connection made meanwhile is seen here, or sees _stopping
             connection = self.connection
