@@ -390,7 +390,6 @@ REFUSED = hashlib.sha256(b"minipool/1 refused").digest()
 
 _HELLO = struct.Struct("!8sBBB21s32s")      # magic, version, role, flags, identity, nonce
 _FRAME = struct.Struct("!II")
-_SEQUENCE = struct.Struct("!Q")
 
 MAX_CONTROL = 8 << 20           # a batch stays far below; the rest is room for one announcement of everything
 BATCH_MESSAGES = 256            # with BATCH_BYTES: no step under the scheduler's lock takes more than about 3 ms
@@ -432,7 +431,7 @@ class Secret:
     @classmethod
     def new(cls) -> Secret:
         """Return a fresh secret of 32 random bytes."""
-        return cls("mp1_" + base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("="))
+        return cls("mp1_" + secrets.token_urlsafe(32))
 
     def role_key(self, role: str, instance: bytes, identity: bytes = b"") -> bytes:
         """Return the key of a role; for a worker, the ticket of the worker `identity`, which opens nothing else."""
@@ -838,7 +837,7 @@ class Connection:
         if not body:
             self._fit = max(1, min(BATCH_MESSAGES, len(batch) * BATCH_BYTES // len(control)))
         header = _FRAME.pack(len(control), len(body))
-        tag = _hmac(self._send_key, _SEQUENCE.pack(self._send_number) + header + control)
+        tag = _hmac(self._send_key, self._send_number.to_bytes(8) + header + control)
         self._send_number += 1
         self._rest = [memoryview(header + tag + control), *([memoryview(body).cast("B")] if len(body) else ())]
 
@@ -869,7 +868,7 @@ class Connection:
         if not 0 < control_size <= MAX_CONTROL or body_size > RANGE:
             raise Malformed("a frame's lengths are out of range")
         control = self._take(control_size)
-        expected = _hmac(self._receive_key, _SEQUENCE.pack(self._receive_number) + header + control)
+        expected = _hmac(self._receive_key, self._receive_number.to_bytes(8) + header + control)
         if not hmac.compare_digest(tag, expected):
             raise Malformed("a frame's tag does not verify")
         self._receive_number += 1
@@ -879,7 +878,10 @@ class Connection:
         if len(messages) != 1 or messages[0][0] != "range":
             raise Malformed("only a range has a body")
         body = self.destination(messages[0], body_size)
-        self._fill(body)
+        have = min(body_size, len(self._pending))
+        body[:have] = self._take(have)
+        while have < body_size:
+            have += self._seam.receive_into(body[have:])
         return [(*messages[0], body)]
 
     def has_input(self, seconds: float) -> bool:
@@ -893,13 +895,6 @@ class Connection:
         taken = bytes(self._pending[:size])
         del self._pending[:size]
         return taken
-
-    def _fill(self, view: memoryview) -> None:
-        """Receive a range's bytes where they will stay."""
-        have = min(len(view), len(self._pending))
-        view[:have] = self._take(have)
-        while have < len(view):
-            have += self._seam.receive_into(view[have:])
 
     # ---- ending ----
 
@@ -1024,9 +1019,8 @@ class Peer:
             time.sleep(0.002)
         self._stopping.set()
         with self.lock:                 # so that a connection made meanwhile is seen here, or sees _stopping
-            connection = self.connection
-        if connection:
-            connection.close()
+            if self.connection:
+                self.connection.close()
         if self.thread is not threading.current_thread() and self.thread.ident:
             self.thread.join(HANDSHAKE_SECONDS)
 
@@ -1061,11 +1055,10 @@ class Peer:
         sock = socket.create_connection(self.address, timeout=HANDSHAKE_SECONDS)
         try:
             seam = Tls(sock, self._tls).establish() if self._tls else Plain(sock)
-            keys, instance = handshake(seam, self.role, self.key, self.identity, seam.binding)
+            keys, self.instance = handshake(seam, self.role, self.key, self.identity, seam.binding)
         except BaseException:
             sock.close()
             raise
-        self.instance = instance
         connection = Connection(seam, keys.up, keys.down, "server")
         connection.start_writer()
         connection.destination = self._destination
@@ -2491,8 +2484,8 @@ def _is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def check_announcement(message: Message, role: str, identity: bytes) -> Message | None:
-    """Raise Malformed unless a connection's first message is its role's announcement; return a refusal, or None."""
+def check_announcement(message: Message, role: str, identity: bytes) -> None:
+    """Raise Malformed unless a connection's first message is its role's announcement, VersionMismatch to refuse it."""
     if message[0] != role:
         raise Malformed(f"a {role} begins with its announcement")
     info = message[1]
@@ -2502,9 +2495,8 @@ def check_announcement(message: Message, role: str, identity: bytes) -> Message 
     if role == "worker" and info["id"] != identity:
         raise Malformed("a worker announces another worker's identity")
     if info["python"] != PYTHON:
-        return ("refuse", "VersionMismatch", f"the server runs Python {PYTHON}, this {role} {info['python']}: "
-                "functions travel as byte code, so all members of a pool need the same minor version")
-    return None
+        raise VersionMismatch(f"the server runs Python {PYTHON}, this {role} {info['python']}: functions travel as "
+                              "byte code, so all members of a pool need the same minor version")
 
 
 class Server:
@@ -2623,11 +2615,7 @@ class Server:
     def _serve_peer(self, peer: int, connection: Connection, identity: bytes) -> None:
         try:
             messages = connection.receive()
-            refusal = check_announcement(messages[0], connection.remote, identity)
-            if refusal:
-                connection.post([refusal])
-                connection.flush()
-                return
+            check_announcement(messages[0], connection.remote, identity)
             while peer in self._connections:        # else it said goodbye, or was superseded
                 if log.isEnabledFor(logging.DEBUG):
                     log.debug("< %d %s", peer, ", ".join(map(brief, messages)))
@@ -2635,6 +2623,9 @@ class Server:
                 messages = connection.receive()
         except (OSError, EOFError):
             pass
+        except VersionMismatch as error:
+            connection.post([("refuse", "VersionMismatch", str(error))])
+            connection.flush()
         except Malformed as error:
             log.warning("%s %d sent what no honest peer sends (%s): closed", connection.remote, peer, error)
         except Exception:
