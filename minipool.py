@@ -204,12 +204,6 @@ Value = bytes | tuple[Name, int]
 Message = tuple[Any, ...]
 Check = Callable[[Any], bool]
 
-# what the scheduler reads of a job's options; the rest is for the worker
-_OPTIONS_READ: dict[str, tuple[type, ...]] = {
-    "name": (str,), "priority": (int, float), "retries": (int,), "max_deaths": (int,), "job_timeout": (int, float),
-    "max_tasks": (int,), "attempts": (int,), "on": (list, tuple, frozenset)}
-_NUMBERS = [name for name, accepted in _OPTIONS_READ.items() if int in accepted]
-
 
 def _is_number(field: Any) -> bool:
     return type(field) is int and 0 <= field < BIGGEST
@@ -226,11 +220,8 @@ def _is_value(field: Any) -> bool:
 
 
 def _are_options(field: Any) -> bool:
-    return field is None or (
-        type(field) is dict
-        and all(isinstance(field[name], accepted) for name, accepted in _OPTIONS_READ.items() if name in field)
-        and all((-BIGGEST if name == "priority" else -1) < field[name] < BIGGEST for name in _NUMBERS if name in field)
-        and all(type(tag) is str for tag in field.get("on", ())))
+    return field is None or (type(field) is dict and all(
+        is_good(field[name]) for name, is_good in _OPTIONS_READ.items() if name in field))
 
 
 def _one_of(*accepted: type) -> Check:
@@ -254,6 +245,8 @@ _CHECKS: dict[Any, Check] = {
     "positions": lambda field: type(field) is dict and all(
         type(session) is bytes and _is_number(position) for session, position in field.items()),
     "cause": lambda field: type(field) is dict and all(type(what) in (str, int, bool) for what in field.values()),
+    "priority": lambda field: isinstance(field, (int, float)) and -BIGGEST < field < BIGGEST,
+    "tags": lambda field: type(field) in (list, tuple, frozenset) and all(type(tag) is str for tag in field),
     "any": _one_of(int, float, bool, str, bytes, list, dict, tuple, type(None)),
 }
 
@@ -263,6 +256,11 @@ CATALOGUE: dict[str, tuple[frozenset[str], dict[str, Check]]] = {}     # by kind
 
 def _fields(**kinds: Any) -> dict[str, Check]:
     return {name: _CHECKS[kind] for name, kind in kinds.items()}
+
+
+# what the scheduler reads of a job's options; the rest is for the worker
+_OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=int, job_timeout=float, max_tasks=int,
+                        attempts=int, on="tags")
 
 
 def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
