@@ -3258,7 +3258,7 @@ as_completed = concurrent.futures.as_completed
 wait = concurrent.futures.wait
 
 _PENDING, _RUNNING = concurrent.futures._base.PENDING, concurrent.futures._base.RUNNING
-_CANCELLED, _FINISHED = concurrent.futures._base.CANCELLED, concurrent.futures._base.FINISHED
+_CANCELLED = concurrent.futures._base.CANCELLED
 
 
 class JobInfo(NamedTuple):
@@ -3287,9 +3287,8 @@ def job_id(name: Name) -> str:
 class _Call(NamedTuple):
     """What it takes to send a job, and to send it again."""
     fn: Entry
-    payload: bytes | Blob
-    log: int                    # how much of the session's log a worker must have applied before it
-    options: dict[str, Any]     # those that the server needs to know
+    message: Message            # "submit"
+    inline: int                 # bytes of the payload that ride inside it
 
 
 class Future(concurrent.futures.Future[Any]):
@@ -3297,7 +3296,7 @@ class Future(concurrent.futures.Future[Any]):
 
     def __init__(self, client: Client, number: int, view: Executor, call: _Call) -> None:
         super().__init__()
-        self.name: str = call.options["name"]
+        self.name: str = call.message[-1]["name"]
         self.key: str | None = None             # the identity given by `options(key=)`
         self.worker: str | None = None          # who runs or ran it; None before it begins
         self.attempts = 0
@@ -3318,7 +3317,7 @@ class Future(concurrent.futures.Future[Any]):
         With `options(cancel_running=True)` a job that runs is cancelled too, and its worker's process ended.
         """
         with self._client.lock, self._condition:        # in the order in which outcomes take them
-            by_force = self._call is not None and self._call.options.get("cancel_running")
+            by_force = self._call is not None and self._call.message[-1].get("cancel_running")
             if self._state != _PENDING and not (by_force and self._state == _RUNNING):
                 return self.cancelled()
             self._state = _CANCELLED
@@ -3341,14 +3340,13 @@ class Future(concurrent.futures.Future[Any]):
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return the job's exception, None if it has a value; TimeoutError after `timeout` seconds."""
         super().exception(timeout)
-        if self._raw and self._condition._is_owned():       # type: ignore[attr-defined]
-            # wait(FIRST_EXCEPTION) asks, which holds the conditions of all its futures: no user code under them
-            return None if self._raw[0] == OK else RemoteError("not decoded yet")
-        self._decode()
+        # wait(FIRST_EXCEPTION) asks, which holds the conditions of all its futures: no user code under them
+        if not self._condition._is_owned():     # type: ignore[attr-defined]
+            self._decode()
         return super().exception(0)
 
     def _get_snapshot(self) -> Any:         # asyncio reads this from Python 3.14 on
-        if self._state == _FINISHED:
+        if self.done():
             self._decode()
         return super()._get_snapshot()      # type: ignore[misc]
 
@@ -3384,16 +3382,13 @@ class Future(concurrent.futures.Future[Any]):
         return face
 
     def _settle(self, status: str, value: Any) -> None:
-        """End the future, unless it was cancelled; waiters wake, callbacks go to their thread."""
-        self = self._face() or self
-        with self._condition:
-            if self._state not in (_PENDING, _RUNNING):
-                return
-            self._raw, self._state = (status, value), _FINISHED
-            for waiter in self._waiters:
-                (waiter.add_result if status == OK else waiter.add_exception)(self)
-            self._condition.notify_all()
-        self._invoke_callbacks()
+        """End the future with an outcome to be decoded; waiters wake, callbacks go to their thread."""
+        self._raw = status, value
+        face = self._face() or self
+        if status == OK:
+            face.set_result(None)
+        else:
+            face.set_exception(RemoteError("not decoded yet"))
 
     def _invoke_callbacks(self) -> None:
         invoke = super()._invoke_callbacks                  # type: ignore[misc]
@@ -3438,19 +3433,18 @@ class ChildProcess:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the child has ended."""
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+        return self._process.returncode is not None
 
 
 class Client:
     """One connection to a server, and everything that waits on it. Executors are its views."""
 
-    def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None,
+    def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None = None,
                  connect_timeout: float, reconnect_timeout: float, tls: bool = False,
-                 child: ChildProcess | None = None) -> None:
+                 child: ChildProcess | None = None, initializer: Callable[..., object] | None = None,
+                 initargs: Iterable[Any] = ()) -> None:
         self.child = child                              # the embedded pool; it ends with this client
         self.session = secrets.token_bytes(16)
         self.lock = threading.RLock()
@@ -3461,14 +3455,14 @@ class Client:
         self._name, self._max_workers = name, max_workers
         self._patience = float("inf")                   # seconds of an outage that are ridden out
         # all below is guarded by lock
-        self._changed = threading.Condition(self.lock)  # a future ended, a worker came or went, an answer came
+        self._changed = threading.Condition(self.lock)  # a worker came or went, an answer came
         self.unfinished: dict[int, Future] = {}         # every future without an outcome
         self._sent: dict[int, Future] = {}              # those the server has
         self._sent_bytes = 0
         self._backlog: list[tuple[float, int]] = []     # a heap of those it has not: (-priority, number)
         self._lowest = 0.0                              # priority among the sent
         self._known_objects: set[int] = set()           # what the server has of ours, on this connection
-        self._log: list[tuple[Name, bytes | Blob]] = []     # what every worker must have run before our jobs
+        self._log: list[tuple[int, bytes | Blob]] = []  # what every worker must have run before our jobs
         self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
         self._answers: dict[int, Any] = {}
         self._credit = CREDIT_JOBS
@@ -3476,6 +3470,7 @@ class Client:
         self.broken: Callable[[], BaseException] | None = None  # makes what every call and future then raises
         self.closing = False                            # it takes no more jobs, and ends with the last
         self._callbacks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self.later = self._callbacks.put    # run it on the callback thread; no lock is taken: a collector may call this
         self._callback_thread = threading.Thread(target=self._run_callbacks, name="minipool-callbacks", daemon=True)
         self.peer = Peer("client", address, secret.role_key, lock=self.lock, announce=self._announce,
                          on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered, tls=tls)
@@ -3483,14 +3478,15 @@ class Client:
         self.peer.start()
         final = Refused, VersionMismatch                # trying again does not help
         try:
+            if initializer is not None:
+                self.add_to_log(initializer, tuple(initargs), {})
             with self._changed:         # until the first welcome
                 self._changed.wait_for(lambda: self._welcomed or isinstance(self.peer.trouble, final), connect_timeout)
-                welcomed, trouble = self._welcomed, self.peer.trouble
-            if isinstance(trouble, final):
-                raise trouble
-            if not welcomed:
-                raise ServerLost(f"no minipool server at {format_address(*address)} within {connect_timeout:g} s "
-                                 f"({trouble}): start one there with `minipool serve`, or check the address")
+                trouble = self.peer.trouble
+                if not self._welcomed:
+                    raise trouble if isinstance(trouble, final) else ServerLost(
+                        f"no minipool server at {format_address(*address)} within {connect_timeout:g} s ({trouble}): "
+                        "start one there with `minipool serve`, or check the address")
         except BaseException:
             self.close()
             raise
@@ -3506,17 +3502,20 @@ class Client:
             raise TypeError(f"submit() needs something callable, not {type(fn).__name__}")
         entry = self.functions.function(fn)
         retry_on = options.get("retry_on", (Exception,)) if options.get("retries") else ()
-        payload = pack(*self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ())))
+        packed = pack(*self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ())))
         check_size(entry.blob, self.max_value, "pickle", fn)
-        check_size(payload, self.max_value, "arguments", fn)
+        check_size(packed, self.max_value, "arguments", fn)
+        inline = 0 if isinstance(packed, Blob) else len(packed)
         wire = self._wire_options(options, fn)
         with self.lock:
             if self.broken is not None:
                 raise self.broken()
-            if self.closing:
+            if self.closing or view._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             number = next(self.numbers)
-            future = Future(self, number, view, _Call(entry, payload, len(self._log), wire))
+            payload = packed if inline else self._share(number, packed)
+            message = ("submit", number, (self.session, entry.number), payload, len(self._log), wire)
+            future = Future(self, number, view, _Call(entry, message, inline))
             self.unfinished[number] = future
             heapq.heappush(self._backlog, (-wire.get("priority", 0), number))
             self._send_backlog()
@@ -3536,14 +3535,11 @@ class Client:
 
     def _send_backlog(self) -> None:
         """Send what the credit allows, most urgent first. Holds the lock; somebody flushes."""
-        connection = self.peer.connection
-        if not connection or not self._welcomed:
-            return
         if not self._sent:
             self._lowest = float("inf")
-        messages: list[Message] = []
-        while self._backlog:
-            priority, number = -self._backlog[0][0], self._backlog[0][1]
+        while self._backlog and self._welcomed:
+            urgency, number = self._backlog[0]
+            priority = -urgency
             future = self.unfinished.get(number)        # None: cancelled here
             share = 1 if priority > self._lowest else URGENT_SHARE
             full = len(self._sent) >= self._credit // share or self._sent_bytes >= CREDIT_BYTES // share
@@ -3552,37 +3548,40 @@ class Client:
             heapq.heappop(self._backlog)
             if future:
                 self._lowest = min(self._lowest, priority)
-                self._send_job(future, messages)
-        if messages:
-            connection.post(messages)
+                self._post_job(future)
 
-    def _send_job(self, future: Future, messages: list[Message], again: bool = False) -> None:
-        """Add the messages that send one job, with its function if this server has not got it."""
-        call = future._call
-        assert call
-        self._sent[future._number] = future
-        self._put(call.fn.number, call.fn.blob, messages)
-        payload: Value
-        if isinstance(call.payload, Blob):
-            payload = ((self.session, future._number), call.payload.size)
-            self.peer.values[payload[0]] = call.payload
+    def _post_job(self, future: Future) -> None:
+        """Post one job, with its function if this server has not got it."""
+        assert future._call
+        entry, message, inline = future._call
+        if future._number in self._sent:
+            message = (*message[:-1], {**message[-1], "again": True, "attempts": future.attempts})
         else:
-            payload = call.payload
-            self._sent_bytes += 0 if again else len(payload)
-        options = {**call.options, "again": True, "attempts": future.attempts} if again else call.options
-        messages.append(("submit", future._number, (self.session, call.fn.number), payload, call.log, options))
+            self._sent[future._number] = future
+            self._sent_bytes += inline
+        if entry.number not in self._known_objects:
+            self._put(entry.number, entry.blob)
+        self._post(message)
 
-    def _put(self, number: int, data: bytes | Blob, messages: list[Message]) -> None:
-        """Add what makes an object known to the server: its bytes if small, else its size."""
-        if number in self._known_objects:
-            return
-        self._known_objects.add(number)
-        name, packed = (self.session, number), pack(data) if isinstance(data, bytes) else data
-        if isinstance(packed, Blob):
-            self.peer.values[name] = packed
-            messages.append(("put", name, packed.size, None))
-        else:
-            messages.append(("put", name, len(packed), packed))
+    def _put(self, number: int, data: bytes | Blob) -> None:
+        """Make an object known to the server, unless it is."""
+        if number not in self._known_objects:
+            self._known_objects.add(number)
+            value = self._share(number, pack(data) if isinstance(data, bytes) else data)
+            put = (*value, None) if isinstance(value, tuple) else ((self.session, number), len(value), value)
+            self._post(("put", *put))
+
+    def _share(self, number: int, data: bytes | Blob) -> Value:
+        """Return what a message says of some data: itself if small, else name and size, to be pulled from here."""
+        if not isinstance(data, Blob):
+            return data
+        self.peer.values[self.session, number] = data
+        return (self.session, number), data.size
+
+    def _post(self, message: Message) -> None:
+        """Leave a message for the next flush, or for the next announcement. The caller holds the lock."""
+        if self.peer.connection:
+            self.peer.connection.post((message,))
 
     def _evicted(self, entry: Entry) -> None:
         """A function's pickle left the cache: nobody will ask for it again, unless a job is still out with it."""
@@ -3598,22 +3597,20 @@ class Client:
         data = pack(*self.functions.dumps_call(fn, args, kwargs, fn))
         check_size(data, self.max_value, "arguments", fn)
         with self.lock:
-            self._log.append(((self.session, next(self.numbers)), data))
+            self._log.append((next(self.numbers), data))
             if self._welcomed:
                 self._send_log(len(self._log) - 1)
 
     def _send_log(self, known: int) -> None:
-        messages: list[Message] = []
-        for position, (name, data) in enumerate(self._log[known:], known):
-            self._put(name[1], data, messages)
-            messages.append(("log", self.session, position, name))
-        self.peer.send(*messages)
+        for position, (number, data) in enumerate(self._log[known:], known):
+            self._put(number, data)
+            self._post(("log", self.session, position, (self.session, number)))
+        self.peer.send()
 
     def cancelled(self, future: Future) -> None:
         """A future was cancelled here: that decides it, and the server is told. The caller holds the lock."""
-        if future._number in self._sent:
+        if self._retire(future):
             self.peer.send(("cancel", [future._number]))
-        self._retire(future)
 
     def kill(self, futures: Sequence[Future], reason: str) -> None:
         """End running jobs by force; those that have not begun fail with JobKilled too."""
@@ -3662,7 +3659,7 @@ class Client:
             connection, numbers = self.peer.connection, self._delivered
             if connection and numbers:
                 self._delivered = []
-                connection.post([("delivered", numbers)])
+                self._post(("delivered", numbers))
             return bool(connection and connection.waiting)
 
     def _on_welcome(self, info: dict[str, Any]) -> None:
@@ -3677,11 +3674,9 @@ class Client:
 
     def _on_missing(self, numbers: list[int]) -> None:
         """The server does not know these (it is a new one, or they were lost on the way): send them again."""
-        messages: list[Message] = []
         for number in numbers:
             if future := self._sent.get(number):
-                self._send_job(future, messages, again=True)
-        self.peer.send(*messages)
+                self._post_job(future)
 
     def _on_began(self, number: int, worker: str, attempts: int) -> None:
         if future := self._sent.get(number):
@@ -3696,38 +3691,33 @@ class Client:
             self._delivered.append(number)      # told twice: the first acknowledgement was lost
             return
         future.worker, future.attempts = worker, attempts
-        if type(value) is tuple:
-            self.peer.pull(value[0], value[1], lambda data: self._pulled(future, status, data))
-        else:
-            self._finish(future, status, value)
+        if type(value) is not tuple:
+            return self._finish(future, status, value)
 
-    def _pulled(self, future: Future, status: str, data: Any) -> None:
-        """A large outcome is here; or its holder is lost, and the job runs again by itself."""
-        if data is not None:
-            with self.lock:
-                self._finish(future, status, data)
-                self._send_backlog()
-            self.peer.send()
+        def fetched(data: Any) -> None:
+            if data is not None:        # else its holder is lost, and the job runs again by itself
+                self._on_batch([("done", number, status, data, worker, attempts)])      # now as if it were small
+        self.peer.pull(value[0], value[1], fetched)
 
     def _finish(self, future: Future, status: str, value: Any) -> None:
-        if future._number in self._sent:
-            self._delivered.append(future._number)
-        self._retire(future)
-        future._settle(status, value)
+        """End a future that has not ended, with an outcome that the server may forget."""
+        if future._call:
+            if self._retire(future):
+                self._delivered.append(future._number)
+            future._settle(status, value)
 
-    def _retire(self, future: Future) -> None:
-        """Forget a job that has ended: nothing is kept that it alone needed."""
-        self.unfinished.pop(future._number, None)
-        call, future._call = future._call, None
-        if self._sent.pop(future._number, None) and call:
-            if isinstance(call.payload, Blob):
-                self.peer.values.pop((self.session, future._number), None)
-            else:
-                self._sent_bytes -= len(call.payload)
-        if not self.unfinished:
-            self._changed.notify_all()
-            if self.closing:
-                self.later(self._end)
+    def _retire(self, future: Future) -> bool:
+        """Forget a job that has ended: nothing is kept that it alone needed. True if the server has it."""
+        number, call, future._call = future._number, future._call, None
+        self.unfinished.pop(number, None)
+        sent = self._sent.pop(number, None) is not None
+        if call and sent:
+            self._sent_bytes -= call.inline
+        if call and not call.inline:            # a large payload
+            self.peer.values.pop((self.session, number), None)
+        if self.closing and not self.unfinished:
+            self.later(self._end)
+        return sent
 
     def _on_broken(self, value: Value) -> None:
         def error() -> BaseException:
@@ -3741,8 +3731,7 @@ class Client:
         """Fail everything that waits, each future with an exception of its own, made where it is asked for."""
         self.broken = error
         for future in list(self.unfinished.values()):
-            self._retire(future)
-            future._settle(DIED, error)
+            self._finish(future, DIED, error)
 
     def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
         self.workers, self._credit = workers, credit
@@ -3768,10 +3757,6 @@ class Client:
 
     # ---- callbacks and the end ----
 
-    def later(self, callback: Callable[[], object]) -> None:
-        """Run something on the callback thread; takes no lock, so that a collector may call it."""
-        self._callbacks.put(callback)
-
     def _run_callbacks(self) -> None:
         """Run callbacks, and after the last one end all that this client started: nobody waits for it in vain."""
         while (callback := self._callbacks.get()) is not None:
@@ -3788,18 +3773,16 @@ class Client:
 
     def close(self, wait: bool = True) -> None:
         """Take no more jobs; once all have ended, end the connection, the threads and the child."""
-        with self._changed:
+        with self.lock:
             self.closing = True
             if not self.unfinished:
                 self.later(self._end)
-            if wait:
-                self._changed.wait_for(lambda: not self.unfinished)
         if wait and self._callback_thread is not threading.current_thread():
             self._callback_thread.join()
 
     def _end(self) -> None:
         with self.lock:     # under which the last future's callbacks were queued: before this
-            self._callbacks.put(None)
+            self.later(None)
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()       # those that are open
@@ -3831,20 +3814,22 @@ if hasattr(os, "register_at_fork"):
 
 _WIRE_OPTIONS = {"retries", "priority", "max_deaths", "job_timeout", "cancel_running", "max_tasks"}     # for the server
 _OPTIONS = (_WIRE_OPTIONS | {"retry_on", "on", "prefer", "name", "weak", "timeout"}) - {"max_tasks"}
-_said: set[str] = set()         # sentences for stderr that this process has had
+_said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
-# whole numbers among arguments and options: the smallest, in the standard library's words where it has some
-_WHOLE = {"max_workers": (1, "greater than 0"), "max_tasks_per_child": (1, ">= 1"), "buffersize": (1, "None or > 0"),
-          "retries": (0, ">= 0"), "max_deaths": (0, ">= 0")}
+# numbers among arguments and options: type, the smallest, in the standard library's words where it has some
+_NUMBERS = {"max_workers": (int, 1, "greater than 0"), "max_tasks_per_child": (int, 1, ">= 1"),
+            "buffersize": (int, 1, "None or > 0"), "chunksize": (int, 1, ">= 1"), "retries": (int, 0, ">= 0"),
+            "max_deaths": (int, 0, ">= 0"), "priority": (int | float, 1 - BIGGEST, "a number"),
+            "job_timeout": (int | float, 1e-9, "a number of seconds above 0")}
 
 
-def _check_whole(**values: Any) -> None:
-    """Check those of these values that must be whole numbers; None is the same as not given."""
-    for name, (least, words) in _WHOLE.items():
+def _check_numbers(**values: Any) -> None:
+    """Check the numbers among these values; None is the same as not given."""
+    for name, (kind, least, words) in _NUMBERS.items():
         value = values.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise TypeError(f"{name} must be an integer or None, not {value!r}")
-        if value is not None and not least <= value < BIGGEST:
+        if isinstance(value, bool) or not isinstance(value, kind | None):
+            raise TypeError(f"{name} must be {kind | None}, not {value!r}")
+        if value is not None and not least <= value < BIGGEST:      # NaN is no place in an order
             raise ValueError(f"{name} must be {words}, not {value}")
 
 
@@ -3859,15 +3844,9 @@ def _several(name: str, value: Any) -> tuple[Any, ...]:
     return values
 
 
-class _Chunk:
-    """Several calls of one function as one job: what `map(chunksize=)` sends."""
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn = fn
-        self.__name__ = name_of(fn)
-
-    def __call__(self, chunk: tuple[tuple[Any, ...], ...]) -> list[Any]:
-        return [self.fn(*args) for args in chunk]
+def _call_each(fn: Callable[..., Any], *chunk: tuple[Any, ...]) -> list[Any]:
+    """Make several calls of one function as one job: what `map(chunksize=)` sends."""
+    return [fn(*args) for args in chunk]
 
 
 class Executor(concurrent.futures.Executor):
@@ -3892,7 +3871,7 @@ class Executor(concurrent.futures.Executor):
             raise TypeError(f"address is text such as 'host:port', not {type(address).__name__}")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        _check_whole(max_workers=max_workers, max_tasks_per_child=max_tasks_per_child)
+        _check_numbers(max_workers=max_workers, max_tasks_per_child=max_tasks_per_child)
         self._options: dict[str, Any] = {"max_tasks": max_tasks_per_child}
         self._parent: Executor | None = None
         self._closed = False            # this view
@@ -3908,27 +3887,18 @@ class Executor(concurrent.futures.Executor):
             key = find_secret(secret)
         self._client = Client(parse_address(where), key, name=name or os.path.basename(sys.argv[0] or "python"),
                               max_workers=limit, connect_timeout=connect_timeout, reconnect_timeout=patience,
-                              child=child, tls=tls and not child)
+                              child=child, tls=tls and not child, initializer=initializer, initargs=initargs)
         # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
         end = functools.partial(self._client.close, wait=False)
         weakref.finalize(self, self._client.later, end).atexit = False      # a collector takes no lock
-        if initializer is not None:
-            try:
-                self._client.add_to_log(initializer, tuple(initargs), {})
-            except BaseException:
-                self._client.close()
-                raise
-        if address is None and child:
-            self._say_embedded(child.answer["devices"])
+        if address is None and child and not _said:
+            _said.append(True)
+            self._say_embedded(collections.Counter(child.answer["devices"]))
 
     @staticmethod
-    def _say_embedded(devices: list[str]) -> None:
-        """Say once per process what was started, so that nobody believes to be on a cluster."""
-        if "embedded" in _said:
-            return
-        _said.add("embedded")
-        counts = collections.Counter(devices).items()
-        text = ", ".join(f"{n} worker{'s' * (n > 1)} on {device}" for device, n in counts)
+    def _say_embedded(devices: dict[str, int]) -> None:
+        """Say what was started, so that nobody believes to be on a cluster."""
+        text = ", ".join(f"{n} worker{'s' * (n > 1)} on {device}" for device, n in devices.items())
         line = (f"minipool: embedded pool, {text}, {os.cpu_count()} cores (max_workers= for more, MINIPOOL_ADDRESS= "
                 "for a server)")
         if is_server_running():
@@ -3945,8 +3915,6 @@ class Executor(concurrent.futures.Executor):
         Arguments are copied now; changing them later changes nothing. Raises pickle.PicklingError naming what cannot
         be pickled, TooLarge, RuntimeError after shutdown, BrokenExecutor after a failed initializer.
         """
-        if self._closed:
-            raise RuntimeError("cannot schedule new futures after shutdown")
         if "timeout" in self._options:
             raise TypeError("options(timeout=) is for calls that wait; a limit on a job's run time is job_timeout")
         return self._client.submit(self, self._options, fn, args, kwargs)
@@ -3958,51 +3926,46 @@ class Executor(concurrent.futures.Executor):
         `timeout` seconds count from this call; `chunksize` inputs travel as one job; `buffersize` bounds how many
         results wait unread, and makes the input lazy.
         """
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
-        _check_whole(buffersize=buffersize)
+        _check_numbers(chunksize=chunksize, buffersize=buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
         inputs = zip(*iterables, strict=False)
         calls: Iterator[tuple[Any, ...]] = inputs
         if chunksize > 1:
-            fn = _Chunk(fn)
-            calls = ((chunk,) for chunk in iter(lambda: tuple(itertools.islice(inputs, chunksize)), ()))
-        futures = collections.deque(self.submit(fn, *args) for args in itertools.islice(calls, buffersize))
-        results = self._results(futures, fn, iter(()) if buffersize is None else calls, deadline)
-        return results if chunksize == 1 else itertools.chain.from_iterable(results)
+            fn, calls = functools.partial(_call_each, fn), iter(lambda: tuple(itertools.islice(inputs, chunksize)), ())
+        jobs = (self.submit(fn, *args) for args in calls)       # lazily; all that may wait unread are submitted now
+        futures = collections.deque(itertools.islice(jobs, buffersize))
 
-    def _results(self, futures: collections.deque[Future], fn: Callable[..., Any], more: Iterator[tuple[Any, ...]],
-                 deadline: float | None) -> Iterator[Any]:
-        """Yield the futures' results in order; with each one taken, submit one of the calls that are left."""
-        try:
-            while futures:
-                futures.extend(self.submit(fn, *args) for args in itertools.islice(more, 1))
-                left = None if deadline is None else deadline - time.monotonic()
-                # it cancels a future that is late, and keeps no value in this frame
-                yield concurrent.futures._base._result_or_cancel(futures.popleft(), left)   # type: ignore[attr-defined]
-        finally:
-            for future in futures:
-                future.cancel()
+        def results() -> Iterator[Any]:
+            try:
+                while futures:
+                    futures.extend(itertools.islice(jobs, 1))
+                    left = None if deadline is None else deadline - time.monotonic()
+                    # it cancels a future that is late, and keeps no value in this frame
+                    yield concurrent.futures._base._result_or_cancel(       # type: ignore[attr-defined]
+                        futures.popleft(), left)
+            finally:
+                for future in futures:
+                    future.cancel()
+        return results() if chunksize == 1 else itertools.chain.from_iterable(results())
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more jobs; wait for those there are, or cancel what has not begun. Of a view: this view only."""
         self._closed = True
-        mine = [f for f in list(self._client.unfinished.values()) if self._parent is None or f._view is self]
         if cancel_futures:
-            for future in mine:
+            for future in self._mine():
                 future.cancel()
         if self._parent is None:
             self._client.close(wait)
         elif wait:
-            concurrent.futures.wait(mine)
+            concurrent.futures.wait(self._mine())
+
+    def _mine(self) -> list[Future]:
+        return [f for f in list(self._client.unfinished.values()) if self._parent is None or f._view is self]
 
     def kill_workers(self) -> None:
         """End this executor's running jobs by force (they raise JobKilled), cancel the rest, shut down."""
-        with self._client.lock:
-            futures = list(self._client.unfinished.values())
-            for future in futures:
-                future.cancel()
-            self._client.kill(futures, "kill_workers() was called")
+        self.shutdown(wait=False, cancel_futures=True)
+        self._client.kill(self._mine(), "kill_workers() was called")
         self.shutdown(wait=True)
 
     terminate_workers = kill_workers        # a worker's process has nothing to save: there is one way to end it
@@ -4021,12 +3984,7 @@ class Executor(concurrent.futures.Executor):
         unknown = sorted(set(options) - _OPTIONS)
         if unknown:
             raise TypeError(f"options() got unknown {', '.join(unknown)}; known are {', '.join(sorted(_OPTIONS))}")
-        _check_whole(**options)
-        priority, limit = options.get("priority", 0), options.get("job_timeout")
-        if not (isinstance(priority, int | float) and -BIGGEST < priority < BIGGEST):   # NaN is no place in an order
-            raise ValueError(f"priority is a number, not {priority!r}")
-        if limit is not None and not (isinstance(limit, int | float) and limit is not True and 0 < limit < BIGGEST):
-            raise ValueError(f"job_timeout is a number of seconds above 0, not {limit!r}")
+        _check_numbers(**options)
         for name in {"on", "prefer", "retry_on"} & set(options):                # these take one thing or several
             if options[name] is not None:
                 options[name] = _several(name, options[name])
@@ -4081,7 +4039,8 @@ class Executor(concurrent.futures.Executor):
 # ==================================================================================================================
 
 EXIT_OK, EXIT_FAILED = 0, 1         # argparse ends with 2 for a misused command
-EXIT_CODES: dict[type[BaseException], int] = {ServerLost: 3, Refused: 4, VersionMismatch: 5, KeyboardInterrupt: 130}
+EXIT_CODES: dict[type[BaseException], int] = {
+    ServerLost: 3, TimeoutError: 3, Refused: 4, VersionMismatch: 5, KeyboardInterrupt: 130}
 EXIT_BROKEN = 70                    # an invariant of the scheduler is broken: the server stopped itself
 
 
@@ -4150,28 +4109,22 @@ def _serve(options: argparse.Namespace) -> int:
     return EXIT_BROKEN if server.failure else EXIT_OK
 
 
-def _describe(info: dict[str, Any]) -> str:
-    jobs = info["jobs"]
-    lines = [f"server {info['address']} (Python {info['python']}): {count(info['nodes'], 'node')}, "
-             f"{count(info['workers'], 'worker')}",
-             "jobs   " + ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered"))]
-    width = max((len(w["name"]) for w in info["workers"]), default=0)
-    lines += [f"  {w['name']:{width}}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
-              f"{w['finished']} finished  {', '.join(w['jobs'])}" for w in info["workers"]]
-    return "\n".join(lines)
-
-
 def _status(options: argparse.Namespace) -> None:
     """Print one snapshot of the pool."""
-    client = Client(find_address(options.address), find_secret(path=options.secret_file), name="minipool status",
-                    max_workers=None, connect_timeout=5, reconnect_timeout=5, tls=options.tls)
-    try:
+    with contextlib.closing(Client(find_address(options.address), find_secret(path=options.secret_file),
+                                   name="minipool status", connect_timeout=5, reconnect_timeout=5,
+                                   tls=options.tls)) as client:
         info = client.ask("info", timeout=10)
-    except TimeoutError as error:
-        raise ServerLost(str(error)) from None
-    finally:
-        client.close()
-    print(json.dumps(info, indent=2) if options.json else _describe(info))
+    if options.json:
+        return print(json.dumps(info, indent=2))
+    workers, jobs = info["workers"], info["jobs"]
+    print(f"server {info['address']} (Python {info['python']}): {count(info['nodes'], 'node')}, "
+          f"{count(workers, 'worker')}")
+    print("jobs  ", ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered")))
+    width = max((len(w["name"]) for w in workers), default=0)
+    for w in workers:
+        print(f"  {w['name']:{width}}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
+              f"{w['finished']} finished  {', '.join(w['jobs'])}")
 
 
 def count(things: Sequence[Any], noun: str) -> str:
@@ -4182,26 +4135,18 @@ def count(things: Sequence[Any], noun: str) -> str:
 def _versions(options: argparse.Namespace) -> None:
     """Print the versions that must agree between the members of a pool."""
     from importlib import metadata  # late: slow to import, and nothing else needs it
-    rows = {"minipool": __version__, "protocol": PROTOCOL, "python": sys.version.split()[0]}
+    print(f"minipool      {__version__}\nprotocol      {PROTOCOL}\npython        {sys.version.split()[0]}")
     for package in ("cloudpickle", "nvidia-ml-py"):
-        try:
-            rows[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            rows[package] = "not installed"
-    print("\n".join(f"{name:13} {value}" for name, value in rows.items()))
-
-
-def _secret(options: argparse.Namespace) -> None:
-    """Print the secret that clients and nodes of this user would use."""
-    print(find_secret(path=options.secret_file).text)
+        found = next(iter(metadata.distributions(name=package)), None)
+        print(f"{package:13} {found.version if found else 'not installed'}")
 
 
 def _size(text: str) -> int:
     """Read a size such as 64G."""
-    exponent = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:].upper())
+    exponent = "KMGT".find(text[-1:].upper()) + 1
     try:
-        return int(float(text[:-1]) * (1 << exponent)) if exponent else int(float(text))
-    except (ValueError, OverflowError):
+        return int(text[:-1] if exponent else text) << 10 * exponent
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 64G") from None
 
 
@@ -4248,7 +4193,8 @@ def main(arguments: list[str] | None = None) -> int:
     status.add_argument("--address", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then this machine")
     status.add_argument("--json", action="store_true", help="one JSON object")
     add("versions", _versions, "show what must agree between machines")
-    add("secret", _secret, "print the secret")
+    add("secret", lambda options: print(find_secret(path=options.secret_file).text),
+        "print the secret that clients and nodes of this user would use")
     return run_command(parser.parse_args(arguments))
 
 
