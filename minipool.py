@@ -204,12 +204,6 @@ Value = bytes | tuple[Name, int]
 Message = tuple[Any, ...]
 Check = Callable[[Any], bool]
 
-# what the scheduler reads of a job's options; the rest is for the worker
-_OPTIONS_READ: dict[str, tuple[type, ...]] = {
-    "name": (str,), "priority": (int, float), "retries": (int,), "max_deaths": (int,), "job_timeout": (int, float),
-    "max_tasks": (int,), "attempts": (int,), "on": (list, tuple, frozenset)}
-_BOUNDED = [name for name, accepted in _OPTIONS_READ.items() if int in accepted]
-
 
 def _is_number(field: Any) -> bool:
     return type(field) is int and 0 <= field < BIGGEST
@@ -226,11 +220,8 @@ def _is_value(field: Any) -> bool:
 
 
 def _are_options(field: Any) -> bool:
-    return field is None or (
-        type(field) is dict
-        and all(isinstance(field[name], accepted) for name, accepted in _OPTIONS_READ.items() if name in field)
-        and all((-BIGGEST if name == "priority" else -1) < field[name] < BIGGEST for name in _BOUNDED if name in field)
-        and all(type(tag) is str for tag in field.get("on", ())))
+    return field is None or (type(field) is dict and all(
+        is_good(field[name]) for name, is_good in _OPTIONS_READ.items() if name in field))
 
 
 def _one_of(*accepted: type) -> Check:
@@ -254,6 +245,8 @@ _CHECKS: dict[Any, Check] = {
     "positions": lambda field: type(field) is dict and all(
         type(session) is bytes and _is_number(position) for session, position in field.items()),
     "cause": lambda field: type(field) is dict and all(type(what) in (str, int, bool) for what in field.values()),
+    "priority": lambda field: isinstance(field, (int, float)) and -BIGGEST < field < BIGGEST,
+    "tags": lambda field: type(field) in (list, tuple, frozenset) and all(type(tag) is str for tag in field),
     "any": _one_of(int, float, bool, str, bytes, list, dict, tuple, type(None)),
 }
 
@@ -263,6 +256,11 @@ CATALOGUE: dict[str, tuple[frozenset[str], dict[str, Check]]] = {}     # by kind
 
 def _fields(**kinds: Any) -> dict[str, Check]:
     return {name: _CHECKS[kind] for name, kind in kinds.items()}
+
+
+# what the scheduler reads of a job's options; the rest is for the worker
+_OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=int, job_timeout=float, max_tasks=int,
+                        attempts=int, on="tags")
 
 
 def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
@@ -388,10 +386,8 @@ MAGIC = b"minipool"
 ROLES = ("server", "client", "node", "worker")      # the role byte is the place in this tuple
 REFUSED = hashlib.sha256(b"minipool/1 refused").digest()
 
-_FIRST = struct.Struct("!8sBBB21s32s")
-_SECOND = struct.Struct("!8sBBB5s16s32s")
+_HELLO = struct.Struct("!8sBBB21s32s")      # magic, version, role, flags, identity, nonce
 _FRAME = struct.Struct("!II")
-_SEQUENCE = struct.Struct("!Q")
 
 MAX_CONTROL = 8 << 20           # a batch stays far below; the rest is room for one announcement of everything
 BATCH_MESSAGES = 256            # with BATCH_BYTES: no step under the scheduler's lock takes more than about 3 ms
@@ -433,7 +429,7 @@ class Secret:
     @classmethod
     def new(cls) -> Secret:
         """Return a fresh secret of 32 random bytes."""
-        return cls("mp1_" + base64.urlsafe_b64encode(secrets.token_bytes(32)).decode().rstrip("="))
+        return cls("mp1_" + secrets.token_urlsafe(32))
 
     def role_key(self, role: str, instance: bytes, identity: bytes = b"") -> bytes:
         """Return the key of a role; for a worker, the ticket of the worker `identity`, which opens nothing else."""
@@ -466,17 +462,17 @@ class SessionKeys(NamedTuple):
 
 def first_hello(role: str, identity: bytes = b"") -> bytes:
     """Return step 1: `identity` (20 bytes) says which worker this is, other roles leave it empty."""
-    return _FIRST.pack(MAGIC, PROTOCOL, ROLES.index(role), 0, identity.ljust(21, b"\0"), secrets.token_bytes(32))
+    return _HELLO.pack(MAGIC, PROTOCOL, ROLES.index(role), 0, identity.ljust(21, b"\0"), secrets.token_bytes(32))
 
 
 def second_hello(instance: bytes) -> bytes:
     """Return step 2; `instance` names this life of the server."""
-    return _SECOND.pack(MAGIC, PROTOCOL, 0, 0, bytes(5), instance, secrets.token_bytes(32))
+    return first_hello("server", bytes(5) + instance)
 
 
 def read_first_hello(data: bytes) -> tuple[str, bytes, int]:
     """Return (role, identity, protocol) of step 1, or raise Malformed."""
-    magic, version, role, flags, identity, _nonce = _FIRST.unpack(data)
+    magic, version, role, flags, identity, _nonce = _HELLO.unpack(data)
     reserved = identity[20:] if role == ROLES.index("worker") else identity
     if magic != MAGIC or flags or not 1 <= role < len(ROLES) or any(reserved):
         raise Malformed("not a hello")
@@ -504,8 +500,9 @@ def handshake(sock: socket.socket | Plain, role: str, key: KeySource, identity: 
     """
     first = first_hello(role, identity)
     sock.sendall(first)
-    second = _read_exactly(sock, _SECOND.size)
-    magic, version, _role, _flags, _reserved, instance, _nonce = _SECOND.unpack(second)
+    second = _read_exactly(sock, _HELLO.size)
+    magic, version, _role, _flags, named, _nonce = _HELLO.unpack(second)
+    instance = named[5:]
     if magic != MAGIC:
         raise ConnectionError("what answers there is not a minipool server")
     if version != PROTOCOL:
@@ -838,7 +835,7 @@ class Connection:
         if not body:
             self._fit = max(1, min(BATCH_MESSAGES, len(batch) * BATCH_BYTES // len(control)))
         header = _FRAME.pack(len(control), len(body))
-        tag = _hmac(self._send_key, _SEQUENCE.pack(self._send_number) + header + control)
+        tag = _hmac(self._send_key, self._send_number.to_bytes(8) + header + control)
         self._send_number += 1
         self._rest = [memoryview(header + tag + control), *([memoryview(body).cast("B")] if len(body) else ())]
 
@@ -869,7 +866,7 @@ class Connection:
         if not 0 < control_size <= MAX_CONTROL or body_size > RANGE:
             raise Malformed("a frame's lengths are out of range")
         control = self._take(control_size)
-        expected = _hmac(self._receive_key, _SEQUENCE.pack(self._receive_number) + header + control)
+        expected = _hmac(self._receive_key, self._receive_number.to_bytes(8) + header + control)
         if not hmac.compare_digest(tag, expected):
             raise Malformed("a frame's tag does not verify")
         self._receive_number += 1
@@ -879,7 +876,10 @@ class Connection:
         if len(messages) != 1 or messages[0][0] != "range":
             raise Malformed("only a range has a body")
         body = self.destination(messages[0], body_size)
-        self._fill(body)
+        have = min(body_size, len(self._pending))
+        body[:have] = self._take(have)
+        while have < body_size:
+            have += self._seam.receive_into(body[have:])
         return [(*messages[0], body)]
 
     def has_input(self, seconds: float) -> bool:
@@ -893,13 +893,6 @@ class Connection:
         taken = bytes(self._pending[:size])
         del self._pending[:size]
         return taken
-
-    def _fill(self, view: memoryview) -> None:
-        """Receive a range's bytes where they will stay."""
-        have = min(len(view), len(self._pending))
-        view[:have] = self._take(have)
-        while have < len(view):
-            have += self._seam.receive_into(view[have:])
 
     # ---- ending ----
 
@@ -930,26 +923,24 @@ class Connection:
     def abandon(self) -> None:
         """Close the descriptor without a word to the other end: for the child of a fork, whose socket it is not."""
         self.closed = True
-        with contextlib.suppress(OSError):
-            os.close(self._seam.sock.detach())
+        self._seam.sock.close()
 
 
-def parse_address(address: str, default_port: int = DEFAULT_PORT) -> tuple[str, int]:
+def parse_address(address: str) -> tuple[str, int]:
     """Split "host", "host:port", "[::1]:port" or "::1" into host and port; raise ValueError otherwise."""
-    host, port = address.strip(), ""
-    if host.startswith("["):
-        host, bracket, port = host[1:].partition("]")
-        host, port = host if bracket else "", port.removeprefix(":")
-    elif host.count(":") == 1:
-        host, _, port = host.partition(":")
-    if ":" in host:
-        try:
+    host, port = address.strip(), str(DEFAULT_PORT)
+    if host.count(":") == 1 or "]:" in host:
+        host, _, port = host.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    try:
+        if ":" in host:
             socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
-        except OSError:
-            host = ""
-    if not host or (port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
-        raise ValueError(f"{address!r} is not an address: expected host or host:port, and no URL")
-    return host, int(port or default_port)
+        if not host or not 0 < int(port) < 65536:
+            raise ValueError(port)
+    except (OSError, ValueError):
+        raise ValueError(f"{address!r} is not an address: expected host or host:port, and no URL") from None
+    return host, int(port)
 
 
 def format_address(host: str, port: int) -> str:
@@ -968,8 +959,7 @@ class Blob:
         """Return `length` bytes from `offset` on; a view where they lie in one buffer."""
         found = []
         for part in self.parts:
-            piece = part[offset:offset + length]
-            if len(piece):
+            if piece := part[offset:offset + length]:
                 found.append(piece)
             length -= len(piece)
             offset = max(0, offset - len(part))
@@ -980,14 +970,10 @@ class Pull:
     """A large value on its way here: where its bytes go, and which of its ranges are still missing."""
 
     def __init__(self, size: int, done: Callable[[Any], None]) -> None:
-        self.size, self.done = size, done       # done(buffer), or done(None): nobody holds it
+        self.done = done                        # done(buffer), or done(None): nobody holds it
         self.buffer = bytearray(size)
         self.wanted = collections.deque(range(0, max(1, size), RANGE))  # offsets not asked for
         self.spoiled: collections.Counter[int] = collections.Counter()  # digests that did not match, by offset
-
-    def length(self, offset: int) -> int:
-        """Return the length of the range at `offset`."""
-        return min(RANGE, self.size - offset)
 
 
 class Peer:
@@ -1015,7 +1001,7 @@ class Peer:
         self.values: dict[Name, Blob] = {}                  # large values that others may pull; guarded by lock
         self._announce, self._on_batch, self._on_lost, self._on_idle = announce, on_batch, on_lost, on_idle
         self._pulls: dict[Name, Pull] = {}                  # guarded by lock, as is
-        self._asked: list[tuple[Name, int]] = []            # which ranges are on their way: name, offset
+        self._asked: dict[tuple[Name, int], memoryview] = {}    # ranges on their way, (name, offset): where they belong
         self._stopping = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"minipool-{name or role}-io", daemon=True)
 
@@ -1025,18 +1011,14 @@ class Peer:
 
     def stop(self, *farewell: Message) -> None:
         """Say farewell and end the threads; blocks for at most a second of unsent words."""
-        connection = self.connection
-        if connection and not connection.closed:
-            connection.post(farewell)
-            connection.flush()
-            give_up = time.monotonic() + 1
-            while connection.waiting and not connection.closed and time.monotonic() < give_up:
-                time.sleep(0.002)
+        self.send(*farewell)
+        connection, give_up = self.connection, time.monotonic() + 1
+        while connection and connection.waiting and not connection.closed and time.monotonic() < give_up:
+            time.sleep(0.002)
         self._stopping.set()
         with self.lock:                 # so that a connection made meanwhile is seen here, or sees _stopping
-            connection = self.connection
-        if connection:
-            connection.close()
+            if self.connection:
+                self.connection.close()
         if self.thread is not threading.current_thread() and self.thread.ident:
             self.thread.join(HANDSHAKE_SECONDS)
 
@@ -1071,11 +1053,10 @@ class Peer:
         sock = socket.create_connection(self.address, timeout=HANDSHAKE_SECONDS)
         try:
             seam = Tls(sock, self._tls).establish() if self._tls else Plain(sock)
-            keys, instance = handshake(seam, self.role, self.key, self.identity, seam.binding)
+            keys, self.instance = handshake(seam, self.role, self.key, self.identity, seam.binding)
         except BaseException:
             sock.close()
             raise
-        self.instance = instance
         connection = Connection(seam, keys.up, keys.down, "server")
         connection.start_writer()
         connection.destination = self._destination
@@ -1121,7 +1102,7 @@ class Peer:
     def forget_pull(self, name: Name) -> Pull | None:
         """Stop wanting a value. The caller holds the lock."""
         pull = self._pulls.pop(name, None)
-        self._asked = [asked for asked in self._asked if asked[0] != name]
+        self._asked = {asked: place for asked, place in self._asked.items() if asked[0] != name}
         self._ask_more()
         return pull
 
@@ -1132,16 +1113,14 @@ class Peer:
                 if not self.connection or len(self._asked) >= PULLS_IN_FLIGHT:
                     return
                 offset = pull.wanted.popleft()
-                self._asked.append((name, offset))
-                self.connection.post([("pull", name, offset, pull.length(offset))])
+                place = self._asked[name, offset] = memoryview(pull.buffer)[offset:offset + RANGE]
+                self.connection.post([("pull", name, offset, len(place))])
 
     def _destination(self, message: Message, size: int) -> memoryview:
         """Return where the body of a range belongs; if nobody here waits for it, somewhere."""
-        _, name, offset, _ = message
         with self.lock:
-            if (name, offset) not in self._asked or size != self._pulls[name].length(offset):
-                return memoryview(bytearray(size))
-            return memoryview(self._pulls[name].buffer)[offset:offset + size]
+            place = self._asked.get(message[1:3])
+        return memoryview(bytearray(size)) if place is None or len(place) != size else place
 
     def _handle_range(self, connection: Connection, message: Message) -> bool:
         """Act on a message about large values; return False for any other."""
@@ -1171,21 +1150,18 @@ class Peer:
         """Check an arrived range; a spoiled one is asked for again, three times, then the value counts as lost."""
         intact = hashlib.sha256(body).digest() == digest
         with self.lock:
-            if (name, offset) not in self._asked:
+            place = self._asked.pop((name, offset), None)
+            if place is None:
                 return
-            self._asked.remove((name, offset))
             pull = self._pulls[name]
-            if not intact or len(body) != pull.length(offset):
+            if not intact or len(body) != len(place):
                 pull.spoiled[offset] += 1
                 pull.wanted.appendleft(offset)
             lost = pull.spoiled[offset] > 3
-            finished = not pull.wanted and all(asked != name for asked, _ in self._asked)
-            if lost or finished:
-                self.forget_pull(name)
-            else:
-                self._ask_more()
-        if lost or finished:
-            pull.done(None if lost else pull.buffer)
+            if not lost and (pull.wanted or any(asked == name for asked, _ in self._asked)):
+                return self._ask_more()
+            self.forget_pull(name)
+        pull.done(None if lost else pull.buffer)
 
 
 # ==================================================================================================================
@@ -2329,9 +2305,9 @@ class _Guest:
     def __init__(self, sock: socket.socket, source: str, seam: Plain) -> None:
         self.sock, self.source, self.seam = sock, source, seam
         self.deadline = time.monotonic() + HANDSHAKE_SECONDS
-        self.data = b""
-        self.role, self.identity = "", b""
-        self.keys: SessionKeys | None = None    # derived from step 1; step 3 is awaited
+        self.data = b""                             # what it said: step 1, then step 3
+        self.wanted = _HELLO.size                   # how long that is when the next step can be taken
+        self.steps: Iterator[int] | None = None     # the server's half of the handshake, under way
 
 
 def secret_path() -> str:
@@ -2455,14 +2431,14 @@ class Doorkeeper:
 
     def _hear(self, guest: _Guest) -> None:
         """Take what a stranger says; every step is of a known size, any misfit is a quiet close."""
-        wanted, step = (32, self._judge) if guest.keys else (_FIRST.size, self._answer)
         try:
-            data = guest.seam.recv(wanted - len(guest.data))
+            data = guest.seam.recv(guest.wanted - len(guest.data))
             guest.data += data
-            if not guest.keys and guest.data[:8] != MAGIC[:len(guest.data)]:
+            if guest.data[:8] != MAGIC[:len(guest.data)]:
                 raise Malformed(f"begins with {guest.data[:8]!r}")     # HTTP and TLS are easily told
-            if len(guest.data) == wanted:
-                step(guest)
+            if len(guest.data) == guest.wanted:
+                guest.steps = guest.steps or self._meet(guest)
+                guest.wanted = next(guest.steps, 0)
             elif not data:
                 self._dismiss(guest)
         except BlockingIOError:
@@ -2470,26 +2446,22 @@ class Doorkeeper:
         except (OSError, Malformed) as error:
             self._dismiss(guest, str(error))
 
-    def _answer(self, guest: _Guest) -> None:
-        """Step 2 of the handshake."""
-        first, guest.data = guest.data, b""
-        guest.role, guest.identity, version = read_first_hello(first)
+    def _meet(self, guest: _Guest) -> Iterator[int]:
+        """The server's half of the handshake, from step 1 on; yields how many bytes it needs before it goes on."""
+        first = guest.data
+        role, identity, version = read_first_hello(first)
         second = second_hello(self._instance)
         guest.seam.sendall(second)
         if version != PROTOCOL:         # the dialer reads our version in it, and names both
             raise Malformed(f"speaks protocol {version}")
-        key = self._secret(guest.role, self._instance, guest.identity)
-        guest.keys = SessionKeys.derive(key, first, second, guest.seam.binding)
-
-    def _judge(self, guest: _Guest) -> None:
-        """Steps 3 and 4: the dialer's proof, then ours or a refusal."""
-        assert guest.keys
-        if not hmac.compare_digest(guest.data, guest.keys.dialer_proof):
+        keys = SessionKeys.derive(self._secret(role, self._instance, identity), first, second, guest.seam.binding)
+        yield _HELLO.size + 32
+        if not hmac.compare_digest(guest.data[_HELLO.size:], keys.dialer_proof):
             guest.seam.sendall(REFUSED)
             raise Malformed("has another secret")
-        guest.seam.sendall(guest.keys.server_proof)
+        guest.seam.sendall(keys.server_proof)
         self._forget(guest)
-        self._admit(guest.seam, guest.role, guest.identity, guest.keys)
+        self._admit(guest.seam, role, identity, keys)
 
     def _forget(self, guest: _Guest) -> None:
         self._selector.unregister(guest.sock)
@@ -2510,8 +2482,8 @@ def _is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def check_announcement(message: Message, role: str, identity: bytes) -> Message | None:
-    """Raise Malformed unless a connection's first message is its role's announcement; return a refusal, or None."""
+def check_announcement(message: Message, role: str, identity: bytes) -> None:
+    """Raise Malformed unless a connection's first message is its role's announcement, VersionMismatch to refuse it."""
     if message[0] != role:
         raise Malformed(f"a {role} begins with its announcement")
     info = message[1]
@@ -2521,9 +2493,8 @@ def check_announcement(message: Message, role: str, identity: bytes) -> Message 
     if role == "worker" and info["id"] != identity:
         raise Malformed("a worker announces another worker's identity")
     if info["python"] != PYTHON:
-        return ("refuse", "VersionMismatch", f"the server runs Python {PYTHON}, this {role} {info['python']}: "
-                "functions travel as byte code, so all members of a pool need the same minor version")
-    return None
+        raise VersionMismatch(f"the server runs Python {PYTHON}, this {role} {info['python']}: functions travel as "
+                              "byte code, so all members of a pool need the same minor version")
 
 
 class Server:
@@ -2642,11 +2613,7 @@ class Server:
     def _serve_peer(self, peer: int, connection: Connection, identity: bytes) -> None:
         try:
             messages = connection.receive()
-            refusal = check_announcement(messages[0], connection.remote, identity)
-            if refusal:
-                connection.post([refusal])
-                connection.flush()
-                return
+            check_announcement(messages[0], connection.remote, identity)
             while peer in self._connections:        # else it said goodbye, or was superseded
                 if log.isEnabledFor(logging.DEBUG):
                     log.debug("< %d %s", peer, ", ".join(map(brief, messages)))
@@ -2654,6 +2621,9 @@ class Server:
                 messages = connection.receive()
         except (OSError, EOFError):
             pass
+        except VersionMismatch as error:
+            connection.post([("refuse", "VersionMismatch", str(error))])
+            connection.flush()
         except Malformed as error:
             log.warning("%s %d sent what no honest peer sends (%s): closed", connection.remote, peer, error)
         except Exception:
@@ -2724,7 +2694,7 @@ def is_server_running(address: str | None = None) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(where, timeout=2) as sock:
             seam = Tls(sock, tls_client_context()).establish() if tls else Plain(sock)
             seam.sendall(first_hello("client"))
-            return _read_exactly(seam, _SECOND.size).startswith(MAGIC)
+            return _read_exactly(seam, _HELLO.size).startswith(MAGIC)
     return False
 
 

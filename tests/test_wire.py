@@ -731,7 +731,7 @@ class TestPull:
         asked = answer_pulls(reader, pair[1], ranges_of(blob))
         assert outcome == [bytes(blob.parts[0])]
         assert asked == list(range(0, max(size, 1), minipool.RANGE))
-        assert (reader._pulls, reader._asked) == ({}, [])
+        assert (reader._pulls, reader._asked) == ({}, {})
 
     def test_no_more_than_two_ranges_are_asked_for_at_a_time(self, pair, reader):
         pull(reader, 10 * minipool.RANGE, (b"w", 1))
@@ -755,7 +755,7 @@ class TestPull:
         outcome = pull(reader, 1000)
         answer = lambda name, offset, length: (("range", name, offset, b"wrong"), bytes(length))    # noqa: E731
         assert answer_pulls(reader, pair[1], answer) == [0] * 4
-        assert outcome == [None] and (reader._pulls, reader._asked) == ({}, [])
+        assert outcome == [None] and (reader._pulls, reader._asked) == ({}, {})
         assert not reader.connection.closed
 
     def test_a_value_that_nobody_holds_is_none_and_the_next_one_is_asked_for(self, pair, reader):
