@@ -1414,13 +1414,13 @@ class Scheduler:
 
     def _hear(self, node: Node, now: float) -> None:
         node.heard_at = now
-        if node.is_suspect:
-            self._suspect(node, False)
+        self._suspect(node, False)
 
     def _suspect(self, node: Node, is_suspect: bool) -> None:
-        node.is_suspect = is_suspect
-        for worker in node.workers.values():
-            self._refresh(worker)
+        if node.is_suspect != is_suspect:
+            node.is_suspect = is_suspect
+            for worker in node.workers.values():
+                self._refresh(worker)
 
     def _enter(self, now: float) -> None:
         """Note the time; whoever enters first after we were stopped or starved excuses all hosts: not their fault."""
@@ -1734,9 +1734,12 @@ class Scheduler:
         if job is None:
             return self._forget(worker, token)
         if not job.delivering:
-            if status == UNFIT:
+            if status == UNFIT:             # the session's log raised there: it gets no more of that session
+                session, job.attempts = job.session, job.attempts - 1
+                session.unfit.setdefault(worker, value)
                 self._forget(worker, token)
-                return self._disqualify(worker, job, value, now)
+                self._put_back(job, now)
+                return self._break(session, now) if session.tried.keys() <= session.unfit.keys() else None
             self._learn(job, seconds)
             if status == RAISED and retry and (job.retries > 0 or job.payload is None):
                 job.retries -= 1
@@ -2001,15 +2004,6 @@ class Scheduler:
         if position == len(session.log):
             session.log.append(name)
 
-    def _disqualify(self, worker: Worker, job: Job, error: Value, now: float) -> None:
-        """The log raised on a worker: it gets no more of that session; nobody left means a broken session."""
-        session = job.session
-        session.unfit.setdefault(worker, error)
-        job.attempts -= 1
-        self._put_back(job, now)
-        if session.tried.keys() <= session.unfit.keys():
-            self._break(session, now)
-
     def _break(self, session: Session, now: float) -> None:
         """Every worker that tried the session's log is unfit: its client fails all its futures."""
         if session.broken is None:
@@ -2103,8 +2097,7 @@ class Scheduler:
         dead_at = node.heard_at + self.dead_after
         if now >= dead_at:
             return self._end(node, now, {"what": f"its host was silent for {self.dead_after:g} s"})
-        if now >= node.heard_at + T_SUSPECT and not node.is_suspect:
-            self._suspect(node, True)
+        self._suspect(node, now >= node.heard_at + T_SUSPECT)
         self._send(node.peer, ("beat",))
         self._arm(min(now + self.beat, dead_at), self._exchange_beats, node)
         self._give_up(node, now)
@@ -2200,16 +2193,6 @@ class Scheduler:
         answer = self.snapshot(now) if what == "info" else None
         self._send(session.peer, ("answer", number, answer))
 
-    def pause(self, now: float) -> Actions:
-        """Hand out nothing any more: a fourth way in, for a server that is about to stop."""
-        self.is_paused = True
-        return self._take_actions(now)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a job runs, or its outcome is on its way to its client."""
-        return any(worker.inbox or worker.delivering for worker in self.workers.values())
-
     def snapshot(self, now: float) -> dict[str, Any]:
         """Return what `status --json` prints: nodes, workers, counts of jobs, objects."""
         states: collections.Counter[str] = collections.Counter()
@@ -2245,15 +2228,27 @@ class Scheduler:
         queued = collections.Counter(entry[2] for ready in self._queues.values() for entry in ready.heap)
         for session in self.sessions.values():
             for number, job in session.jobs.items():
-                self._check_job(session, number, job)
-                assert job.state != State.READY or queued[job] == 1, f"{self.story(job)}: queued {queued[job]} times"
+                story = self.story(job)
+                assert job.session is session and job.number == number, story
+                assert job.state in (State.WAITING, State.READY, State.RUNNING, State.FAILED), story
+                assert (job.verdict is not None) == (job.state == State.FAILED), story
+                assert job.deaths <= job.max_deaths + 1, story
+                assert job.state != State.READY or queued[job] == 1, f"{story}: queued {queued[job]} times"
+                holders = [w for w in self.workers.values()
+                           if w.inbox.get(job.token) is job or w.delivering.get(job.token) is job]
+                assert holders == ([job.worker] if job.state == State.RUNNING else []), f"{story}: held by {holders}"
             load = sum(job is not None and job.session is session for w in self.workers.values()
                        for job in w.inbox.values())
             assert session.load == load == sum(session.workers.values()), "a session's load is miscounted"
             sizes = sum(job.size for job in session.jobs.values() if job.delivering)
             assert session.unacknowledged == sizes, "a session's unacknowledged bytes are miscounted"
         for worker in self.workers.values():
-            self._check_worker(worker)
+            assert not set(worker.inbox) & set(worker.delivering), worker.name
+            for token, job in worker.delivering.items():
+                assert job.token == token and job.delivering and job.state == State.RUNNING, self.story(job)
+            for selection in worker.selections:
+                assert worker in selection.members
+                assert (worker in selection.idle) == (self._is_able(worker) and not worker.inbox), worker.name
         for ready in self._queues.values():
             live = [entry for entry in ready.heap if entry[2].state == State.READY]
             assert len(ready.heap) <= 64 + 2 * len(ready.session.jobs), "dead entries pile up"
@@ -2262,27 +2257,6 @@ class Scheduler:
         alive = sum(len(session.jobs) for session in self.sessions.values())
         ended = self.counters["delivered"] + self.counters["cancelled"]
         assert self.counters["accepted"] == alive + ended, "jobs went missing"
-
-    def _check_job(self, session: Session, number: int, job: Job) -> None:
-        story = self.story(job)
-        assert job.session is session and job.number == number, story
-        assert job.state in (State.WAITING, State.READY, State.RUNNING, State.FAILED), story
-        assert (job.verdict is not None) == (job.state == State.FAILED), story
-        assert job.deaths <= job.max_deaths + 1, story
-        holders = [w for w in self.workers.values()
-                   if w.inbox.get(job.token) is job or w.delivering.get(job.token) is job]
-        if job.state == State.RUNNING:
-            assert holders == [job.worker], f"{story}: held by {[w.name for w in holders]}"
-        else:
-            assert not holders, story
-
-    def _check_worker(self, worker: Worker) -> None:
-        assert not set(worker.inbox) & set(worker.delivering), worker.name
-        for token, job in worker.delivering.items():
-            assert job.token == token and job.delivering and job.state == State.RUNNING, self.story(job)
-        for selection in worker.selections:
-            assert worker in selection.members
-            assert (worker in selection.idle) == (self._is_able(worker) and not worker.inbox), worker.name
 
 
 # ==================================================================================================================
@@ -2574,11 +2548,10 @@ class Server:
     def drain(self, patience: float, hurry: threading.Event) -> None:
         """Hand out nothing new, and let what runs end and be delivered: for `patience` seconds, or until `hurry`."""
         give_up = time.monotonic() + patience
-        self._perform(Scheduler.pause)
-        while time.monotonic() < give_up and not hurry.wait(0.05):
+        self._scheduler.is_paused = busy = True
+        while busy and time.monotonic() < give_up and not hurry.wait(0.05):
             with self._lock:
-                if not self._scheduler.is_busy:
-                    return
+                busy = any(worker.inbox or worker.delivering for worker in self._scheduler.workers.values())
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the server is stopped; False if `timeout` seconds passed first."""

@@ -10,7 +10,7 @@ oracles here, which know what really happened. Each history ends in a tail witho
 
 Where the invariants are checked (I1 to I20: the design's list of what must hold):
 
-    I1 I2 I3       each job in exactly one place, at one worker     Scheduler.check: _check_job, _check_worker
+    I1 I2 I3       each job in exactly one place, at one worker     Scheduler.check
     I5 I6          an end is final, and single                      Client.end, Client.expect
     I7             only a current attempt's outcome is passed on    World.judge_done
     I8             tokens grow, over all lives of the server        World.judge_run

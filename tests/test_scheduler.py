@@ -1016,11 +1016,11 @@ class TestAPause:
     def test_hands_out_nothing_new_while_what_runs_ends_and_is_delivered(self):
         pool = Cluster()
         first, second = pool.submit(2)
-        pool.perform(pool.scheduler.pause(pool.now))
+        pool.scheduler.is_paused = True
         pool.finish(first)
-        assert pool.state(second) == "ready" and pool.scheduler.is_busy
+        assert pool.state(second) == "ready" and pool.state(first) == "delivering"
         pool.feed("c1", ("delivered", [first]))
-        assert not pool.scheduler.is_busy
+        assert pool.state(second) == "ready" and pool.inbox("w1") == []
 
 
 class TestRetirement:
