@@ -388,6 +388,7 @@ REFUSED = hashlib.sha256(b"minipool/1 refused").digest()
 
 _HELLO = struct.Struct("!8sBBB21s32s")      # magic, version, role, flags, identity, nonce
 _FRAME = struct.Struct("!II")
+_SEQUENCE = struct.Struct("!Q")
 
 MAX_CONTROL = 8 << 20           # a batch stays far below; the rest is room for one announcement of everything
 BATCH_MESSAGES = 256            # with BATCH_BYTES: no step under the scheduler's lock takes more than about 3 ms
@@ -835,7 +836,7 @@ class Connection:
         if not body:
             self._fit = max(1, min(BATCH_MESSAGES, len(batch) * BATCH_BYTES // len(control)))
         header = _FRAME.pack(len(control), len(body))
-        tag = _hmac(self._send_key, self._send_number.to_bytes(8) + header + control)
+        tag = _hmac(self._send_key, _SEQUENCE.pack(self._send_number) + header + control)
         self._send_number += 1
         self._rest = [memoryview(header + tag + control), *([memoryview(body).cast("B")] if len(body) else ())]
 
@@ -866,7 +867,7 @@ class Connection:
         if not 0 < control_size <= MAX_CONTROL or body_size > RANGE:
             raise Malformed("a frame's lengths are out of range")
         control = self._take(control_size)
-        expected = _hmac(self._receive_key, self._receive_number.to_bytes(8) + header + control)
+        expected = _hmac(self._receive_key, _SEQUENCE.pack(self._receive_number) + header + control)
         if not hmac.compare_digest(tag, expected):
             raise Malformed("a frame's tag does not verify")
         self._receive_number += 1
@@ -2279,8 +2280,8 @@ class _Guest:
     def __init__(self, sock: socket.socket, source: str, seam: Plain) -> None:
         self.sock, self.source, self.seam = sock, source, seam
         self.deadline = time.monotonic() + HANDSHAKE_SECONDS
-        self.data = b""                             # what it said: step 1, then step 3
-        self.wanted = _HELLO.size                   # how long that is when the next step can be taken
+        self.data = b""                             # of the step that is awaited
+        self.wanted = _HELLO.size                   # how long that step is
         self.steps: Iterator[int] | None = None     # the server's half of the handshake, under way
 
 
@@ -2408,7 +2409,7 @@ class Doorkeeper:
         try:
             data = guest.seam.recv(guest.wanted - len(guest.data))
             guest.data += data
-            if guest.data[:8] != MAGIC[:len(guest.data)]:
+            if not guest.steps and guest.data[:8] != MAGIC[:len(guest.data)]:
                 raise Malformed(f"begins with {guest.data[:8]!r}")     # HTTP and TLS are easily told
             if len(guest.data) == guest.wanted:
                 guest.steps = guest.steps or self._meet(guest)
@@ -2422,15 +2423,15 @@ class Doorkeeper:
 
     def _meet(self, guest: _Guest) -> Iterator[int]:
         """The server's half of the handshake, from step 1 on; yields how many bytes it needs before it goes on."""
-        first = guest.data
+        first, guest.data = guest.data, b""
         role, identity, version = read_first_hello(first)
         second = second_hello(self._instance)
         guest.seam.sendall(second)
         if version != PROTOCOL:         # the dialer reads our version in it, and names both
             raise Malformed(f"speaks protocol {version}")
         keys = SessionKeys.derive(self._secret(role, self._instance, identity), first, second, guest.seam.binding)
-        yield _HELLO.size + 32
-        if not hmac.compare_digest(guest.data[_HELLO.size:], keys.dialer_proof):
+        yield len(keys.dialer_proof)
+        if not hmac.compare_digest(guest.data, keys.dialer_proof):
             guest.seam.sendall(REFUSED)
             raise Malformed("has another secret")
         guest.seam.sendall(keys.server_proof)

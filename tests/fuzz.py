@@ -140,8 +140,8 @@ class Outsider:
         self.hellos, self.proofs, self.frames = [], [], []
         for role in (1, 2, 3, 3):
             identity = self.rng.randbytes(20) if role == 3 else b""
-            first = minipool._FIRST.pack(MAGIC, PROTOCOL, role, 0, identity, self.rng.randbytes(32))
-            second = minipool._SECOND.pack(MAGIC, PROTOCOL, 0, 0, bytes(5), INSTANCE, self.rng.randbytes(32))
+            first = minipool._HELLO.pack(MAGIC, PROTOCOL, role, 0, identity, self.rng.randbytes(32))
+            second = minipool._HELLO.pack(MAGIC, PROTOCOL, 0, 0, bytes(5) + INSTANCE, self.rng.randbytes(32))
             keys = SessionKeys.derive(door.secret.role_key(minipool.ROLES[role], INSTANCE, identity), first, second)
             self.hellos += [first, first, second]
             self.proofs += [keys.dialer_proof, keys.server_proof, minipool.REFUSED]
@@ -644,11 +644,11 @@ class Insider:
                 minipool.check_message(message[:4] if body else message, role)
             if any(message[0] in minipool.ANNOUNCED for message in batch[not announced:]):
                 raise Malformed("only the first message is an announcement")
-            if not announced and minipool.check_announcement(batch[0], role, identity):
-                raise Malformed("refused")
+            if not announced:
+                minipool.check_announcement(batch[0], role, identity)
             self.perform(self.scheduler.receive, peer, batch)
             self.outcomes["taken"] += len(batch)
-        except Malformed:
+        except (Malformed, minipool.VersionMismatch):
             self.outcomes["Malformed"] += len(batch)
             self.leave(peer)
 
