@@ -451,7 +451,7 @@ class SessionKeys(NamedTuple):
 
     @classmethod
     def derive(cls, role_key: bytes, first: bytes, second: bytes, binding: bytes = b"") -> SessionKeys:
-        """Derive them from both hellos; `binding` is the digest of the TLS certificate, or empty."""
+        """Derive them from both hellos; `binding` is what a layer below adds, a digest of its certificate."""
         transcript = hashlib.sha256(
             b"minipool/1 transcript" + first + second + bytes([len(binding)]) + binding).digest()
         prk = _hmac(role_key, b"minipool/1 session" + transcript)
@@ -480,21 +480,17 @@ def read_first_hello(data: bytes) -> tuple[str, bytes, int]:
     return ROLES[role], identity[:20], version
 
 
-_CLOSED_EARLY = "the connection was closed during the handshake: it may not be a minipool server, or one that "
-
-
-def _read_exactly(sock: socket.socket | Plain, size: int) -> bytes:
+def _read_exactly(sock: socket.socket, size: int) -> bytes:
     data = b""
     while len(data) < size:
         more = sock.recv(size - len(data))
         if not more:
-            raise ConnectionError(_CLOSED_EARLY + "wants TLS")
+            raise ConnectionError("the connection was closed during the handshake: it may not be a minipool server")
         data += more
     return data
 
 
-def handshake(sock: socket.socket | Plain, role: str, key: KeySource, identity: bytes = b"",
-              binding: bytes = b"") -> tuple[SessionKeys, bytes]:
+def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = b"") -> tuple[SessionKeys, bytes]:
     """Dial in: run the four steps on what is connected; return the keys and the server's instance.
 
     Raises Refused (the secret does not match), VersionMismatch, or ConnectionError (not a minipool server).
@@ -508,7 +504,7 @@ def handshake(sock: socket.socket | Plain, role: str, key: KeySource, identity: 
         raise ConnectionError("what answers there is not a minipool server")
     if version != PROTOCOL:
         raise VersionMismatch(f"the server speaks minipool protocol {version}, this side {PROTOCOL}")
-    keys = SessionKeys.derive(key(role, instance, identity), first, second, binding)
+    keys = SessionKeys.derive(key(role, instance, identity), first, second)
     sock.sendall(keys.dialer_proof)
     answer = _read_exactly(sock, 32)
     if hmac.compare_digest(answer, keys.server_proof):
@@ -552,8 +548,7 @@ _TUNING = (
 
 
 class Plain:
-    """The seam between Connection and the socket: bytes out without blocking, bytes in."""
-    binding = b""               # what the handshake covers of the layer below: nothing
+    """The seam between Connection and the socket: bytes out without blocking, bytes in; TLS would be another."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -575,18 +570,6 @@ class Plain:
             raise EOFError
         return count
 
-    def sendall(self, data: Any) -> None:
-        """Send some bytes of the handshake, for which the kernel always has room."""
-        while data:
-            data = data[self.send([data]):]
-
-    def recv(self, size: int) -> bytes:
-        """Receive some bytes of the handshake; none at the end of the stream."""
-        view = memoryview(bytearray(size))
-        with contextlib.suppress(EOFError):
-            return bytes(view[:self.receive_into(view)])
-        return b""
-
     def poll(self, event: int, seconds: float) -> bool:
         """Wait until the socket can be read (select.POLLIN) or written (select.POLLOUT), or is broken."""
         poll = select.poll()
@@ -597,121 +580,6 @@ class Plain:
         """Wake both ends; the descriptor stays until the socket is closed."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
-
-
-class Tls(Plain):
-    """The seam over TLS 1.3: an SSLObject between two memory buffers, touched only under a small lock of its own.
-
-    The certificate proves nothing by itself. Its digest is the `binding`, which the handshake's proofs cover: who
-    stands in the middle has another one, and is caught. So the secret is all that a user has to copy.
-    """
-
-    def __init__(self, sock: socket.socket, context: Any, binding: bytes = b"") -> None:
-        super().__init__(sock)
-        import ssl  # late: slow to import, and few need it
-        self.binding = binding                      # of a server; a dialer learns it from establish()
-        self._lock = threading.Lock()
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=bool(binding))
-        self._again = ssl.SSLWantReadError
-        self._scratch = memoryview(bytearray(64 * 1024))
-        self._greeting = True                       # TLS's own handshake is not over: its words go out at once
-        # for the holder of the writer role: what was encrypted and has not gone, and the bytes that it stands for
-        self._ciphertext, self._taken = memoryview(b""), 0
-
-    def establish(self) -> Tls:
-        """Dial: run TLS's handshake, and learn the server's certificate."""
-        try:
-            self._converse(self._object.do_handshake)
-        except (EOFError, OSError):
-            raise ConnectionError(_CLOSED_EARLY + "has no TLS") from None
-        self._greeting = False
-        self.binding = hashlib.sha256(self._object.getpeercert(True)).digest()
-        return self
-
-    def _converse(self, step: Callable[[], Any]) -> Any:
-        """Do a step that needs to hear the other side; a server's first one runs TLS's handshake by the way."""
-        while True:
-            try:
-                with self._lock:
-                    return step()
-            except self._again:
-                pass
-            finally:
-                if self._greeting and (words := self._outgoing.read()):
-                    self.sock.sendall(words)
-            count = super().receive_into(self._scratch)
-            with self._lock:
-                self._incoming.write(self._scratch[:count])
-
-    def send(self, buffers: Sequence[Any]) -> int:
-        """Encrypt and send; what was encrypted counts as sent when all of it has gone."""
-        if not self._taken:
-            with self._lock:
-                self._taken = self._object.write(buffers[0][:RANGE])
-                self._ciphertext = memoryview(self._outgoing.read())
-        while self._ciphertext:
-            sent = super().send([self._ciphertext])
-            if not sent:
-                return 0
-            self._ciphertext = self._ciphertext[sent:]
-        taken, self._taken = self._taken, 0
-        return taken
-
-    def receive_into(self, view: memoryview) -> int:
-        """Block until decrypted bytes are there; return how many, or raise EOFError at the end of the stream."""
-        count = self._converse(lambda: self._object.read(len(view), view))
-        self._greeting = False
-        if not count:
-            raise EOFError
-        return int(count)
-
-    def poll(self, event: int, seconds: float) -> bool:
-        """Wait as Plain does; what was received and not read counts as readable."""
-        with self._lock:
-            held = self._incoming.pending or self._object.pending()
-        return bool(event == select.POLLIN and held) or super().poll(event, seconds)
-
-
-def _tls_context(protocol: str) -> Any:
-    import ssl
-    if sys.version_info[:3] == (3, 13, 6):
-        raise ValueError("TLS can deadlock on Python 3.13.6: use 3.13.7 or newer, or do without TLS")
-    context = ssl.SSLContext(getattr(ssl, f"PROTOCOL_TLS_{protocol}"))
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    return context
-
-
-def tls_client_context() -> Any:
-    """Return what a dialer needs. It trusts any certificate: the handshake's proofs tell the right one."""
-    context = _tls_context("CLIENT")
-    context.check_hostname = False
-    context.verify_mode = 0         # ssl.CERT_NONE
-    return context
-
-
-def tls_server_context(cert: str | None = None, key: str | None = None) -> tuple[Any, bytes]:
-    """Return what a server needs, and its binding; without PEM files `openssl` makes a certificate for this run.
-
-    Raises ValueError if that command is not there, OSError for files that are of no use.
-    """
-    import tempfile
-    context = _tls_context("SERVER")
-    context.num_tickets = 0         # sessions are never resumed, and nobody but the writer role writes
-    with tempfile.TemporaryDirectory() as folder:
-        if not cert:
-            cert, key = os.path.join(folder, "cert"), os.path.join(folder, "key")
-            try:
-                subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-                                "-nodes", "-days", "3650", "-subj", "/CN=minipool", "-keyout", key, "-out", cert],
-                               check=True, capture_output=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                raise ValueError(f"no certificate could be made by the openssl command ({error}): install it, or give "
-                                 "--tls-cert and --tls-key") from None
-        context.load_cert_chain(cert, key)
-        with open(cert) as file:
-            pem = file.read().partition("-----BEGIN CERTIFICATE-----")[2].partition("-----END")[0]
-    return context, hashlib.sha256(base64.b64decode(pem)).digest()
 
 
 class Connection:
@@ -747,10 +615,8 @@ class Connection:
         # only for the receiving thread
         self._receive_key = receive_key
         self._receive_number = 0
-        self._scratch = memoryview(bytearray(64 * 1024))
+        self._scratch = memoryview(bytearray(4096))     # grows while it is filled: thousands of idle peers have little
         self._pending = bytearray()             # received and not yet consumed
-
-    # ---- sending ----
 
     def post(self, messages: Iterable[Message]) -> None:
         """Append messages to the outbox; a later flush() sends them. Cheap enough to call under other locks."""
@@ -852,8 +718,6 @@ class Connection:
                 self._rest[0] = self._rest[0][sent:]
         return True
 
-    # ---- receiving ----
-
     def receive(self) -> list[Message]:
         """Block for the next frame; return its messages.
 
@@ -890,12 +754,13 @@ class Connection:
     def _take(self, size: int) -> bytes:
         """Receive until `size` bytes are there, and consume them."""
         while len(self._pending) < size:
-            self._pending += self._scratch[:self._seam.receive_into(self._scratch)]
+            count = self._seam.receive_into(self._scratch)
+            self._pending += self._scratch[:count]
+            if count == len(self._scratch) < 64 * 1024:
+                self._scratch = memoryview(bytearray(4 * count))
         taken = bytes(self._pending[:size])
         del self._pending[:size]
         return taken
-
-    # ---- ending ----
 
     @property
     def waiting(self) -> int:
@@ -920,11 +785,6 @@ class Connection:
             self._disposed = True
             if not self._writing:
                 self._seam.sock.close()
-
-    def abandon(self) -> None:
-        """Close the descriptor without a word to the other end: for the child of a fork, whose socket it is not."""
-        self.closed = True
-        self._seam.sock.close()
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -990,9 +850,8 @@ class Peer:
                  lock: threading.Lock | threading.RLock, announce: Callable[[], list[Message]],
                  on_batch: Callable[[list[Message]], None], on_lost: Callable[[], None] = lambda: None,
                  on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", name: str = "",
-                 tls: bool = False) -> None:
+                 ) -> None:
         self.role, self.address, self.key, self.identity = role, address, key, identity
-        self._tls = tls_client_context() if tls else None
         self.lock = lock
         self.connection: Connection | None = None           # written by the I/O thread under lock
         self.instance = b""                                 # which life of the server we talk to
@@ -1053,12 +912,11 @@ class Peer:
         """Return an authenticated connection; tries every address of the host, resolved anew each time."""
         sock = socket.create_connection(self.address, timeout=HANDSHAKE_SECONDS)
         try:
-            seam = Tls(sock, self._tls).establish() if self._tls else Plain(sock)
-            keys, self.instance = handshake(seam, self.role, self.key, self.identity, seam.binding)
+            keys, self.instance = handshake(sock, self.role, self.key, self.identity)
         except BaseException:
             sock.close()
             raise
-        connection = Connection(seam, keys.up, keys.down, "server")
+        connection = Connection(Plain(sock), keys.up, keys.down, "server")
         connection.start_writer()
         connection.destination = self._destination
         return connection
@@ -1417,6 +1275,8 @@ class Scheduler:
         node.heard_at = now
         self._suspect(node, False)
 
+    _beat = _hear           # that it was received says all
+
     def _suspect(self, node: Node, is_suspect: bool) -> None:
         if node.is_suspect != is_suspect:
             node.is_suspect = is_suspect
@@ -1522,7 +1382,15 @@ class Scheduler:
         if worker is None and info["id"][16:] <= self._dead.get(info["id"][:16], b""):
             self._send(peer, ("refuse", "ServerLost", "this process is dead to the pool"))
             return self._closes.append(peer)        # its last words, read after its death was told
-        worker = worker or self._new_worker(node, info, now)
+        if worker is None:
+            slot, generation = info["id"][:16], info["id"][16:]
+            for older in [id for id in node.workers if id[:16] == slot and id[16:] < generation]:
+                self._died(node, now, older, None, {"what": "was replaced by a newer process"})
+            worker = self.workers[info["id"]] = node.workers[info["id"]] = Worker(info["id"], node)
+            worker.device, worker.pid, worker.name = info["device"], info["pid"], f"{node.name}-{info['slot']}"
+            worker.tags = frozenset([worker.name, node.name, *info["tags"]])
+            for selection in self._selections.values():
+                self._enlist(worker, selection)
         worker.has, worker.positions = set(info["has"]), dict(info["positions"])
         worker.recalled, worker.acks = [], []
         for session_id in worker.positions:
@@ -1535,17 +1403,6 @@ class Scheduler:
         self._guard_window(worker, now)
         self._tell_clients()
         self._maybe_end_adoption(now)
-
-    def _new_worker(self, node: Node, info: dict[str, Any], now: float) -> Worker:
-        slot, generation = info["id"][:16], info["id"][16:]
-        for older in [id for id in node.workers if id[:16] == slot and id[16:] < generation]:
-            self._died(node, now, older, None, {"what": "was replaced by a newer process"})
-        worker = self.workers[info["id"]] = node.workers[info["id"]] = Worker(info["id"], node)
-        worker.device, worker.pid, worker.name = info["device"], info["pid"], f"{node.name}-{info['slot']}"
-        worker.tags = frozenset([worker.name, node.name, *info["tags"]])
-        for selection in self._selections.values():
-            self._enlist(worker, selection)
-        return worker
 
     def _admit(self, member: Session | Worker | Node, peer: Any, welcome: dict[str, Any]) -> None:
         """Make `peer` the connection of `member`. What it was asked over an older one it is asked again."""
@@ -2103,9 +1960,6 @@ class Scheduler:
         self._arm(min(now + self.beat, dead_at), self._exchange_beats, node)
         self._give_up(node, now)
 
-    def _beat(self, node: Node, now: float) -> None:
-        """Nothing to do: that it was received says all."""
-
     def _retire(self, who: Worker | Node, now: float, reason: str) -> None:
         """A planned exit of a worker, or of all of a node's: nothing new, what has not begun comes back."""
         if isinstance(who, Node):
@@ -2268,7 +2122,7 @@ class Scheduler:
 # outbox; no other nesting. Threads: the doorkeeper (strangers), the ticker (time), one reader per authenticated peer.
 # ==================================================================================================================
 
-GUESTS = 1024               # strangers at a time; beyond it a random one is dropped, never is accept() held up
+GUESTS = 1024               # strangers at a time; beyond it the oldest is dropped, never is accept() held up
 GUESTS_PER_SOURCE = 64      # of one address, loopback exempt
 PEERS = 4096                # authenticated connections, a thread each
 DRAIN_SECONDS = 30.0        # that running jobs may take after SIGTERM, to a server as to a node
@@ -2277,8 +2131,8 @@ DRAIN_SECONDS = 30.0        # that running jobs may take after SIGTERM, to a ser
 class _Guest:
     """A socket that has proved nothing yet: it gets no thread, and never more than 64 + 32 bytes of memory."""
 
-    def __init__(self, sock: socket.socket, source: str, seam: Plain) -> None:
-        self.sock, self.source, self.seam = sock, source, seam
+    def __init__(self, sock: socket.socket, source: str) -> None:
+        self.sock, self.source = sock, source
         self.deadline = time.monotonic() + HANDSHAKE_SECONDS
         self.data = b""                             # of the step that is awaited
         self.wanted = _HELLO.size                   # how long that step is
@@ -2337,9 +2191,8 @@ class Doorkeeper:
     """The one thread that talks to strangers. It answers nothing until 64 right bytes have arrived."""
 
     def __init__(self, listener: socket.socket, secret: KeySource, instance: bytes,
-                 admit: Callable[[Plain, str, bytes, SessionKeys], None], tls: tuple[Any, bytes] | None = None) -> None:
+                 admit: Callable[[socket.socket, str, bytes, SessionKeys], None]) -> None:
         self._listener, self._secret, self._instance, self._admit = listener, secret, instance, admit
-        self._tls = tls                             # context and binding
         self._guests: dict[socket.socket, _Guest] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -2359,7 +2212,8 @@ class Doorkeeper:
 
     def _run(self) -> None:
         while not self._stopping:
-            for key, _ in self._selector.select(0.2):       # also how soon a deadline is noticed
+            ready = self._selector.select(0.2)              # also how soon a deadline is noticed
+            for key, _ in sorted(ready, key=lambda event: event[0].fileobj is self._listener):  # newcomers come last
                 if key.fileobj is self._listener:
                     self._welcome_guests()
                 elif key.fileobj in self._guests:           # else it was dismissed a moment ago, to make room
@@ -2383,9 +2237,9 @@ class Doorkeeper:
                     self._turn_away(error)
                 return
             sock.setblocking(False)
-            guest = _Guest(sock, source[0], Tls(sock, *self._tls) if self._tls else Plain(sock))
+            guest = _Guest(sock, source[0])
             if len(self._guests) >= GUESTS:
-                self._dismiss(random.choice(list(self._guests.values())), "made room")
+                self._dismiss(next(iter(self._guests.values())), "made room")   # the oldest: the honest are quick
             same = sum(g.source == guest.source for g in self._guests.values())
             if same >= GUESTS_PER_SOURCE and not guest.source.startswith(("127.", "::1")):
                 sock.close()
@@ -2407,7 +2261,7 @@ class Doorkeeper:
     def _hear(self, guest: _Guest) -> None:
         """Take what a stranger says; every step is of a known size, any misfit is a quiet close."""
         try:
-            data = guest.seam.recv(guest.wanted - len(guest.data))
+            data = guest.sock.recv(guest.wanted - len(guest.data))
             guest.data += data
             if not guest.steps and guest.data[:8] != MAGIC[:len(guest.data)]:
                 raise Malformed(f"begins with {guest.data[:8]!r}")     # HTTP and TLS are easily told
@@ -2426,17 +2280,17 @@ class Doorkeeper:
         first, guest.data = guest.data, b""
         role, identity, version = read_first_hello(first)
         second = second_hello(self._instance)
-        guest.seam.sendall(second)
+        guest.sock.sendall(second)
         if version != PROTOCOL:         # the dialer reads our version in it, and names both
             raise Malformed(f"speaks protocol {version}")
-        keys = SessionKeys.derive(self._secret(role, self._instance, identity), first, second, guest.seam.binding)
+        keys = SessionKeys.derive(self._secret(role, self._instance, identity), first, second)
         yield len(keys.dialer_proof)
         if not hmac.compare_digest(guest.data, keys.dialer_proof):
-            guest.seam.sendall(REFUSED)
+            guest.sock.sendall(REFUSED)
             raise Malformed("has another secret")
-        guest.seam.sendall(keys.server_proof)
+        guest.sock.sendall(keys.server_proof)
         self._forget(guest)
-        self._admit(guest.seam, role, identity, keys)
+        self._admit(guest.sock, role, identity, keys)
 
     def _forget(self, guest: _Guest) -> None:
         self._selector.unregister(guest.sock)
@@ -2477,20 +2331,19 @@ class Server:
 
     `host` and `port` say where to listen (`port=0`: a free one); `secret` is text, by default what `find_secret`
     finds, else a new one in this user's secret file. `address` can be dialled, also after host="0.0.0.0".
-    `tls`: True, or the PEM files of a certificate and its key. After `dead_after` seconds of silence a host is lost.
+    After `dead_after` seconds of silence a host is lost.
     Raises OSError if the port is in use, ValueError for a weak password on a port that is not loopback.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, secret: str | None = None,
-                 tls: bool | tuple[str, str] = False, max_value: int = 64 << 30, dead_after: float = T_DEAD,
-                 embedded: bool = False) -> None:
+                 max_value: int = 64 << 30, dead_after: float = T_DEAD, embedded: bool = False) -> None:
         self._host, self._port = host, port
         self._secret = find_secret(secret, make=True)
         if self._secret.is_weak and not _is_loopback(host):
             raise ValueError("a password of under 12 characters is for loopback only: use a longer one, or "
                              "leave it out and let the server make a secret")
         self.secret = self._secret.text                 # to hand to clients and nodes
-        self.tls, self.max_value, self.dead_after = tls, max_value, dead_after
+        self.max_value, self.dead_after = max_value, dead_after
         self.failure: BaseException | None = None       # a broken invariant, which stops the server
         self._embedded = embedded
         self._lock = threading.Lock()
@@ -2516,7 +2369,6 @@ class Server:
 
     def start(self) -> Server:
         """Listen, and start the threads."""
-        tls = tls_server_context(*(self.tls if isinstance(self.tls, tuple) else ())) if self.tls else None
         v6 = ":" in self._host                          # "::" is for IPv4 too
         listener = socket.create_server((self._host, self._port), backlog=1024, dualstack_ipv6=v6,
                                         family=socket.AF_INET6 if v6 else socket.AF_INET)
@@ -2528,7 +2380,7 @@ class Server:
                                     adopting=not self._embedded, dead_after=self.dead_after, about=about)
         self._threads = [threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)]
         self._threads[0].start()
-        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, tls)
+        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit)
         return self
 
     def stop(self) -> None:
@@ -2566,12 +2418,12 @@ class Server:
 
     # ---- threads ----
 
-    def _admit(self, seam: Plain, role: str, identity: bytes, keys: SessionKeys) -> None:
+    def _admit(self, sock: socket.socket, role: str, identity: bytes, keys: SessionKeys) -> None:
         """Give a peer that proved itself its thread; called by the doorkeeper."""
         if len(self._connections) >= PEERS:
             log.warning("%d peers are connected, which is the limit: one more was turned away", PEERS)
-            return seam.sock.close()
-        connection = Connection(seam, keys.down, keys.up, role)
+            return sock.close()
+        connection = Connection(Plain(sock), keys.down, keys.up, role)
         peer = next(self._peer_numbers)
         with self._lock:
             self._connections[peer] = connection
@@ -2663,13 +2515,12 @@ def find_address(address: str | None = None) -> tuple[str, int]:
 
 def is_server_running(address: str | None = None) -> bool:
     """Return whether a minipool server answers at `address` (default: this machine's port 8899)."""
-    where = parse_address(address or "127.0.0.1")
-    for tls in (False, True):
-        with contextlib.suppress(OSError), socket.create_connection(where, timeout=2) as sock:
-            seam = Tls(sock, tls_client_context()).establish() if tls else Plain(sock)
-            seam.sendall(first_hello("client"))
-            return _read_exactly(seam, _HELLO.size).startswith(MAGIC)
-    return False
+    try:
+        with socket.create_connection(parse_address(address or "127.0.0.1"), timeout=2) as sock:
+            sock.sendall(first_hello("client"))
+            return _read_exactly(sock, _HELLO.size).startswith(MAGIC)
+    except OSError:
+        return False
 
 
 # ==================================================================================================================
@@ -2950,23 +2801,20 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", getattr(value, name, None)) for name in names)
 
 
-def _arguments(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *more: Any) -> dict[str, Any]:
-    """Return what travels with a call, by what to call it in an error."""
-    named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-    with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
-        import inspect
-        named = inspect.signature(fn).bind(*args, **kwargs).arguments
-    parts = {f"argument {label!r} of {name_of(fn)}()": value for label, value in named.items()}
-    return {**parts, **{f"{name_of(value)}()": value for value in more}}
-
-
 def _explain(fn: Any, value: Any, culprit: Any, error: Exception) -> pickle.PicklingError:
     """Return an error that says where `culprit` is, the object at which pickling `fn` or a call of it ended."""
     what, where = f"function {name_of(fn)}()" if value is fn else f"the arguments of {name_of(fn)}()", "something in it"
     if isinstance(error.__cause__ or error, RecursionError):
         return pickle.PicklingError(f"cannot pickle {what}: its objects are nested too deeply")
-    roots = {what: fn} if value is fn else _arguments(fn, *value)
-    met, found = set[int](), [(root, "", part) for root, part in roots.items()]
+    met, found = set[int](), [(what, "", fn)]
+    if value is not fn:
+        args, kwargs, *more = value
+        named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
+            import inspect
+            named = inspect.signature(fn).bind(*args, **kwargs).arguments
+        found = [(f"argument {label!r} of {name_of(fn)}()", "", part) for label, part in named.items()]
+        found += [(f"{name_of(part)}()", "", part) for part in more]
     for root, path, part in found:  # it grows at its end, so the shortest path is found first
         if part is culprit:
             what, where = root, path.strip() or "it"
@@ -3416,7 +3264,7 @@ class Client:
     """One connection to a server, and everything that waits on it. Executors are its views."""
 
     def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None = None,
-                 connect_timeout: float, reconnect_timeout: float, tls: bool = False,
+                 connect_timeout: float, reconnect_timeout: float,
                  child: ChildProcess | None = None, initializer: Callable[..., object] | None = None,
                  initargs: Iterable[Any] = ()) -> None:
         self.child = child                              # the embedded pool; it ends with this client
@@ -3447,7 +3295,7 @@ class Client:
         self.later = self._callbacks.put    # run it on the callback thread; no lock is taken: a collector may call this
         self._callback_thread = threading.Thread(target=self._run_callbacks, name="minipool-callbacks", daemon=True)
         self.peer = Peer("client", address, secret.role_key, lock=self.lock, announce=self._announce,
-                         on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered, tls=tls)
+                         on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered)
         self._callback_thread.start()
         self.peer.start()
         final = Refused, VersionMismatch                # trying again does not help
@@ -3480,7 +3328,10 @@ class Client:
         check_size(entry.blob, self.max_value, "pickle", fn)
         check_size(packed, self.max_value, "arguments", fn)
         inline = 0 if isinstance(packed, Blob) else len(packed)
-        wire = self._wire_options(options, fn)
+        wire = {name: options[name] for name in _WIRE_OPTIONS if options.get(name) is not None}
+        wire["name"] = options.get("name") or name_of(fn)
+        if where := options.get("on") or options.get("prefer"):
+            wire.update(on=list(where), soft=not options.get("on"))
         with self.lock:
             if self.broken is not None:
                 raise self.broken()
@@ -3497,15 +3348,6 @@ class Client:
         if connection:      # few jobs out: go now; many: go on submitting while the writer makes batches
             connection.flush(0 if busy else BORROWED_FRAMES)
         return future._weakly() if options.get("weak") else future
-
-    @staticmethod
-    def _wire_options(options: dict[str, Any], fn: Any) -> dict[str, Any]:
-        """Return the options that the server needs to know."""
-        wire = {name: options[name] for name in _WIRE_OPTIONS if options.get(name) is not None}
-        wire["name"] = options.get("name") or name_of(fn)
-        if where := options.get("on") or options.get("prefer"):
-            wire.update(on=list(where), soft=not options.get("on"))
-        return wire
 
     def _send_backlog(self) -> None:
         """Send what the credit allows, most urgent first. Holds the lock; somebody flushes."""
@@ -3726,8 +3568,6 @@ class Client:
                 self._changed.wait_for(lambda: number in self._answers, left)
             return self._answers.pop(number)
 
-    # ---- callbacks and the end ----
-
     def _run_callbacks(self) -> None:
         """Run callbacks, and after the last one end all that this client started: nobody waits for it in vain."""
         while (callback := self._callbacks.get()) is not None:
@@ -3774,7 +3614,8 @@ def _forget_all() -> None:
         client.broken = lambda: RuntimeError("this executor belongs to the parent process: a fork must open its own")
         connection, client.peer.connection = client.peer.connection, None
         if connection:
-            connection.abandon()
+            connection.closed = True
+            connection._seam.sock.close()       # without a word to the other end: the socket is the parent's
     _clients.clear()
 
 
@@ -3826,8 +3667,8 @@ class Executor(concurrent.futures.Executor):
     `address`: "host", "host:port", "[::1]:port"; "local" is an embedded pool of this machine, closed with the
     executor; None is MINIPOOL_ADDRESS, and "local" where that is not set. An int in its place is `max_workers`, which
     bounds how many workers are used (embedded: how many are started). `initializer(*initargs)` runs once per worker
-    before this executor's first job there, on late and respawned workers too. `tls` as the server has it. Seconds:
-    `connect_timeout` for the first connection, `reconnect_timeout` for outages that are ridden out.
+    before this executor's first job there, on late and respawned workers too. Seconds: `connect_timeout` for the
+    first connection, `reconnect_timeout` for outages that are ridden out.
 
     Raises ServerLost, Refused, VersionMismatch; ValueError and TypeError for bad arguments.
     """
@@ -3835,7 +3676,7 @@ class Executor(concurrent.futures.Executor):
     def __init__(self, address: str | int | None = None, *, secret: str | None = None,
                  max_workers: int | None = None, initializer: Callable[..., object] | None = None,
                  initargs: tuple[Any, ...] = (), max_tasks_per_child: int | None = None, name: str | None = None,
-                 tls: bool = False, connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
+                 connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
         if isinstance(address, int) and not isinstance(address, bool):
             address, max_workers = None, address
         if address is not None and not isinstance(address, str):
@@ -3858,7 +3699,7 @@ class Executor(concurrent.futures.Executor):
             key = find_secret(secret)
         self._client = Client(parse_address(where), key, name=name or os.path.basename(sys.argv[0] or "python"),
                               max_workers=limit, connect_timeout=connect_timeout, reconnect_timeout=patience,
-                              child=child, tls=tls and not child, initializer=initializer, initargs=initargs)
+                              child=child, initializer=initializer, initargs=initargs)
         # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
         end = functools.partial(self._client.close, wait=False)
         weakref.finalize(self, self._client.later, end).atexit = False      # a collector takes no lock
@@ -3877,8 +3718,6 @@ class Executor(concurrent.futures.Executor):
                           f"Executor('127.0.0.1') would use it", RuntimeWarning, stacklevel=3)
         else:
             print(line, file=sys.stderr, flush=True)
-
-    # ---- the standard interface ----
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         """Return a Future of fn(*args, **kwargs), which runs on one worker. Every keyword reaches `fn`.
@@ -3940,8 +3779,6 @@ class Executor(concurrent.futures.Executor):
         self.shutdown(wait=True)
 
     terminate_workers = kill_workers        # a worker's process has nothing to save: there is one way to end it
-
-    # ---- beyond it ----
 
     def options(self, **options: Any) -> Executor:
         """Return a light view of this executor whose jobs carry these options; views nest.
@@ -4033,17 +3870,16 @@ def _print_lines(server: Server, options: argparse.Namespace) -> None:
     on_terminal = sys.stdout is not None and sys.stdout.isatty()        # None: it was closed
     source = (options.secret_file or os.environ.get("MINIPOOL_SECRET_FILE")
               or ("MINIPOOL_SECRET" if os.environ.get("MINIPOOL_SECRET") else secret_path()))
-    flag = " --tls" if options.tls else ""
     prefix = "" if loopback else f"MINIPOOL_SECRET={server.secret if on_terminal else '...'} "
     if loopback and options.secret_file:
         prefix = f"MINIPOOL_SECRET_FILE={options.secret_file} "
     worker = "minipool-worker" if "site-packages" in os.path.abspath(__file__) else "python minipool_worker.py"
     lines = [f"minipool {__version__} server on {address} (Python {PYTHON}); the secret is from {source}",
-             f"  workers:  {prefix}{worker} connect {address}{flag}",
-             f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}" + "    and Executor(tls=True)" * options.tls,
-             f"  status:   {prefix}python minipool.py status --address {address}{flag}        stop: Ctrl-C"]
-    if not loopback and not options.tls:
-        lines.append("  traffic is authenticated but not encrypted (--tls encrypts it): use it in a network you trust"
+             f"  workers:  {prefix}{worker} connect {address}",
+             f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}",
+             f"  status:   {prefix}python minipool.py status --address {address}        stop: Ctrl-C"]
+    if not loopback:
+        lines.append("  traffic is authenticated but not encrypted: use it in a network you trust, or a tunnel"
                      + ("" if on_terminal else "; `minipool secret` prints the secret"))
     try:
         print("\n".join(lines), flush=True)
@@ -4054,11 +3890,7 @@ def _print_lines(server: Server, options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     """Run a server until a signal ends it."""
-    if bool(options.tls_cert) != bool(options.tls_key):
-        raise ValueError("--tls-cert and --tls-key go together: the PEM files of a certificate and its key")
-    files = (options.tls_cert, options.tls_key) if options.tls_cert else options.tls
-    options.tls = bool(files)
-    server = Server(options.host, options.port, max_value=options.max_value, dead_after=options.dead_after, tls=files,
+    server = Server(options.host, options.port, max_value=int(options.max_value), dead_after=options.dead_after,
                     secret=find_secret(path=options.secret_file, make=True).text)
     stop, hurry = threading.Event(), threading.Event()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)     # a descriptor per peer: take what we may have
@@ -4071,7 +3903,7 @@ def _serve(options: argparse.Namespace) -> int:
         _print_lines(server, options)
         if options.with_node:
             from minipool_worker import Node
-            stack.enter_context(Node(server.address, secret=server.secret, tls=options.tls))
+            stack.enter_context(Node(server.address, secret=server.secret))
         while not stop.wait(0.5) and not server.wait(0):
             pass
         if stop.is_set():
@@ -4083,8 +3915,7 @@ def _serve(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> None:
     """Print one snapshot of the pool."""
     with contextlib.closing(Client(find_address(options.address), find_secret(path=options.secret_file),
-                                   name="minipool status", connect_timeout=5, reconnect_timeout=5,
-                                   tls=options.tls)) as client:
+                                   name="minipool status", connect_timeout=5, reconnect_timeout=5)) as client:
         info = client.ask("info", timeout=10)
     if options.json:
         return print(json.dumps(info, indent=2))
@@ -4112,25 +3943,20 @@ def _versions(options: argparse.Namespace) -> None:
         print(f"{package:13} {found.version if found else 'not installed'}")
 
 
-def _size(text: str) -> int:
-    """Read a size such as 64G."""
-    exponent = "KMGT".find(text[-1:].upper()) + 1
-    try:
-        return int(text[:-1] if exponent else text) << 10 * exponent
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 64G") from None
+def quantity(units: dict[str, float], example: str) -> Callable[[str], float]:
+    """Return what reads a number with one of these units, for argparse."""
+    def read(text: str) -> float:
+        unit = units.get(text[-1:].upper())
+        with contextlib.suppress(ValueError):
+            number = float(text[:-1] if unit else text) * (unit or 1)
+            if 0 < number < BIGGEST:
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not like {example}")
+    return read
 
 
-def seconds(text: str) -> float:
-    """Read a time such as 90, 90s, 55m or 2h."""
-    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
-    try:
-        seconds = float(text[:-1]) * unit if unit else float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < BIGGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90, 55m or 2h")
-    return seconds
+SIZE = quantity({"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}, "512M or 64G")
+TIME = quantity({"S": 1, "M": 60, "H": 3600, "D": 86400}, "90, 55m or 2h")
 
 
 def subcommands(program: str, description: str) -> tuple[argparse.ArgumentParser, Callable[..., Any]]:
@@ -4142,7 +3968,6 @@ def subcommands(program: str, description: str) -> tuple[argparse.ArgumentParser
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=run)
         command.add_argument("--secret-file", metavar="F", help="file that holds the pool's secret")
-        command.add_argument("--tls", action="store_true", help="encrypt; all members of a pool do, or none")
         command.add_argument("-v", "--verbose", action="store_true", help="log every message")
         return command
     return parser, add
@@ -4154,10 +3979,8 @@ def main(arguments: list[str] | None = None) -> int:
     serve = add("serve", _serve, "run the server")
     serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: loopback only)")
     serve.add_argument("--port", type=int, default=DEFAULT_PORT, help="default: %(default)s; 0: a free one")
-    serve.add_argument("--tls-cert", metavar="F", help="PEM file of a certificate (default: one made by openssl)")
-    serve.add_argument("--tls-key", metavar="F", help="PEM file of its key")
-    serve.add_argument("--max-value", type=_size, default=64 << 30, metavar="SIZE", help="largest value, e.g. 64G")
-    serve.add_argument("--dead-after", type=seconds, default=T_DEAD, metavar="S",
+    serve.add_argument("--max-value", type=SIZE, default=64 << 30, metavar="SIZE", help="largest value, e.g. 64G")
+    serve.add_argument("--dead-after", type=TIME, default=T_DEAD, metavar="S",
                        help="seconds of silence after which a host is lost (default: %(default)g)")
     serve.add_argument("--with-node", action="store_true", help="use this machine's devices too")
     status = add("status", _status, "show nodes, workers and jobs")

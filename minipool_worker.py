@@ -280,8 +280,7 @@ class Worker:
         self._done_jobs = 0
         self._read_at = time.monotonic()                # when the I/O thread last saw the socket empty
         self.peer = Peer("worker", setup["address"], lambda *_: setup["key"], lock=self._lock, identity=self.id,
-                         announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, name="worker",
-                         tls=setup["tls"])
+                         announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, name="worker")
 
     # ---- the main thread ----
 
@@ -344,7 +343,9 @@ class Worker:
         try:
             if error_of_log := self._apply_log(attempt):
                 return self._finish(attempt, UNFIT, error_of_log, 0.0, False)
-            fn = self._function(attempt.fn)
+            fn = self._functions.get(attempt.fn)
+            if fn is None:
+                fn = self._functions[attempt.fn] = minipool.decode_value(self._objects[attempt.fn])
             args, kwargs, retry_on = self._open_payload(attempt)
             os.environ["MINIPOOL_JOB"] = minipool.job_id(attempt.job)
             minipool._running.job = lambda: self._describe(attempt)
@@ -400,12 +401,6 @@ class Worker:
             cut = minipool.RemoteError(type(error).__qualname__, str(error)[:1000] + " [...]")
             value = minipool.encode_exception(cut, self._where)
         return value
-
-    def _function(self, name: Name) -> Any:
-        fn = self._functions.get(name)
-        if fn is None:
-            fn = self._functions[name] = minipool.decode_value(self._objects[name])
-        return fn
 
     def _open_payload(self, attempt: Attempt) -> tuple[Any, Any, Any]:
         """Return args, kwargs, and the exception types to retry on."""
@@ -716,7 +711,7 @@ class Supervisor:
         self._instance = b""
         self.on_welcome: Any = lambda: None
         self.peer = Peer("node", address, secret.role_key, lock=threading.RLock(), announce=self._announce, name="node",
-                         on_batch=self._on_batch, on_lost=self._wake, tls=bool(options.get("tls")))
+                         on_batch=self._on_batch, on_lost=self._wake)
 
     def run(self) -> None:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
@@ -730,7 +725,9 @@ class Supervisor:
                 while self._words:
                     word = self._words.popleft()
                     getattr(self, f"_on_{word[0]}")(*word[1:])
-                self._respawn()
+                for child in self._children:
+                    if self._instance and self._stop_at is None and child.start_at <= time.monotonic():
+                        self._spawn(child)
                 self._look_at_the_clock()
         finally:
             for child in self._running():
@@ -811,13 +808,6 @@ class Supervisor:
     def _ticket(self, worker_id: bytes) -> bytes:
         return self.secret.role_key("worker", self._instance, worker_id)
 
-    # ---- birth ----
-
-    def _respawn(self) -> None:
-        for child in self._children:
-            if self._instance and self._stop_at is None and child.start_at <= time.monotonic():
-                self._spawn(child)
-
     def _spawn(self, child: Child) -> None:
         """Start the worker of one slot. The mask is set before its interpreter starts, by what it inherits."""
         place, slot = child.place, child.slot
@@ -830,8 +820,7 @@ class Supervisor:
         child.output, output = self._context.Pipe(duplex=False)
         setup = {"id": child.id, "node": self.id, "node_name": self.name, "slot": place, "device": slot.device,
                  "address": self.peer.address, "key": self._ticket(child.id), "tags": self.options.get("tags") or [],
-                 "max_tasks": self.options.get("max_tasks"), "tls": bool(self.options.get("tls")),
-                 "sys_path": self.options.get("sys_path") or [],
+                 "max_tasks": self.options.get("max_tasks"), "sys_path": self.options.get("sys_path") or [],
                  "log_level": logging.getLogger().level}
         child.process = self._context.Process(target=_worker_main, args=(setup, child.cell, life, output),
                                               name=f"minipool-worker-{place}", daemon=False)
@@ -946,8 +935,6 @@ class Supervisor:
             if child.process:
                 child.killed = f"its GPU is lost: {text}"
                 self._kill_group(child)
-
-    # ---- output ----
 
     def _read_output(self, child: Child) -> None:
         """Take what a worker printed: it never blocks on us; keep its tail, pass it on with its name before it."""
@@ -1085,8 +1072,8 @@ def _parser() -> argparse.ArgumentParser:
     connect.add_argument("--devices", metavar="LIST", help="other vendors' devices, with --device-env")
     connect.add_argument("--device-env", metavar="VAR", help="the variable that selects one, e.g. HIP_VISIBLE_DEVICES")
     connect.add_argument("--tag", action="append", dest="tags", metavar="T", default=[], help="a word for `on=`")
-    connect.add_argument("--lifetime", type=minipool.seconds, metavar="T", help="drain and leave after T, e.g. 55m")
-    connect.add_argument("--death-timeout", type=minipool.seconds, metavar="T", help="leave after T without a server")
+    connect.add_argument("--lifetime", type=minipool.TIME, metavar="T", help="drain and leave after T, e.g. 55m")
+    connect.add_argument("--death-timeout", type=minipool.TIME, metavar="T", help="leave after T without a server")
     connect.add_argument("--max-tasks", type=_at_least(1), metavar="N", help="renew a worker after N jobs")
     return parser
 

@@ -129,7 +129,7 @@ class Pool(chaos.Pool):
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
     def settle(self) -> None:
-        """Wait until the server has done with who left: else it would do so in the window that counts as undisturbed."""
+        """Wait until the server has done with who came or left: else it would do so in the next window."""
         give_up, used = time.monotonic() + 20, self.cpu()
         while time.monotonic() < give_up:
             time.sleep(0.5)
@@ -146,13 +146,6 @@ class Pool(chaos.Pool):
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-class TlsPool(Pool):
-    """One whose server wants TLS."""
-
-    def start(self, *command: str) -> subprocess.Popen[bytes]:
-        return super().start(*command, "--tls")
-
-
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """A second Ctrl-C while things are being ended would leave processes behind."""
@@ -165,9 +158,8 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_pool(workers: int, tls: bool = False) -> Iterator[Pool]:
-    kind = TlsPool if tls else Pool
-    with tempfile.TemporaryDirectory() as folder, kind(Path(folder), min(workers, 1), workers) as pool:
+def new_pool(workers: int) -> Iterator[Pool]:
+    with tempfile.TemporaryDirectory() as folder, Pool(Path(folder), min(workers, 1), workers) as pool:
         pool.wait_for_server()
         yield pool
 
@@ -198,15 +190,6 @@ class Report:
 
 def median(values: Any) -> float:
     return statistics.median(values)
-
-
-# ---- the seam ----
-
-def seam(kind: str, sock: socket.socket, context: tuple[Any, ...] = ()) -> minipool.Plain:
-    """Return what a Connection speaks through; `context` is the server's, a dialer has none. To adapt for another."""
-    if not kind.endswith("tls"):
-        return minipool.Plain(sock)
-    return minipool.Tls(sock, *context) if context else minipool.Tls(sock, minipool.tls_client_context()).establish()
 
 
 @contextlib.contextmanager
@@ -247,29 +230,23 @@ def timed(port: int, talk: Callable[[socket.socket], object]) -> float:
 
 def measure_handshake(report: Report, quick: bool) -> None:
     report.part("handshake")
-    taken: dict[str, list[float]] = {"bare": [], "mp1": [], "tls": []}
-    with new_pool(0) as pool, new_pool(0, tls=True) as tls_pool, Helper("echo") as helper:
-        keys = {pool: minipool.Secret(pool.secret.read_text()).role_key for pool in (pool, tls_pool)}
+    taken: dict[str, list[float]] = {"bare": [], "mp1": []}
+    with new_pool(0) as pool, Helper("echo") as helper:
+        key = minipool.Secret(pool.secret.read_text()).role_key
 
         def bare(sock: socket.socket) -> None:
             sock.sendall(b"x")
             sock.recv(1)
 
-        def tls(sock: socket.socket) -> None:
-            end = seam("tls", sock)
-            minipool.handshake(end, "client", keys[tls_pool], binding=end.binding)
-
         port = helper.hear()
         for _ in range(100 if quick else 1000):
             taken["bare"].append(timed(port, bare))
-            taken["mp1"].append(timed(pool.port, lambda sock: minipool.handshake(sock, "client", keys[pool])))
-            taken["tls"].append(timed(tls_pool.port, tls))
+            taken["mp1"].append(timed(pool.port, lambda sock: minipool.handshake(sock, "client", key)))
     middle = {kind: median(values) for kind, values in taken.items()}
     report.line("connecting, medians", "ms", "/ bare")
-    for kind, name in (("bare", "TCP connect, echo of one byte"), ("mp1", "MP1"), ("tls", "MP1 inside TLS")):
+    for kind, name in (("bare", "TCP connect, echo of one byte"), ("mp1", "MP1")):
         report.line(name, f"{middle[kind]:.3f}", f"{middle[kind] / middle['bare']:.1f}")
     report.gate("MP1", middle["mp1"], "ms", most=1)
-    report.gate("MP1 inside TLS", middle["tls"], "ms", most=5)
 
 
 # ---- frame ----
@@ -355,7 +332,7 @@ def help_bulk() -> None:
                 sock.sendall(b"x")
             else:
                 with without_tags(kind.startswith("bare")):
-                    pull(kind, minipool.Connection(seam(kind, sock), KEY, KEY, "server"), buffer)
+                    pull(kind, minipool.Connection(minipool.Plain(sock), KEY, KEY, "server"), buffer)
 
 
 def pull(kind: str, connection: minipool.Connection, buffer: memoryview) -> None:
@@ -393,7 +370,7 @@ def serve_value(kind: str, connection: minipool.Connection, value: memoryview) -
             connection.flush()
 
 
-def transfer(kind: str, helper: Helper, value: memoryview, context: tuple[Any, ...]) -> float:
+def transfer(kind: str, helper: Helper, value: memoryview) -> float:
     """MB/s of one value to the helper."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)                     # the helper may have ended
@@ -407,7 +384,7 @@ def transfer(kind: str, helper: Helper, value: memoryview, context: tuple[Any, .
                 sock.recv(1)
             else:
                 with without_tags(kind.startswith("bare")):
-                    connection = minipool.Connection(seam(kind, sock, context), KEY, KEY, "worker")
+                    connection = minipool.Connection(minipool.Plain(sock), KEY, KEY, "worker")
                     serve_value(kind, connection, value)
                     seconds = time.perf_counter() - begin
                     connection.close()              # its writer thread ends
@@ -427,23 +404,20 @@ def timed_digest(value: memoryview) -> float:
 def measure_bulk(report: Report, quick: bool) -> None:
     report.part("bulk")
     value = memoryview(random.Random(1).randbytes((16 if quick else 128) * MIB))
-    kinds, context = ["socket", "bare", "ours", "bare-tls", "tls"], minipool.tls_server_context()
+    kinds = ["socket", "bare", "ours"]
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     with Helper("bulk") as helper:
         for turn in range((3 if quick else 9) + 1):
             for kind in kinds if turn % 2 else reversed(kinds):
-                rates[kind].append(transfer(kind, helper, value, context))
+                rates[kind].append(transfer(kind, helper, value))
     rate = {kind: median(values[1:]) for kind, values in rates.items()}
     digest = median(timed_digest(value) for _ in range(9))
     report.line(f"{len(value) // MIB} MiB over loopback, two processes", "MB/s", "/ plain", "/ untagged")
     for kind, name in (("socket", "plain sendall, recv_into"), ("bare", "ranges without digests and tags"),
-                       ("ours", "ranges with digests and tags"),
-                       ("bare-tls", "through TLS, without digests and tags"),
-                       ("tls", "through TLS, with digests and tags")):
+                       ("ours", "ranges with digests and tags")):
         report.line(name, f"{rate[kind]:.0f}", f"{rate[kind] / rate['socket']:.2f}", f"{rate[kind] / rate['bare']:.2f}")
     report.line("SHA-256 of ranges by itself, at one end", f"{digest:.0f}", f"{digest / rate['socket']:.2f}")
     report.gate("with digests and tags / plain", rate["ours"] / rate["socket"], "", least=0.5)
-    report.gate("through TLS / plain", rate["tls"] / rate["socket"], "", least=0.5)
 
 
 # ---- the honest client, for both parts below ----

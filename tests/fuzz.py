@@ -194,7 +194,7 @@ class Outsider:
     def letter(self):
         """An opening for the functions behind the door."""
         sock = Letter(self.opening(), self.rng)
-        guest = minipool._Guest(sock, "127.0.0.1", sock)
+        guest = minipool._Guest(sock, "127.0.0.1")
         self.keeper._guests[sock] = guest
         for _ in range(400):
             if sock.closed:
@@ -301,7 +301,7 @@ class Door:
             minipool.handshake(sock, "client", self.secret.role_key)
         self.keeper.stop()
         assert len(self.admitted) == 1 and not self.keeper._guests
-        self.admitted[0][0].sock.close()
+        self.admitted[0][0].close()
 
 
 def outside(cases, seed):

@@ -14,7 +14,7 @@ import minipool
 
 WORKER = ROOT / "minipool_worker.py"
 HOSTS = {"server": "10.87.0.1", "left": "10.87.0.2", "right": "10.87.0.3"}
-# Run with smaller constants, so that a test of an outage need not last as long as one.
+PROBE = f"minipool-probe-{os.getpid()}"      # several test processes may look at once
 
 
 def ip(*arguments, check=True):
@@ -24,8 +24,8 @@ def ip(*arguments, check=True):
 def namespaces_work():
     if sys.platform != "linux" or os.geteuid() or not shutil.which("ip"):
         return False
-    made = ip("netns", "add", "minipool-probe", check=False).returncode == 0
-    return made and ip("netns", "del", "minipool-probe", check=False).returncode == 0
+    made = ip("netns", "add", PROBE, check=False).returncode == 0
+    return made and ip("netns", "del", PROBE, check=False).returncode == 0
 
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mark"),
@@ -138,4 +138,4 @@ say("result", future.result(100), future.attempts)""", FOLDER=str(tmp_path))
 
 def test_nothing_is_left(own_mark):
     assert not marked(own_mark)
-    assert "minipool-probe" not in ip("netns", "list").stdout
+    assert PROBE not in ip("netns", "list").stdout

@@ -181,7 +181,7 @@ class TestHandshakes:
         keeper._admit = lambda *guest: admitted.append(guest)
         first = minipool.first_hello("client")
         letter = fuzz.Letter(spoil(1, first), random.Random(0))
-        guest = minipool._Guest(letter, "127.0.0.1", letter)
+        guest = minipool._Guest(letter, "127.0.0.1")
         keeper._guests[letter] = guest
         keeper._hear(guest)
         while not letter.closed and guest.wanted != 32:

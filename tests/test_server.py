@@ -222,7 +222,7 @@ class TestStrangers:
             sock.close()
         join("client").hear("welcome")
 
-    def test_a_crowd_beyond_the_limit_makes_room_at_random(self, monkeypatch, server, join):
+    def test_a_crowd_beyond_the_limit_makes_room_for_the_next(self, monkeypatch, server, join):
         monkeypatch.setattr(minipool, "GUESTS", 20)
         crowd = [stranger(server) for _ in range(200)]
         for sock in crowd:
