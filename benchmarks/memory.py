@@ -75,15 +75,19 @@ def there_and_back(executor: minipool.Executor, size: int) -> tuple[int, int]:
     return 2 * size, int(len(value) != size // MIB * MIB or any(got != piece for got in pieces))
 
 
+def size(text: str) -> int:
+    return int(minipool.SIZE(text))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--offer", type=lambda text: int(minipool.SIZE(text)), default=1 << 30, metavar="SIZE", help="bytes of arguments")
-    parser.add_argument("--value", type=lambda text: int(minipool.SIZE(text)), metavar="SIZE", help="instead: one value, there and back")
+    parser.add_argument("--offer", type=size, default=1 << 30, metavar="SIZE", help="bytes of arguments")
+    parser.add_argument("--value", type=size, metavar="SIZE", help="instead: one value, there and back")
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=0.005, help="of each job: the pool is to be slow")
     parser.add_argument("--window", type=int, default=100, help="jobs submitted at a time; 0: all")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--limit", type=lambda text: int(minipool.SIZE(text)), default=300 * MIB, metavar="SIZE", help="of the server's peak")
+    parser.add_argument("--limit", type=size, default=300 * MIB, metavar="SIZE", help="of the server's peak")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         pool = Pool(Path(folder), 1, options.workers)
