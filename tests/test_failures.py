@@ -9,6 +9,7 @@ import pickle
 import re
 import secrets
 import signal
+import socket
 import statistics
 import sys
 import threading
@@ -622,3 +623,88 @@ class TestHowFast:
         for what, times in (("noticed", noticed), ("back", back)):
             print(f"{what}: median {1000 * statistics.median(times):.0f} ms, worst {1000 * max(times):.0f} ms")
         assert statistics.median(noticed) < 1 and statistics.median(back) < 3
+
+
+class TestTheOddOnes:
+    def test_a_job_without_memory_raises_and_its_worker_lives(self, pool):
+        def gobble():
+            import resource
+            before = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (2 << 30, before[1]))
+            try:
+                return len(bytes(8 << 30))
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, before)
+        before = set(pids(pool).values())
+        with pytest.raises(MemoryError):
+            pool.submit(gobble).result(60)
+        assert set(pids(pool).values()) == before
+
+    def test_an_initializer_that_hangs_is_ended_by_the_job_s_time_limit(self, embedded):
+        ex = embedded(1, initializer=time.sleep, initargs=(1000,))
+        with pytest.raises(JobTimeout):
+            ex.options(job_timeout=0.5).submit(abs, 1).result(60)
+        ex.kill_workers()
+
+    def test_a_slot_whose_workers_die_again_and_again_rests_ever_longer(self, embedded):
+        ex, times = embedded(1), []
+        for _ in range(7):
+            began = time.monotonic()
+            with pytest.raises(WorkerDied):
+                ex.options(max_deaths=0).submit(os._exit, 3).result(60)
+            times.append(time.monotonic() - began)
+        print([f"{seconds:.2f}" for seconds in times])
+        assert times[5] > 0.9 and times[6] > 1.9 and times[6] > 2 * min(times[1:5])
+
+    def test_workers_are_never_forked(self, run_script):
+        done = run_script("""
+import os, threading, time, minipool
+threading.Thread(target=time.sleep, args=(1,)).start()
+os.fork = os.forkpty = None
+with minipool.Executor("local", max_workers=2) as ex:
+    print(sorted(ex.map(abs, [-1, -2])))
+""", PYTHONWARNINGS="error::DeprecationWarning")
+        assert done.stdout == "[1, 2]\n" and "Warning" not in done.stderr, done.stderr
+
+    def test_ctrl_c_interrupts_the_caller_and_not_the_pool(self, program, tmp_path):
+        client = program("-c", """
+import minipool, time
+with minipool.Executor("local", max_workers=1) as ex:
+    slow = ex.submit(time.sleep, 2)
+    print("ready", flush=True)
+    try:
+        slow.result()
+    except KeyboardInterrupt:
+        print("interrupted", slow.cancelled(), flush=True)
+    print(ex.submit(pow, 2, 5).result(60), slow.exception(), flush=True)
+""", PYTHONPATH=str(ROOT))
+        client.says("ready")
+        client.signal(signal.SIGINT)
+        assert client.code() == 0 and client.out == "ready\ninterrupted False\n32 None\n", client.err
+
+    def test_a_server_outlives_its_terminal(self, cluster):
+        cluster.node()
+        with cluster.executor() as ex:
+            cluster.server.signal(signal.SIGHUP)
+            assert ex.submit(abs, -1).result(60) == 1 and cluster.server.process.poll() is None
+
+    def test_a_pool_may_live_on_ipv6(self, own_mark):
+        with minipool.Server("::1", 0) as server:
+            with minipool_worker.Node(server.address, secret=server.secret, gpus="", cpu_workers=1):
+                with minipool.Executor(server.address, secret=server.secret) as ex:
+                    assert server.address.startswith("[::1]:") and ex.submit(abs, -1).result(60) == 1
+
+    def test_a_server_s_name_is_resolved_anew_at_each_dial_and_all_its_addresses_are_tried(self, own_mark, monkeypatch):
+        real, asked = socket.getaddrinfo, []
+
+        def resolve(host, port, *rest):
+            if host != "pool.example":
+                return real(host, port, *rest)
+            asked.append(host)
+            places = ["127.0.0.2"] if len(asked) < 3 else ["127.0.0.2", "127.0.0.1"]
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (place, port)) for place in places]
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        with minipool.Server(port=0) as server:
+            port = server.address.partition(":")[2]
+            with minipool.Executor(f"pool.example:{port}", secret=server.secret) as ex:
+                assert ex.info()["workers"] == [] and len(asked) == 3
