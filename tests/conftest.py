@@ -121,17 +121,36 @@ def our_threads():
     return {thread.ident: thread.name for thread in threading.enumerate()}
 
 
+KINDS = {"threads": our_threads, "processes": our_processes, "descriptors": our_descriptors}
+
+
+def wait_until_nothing_is_left(before, is_left):
+    """Fail if something of `before`'s kinds stays behind by what is_left(old, new) says; name what is new."""
+    give_up = time.monotonic() + 20
+    while any(is_left(before[kind], look()) for kind, look in KINDS.items()):
+        if time.monotonic() > give_up:
+            new = {kind: {k: v for k, v in look().items() if before[kind].get(k) != v} for kind, look in KINDS.items()}
+            pytest.fail("\n".join(f"leaked {kind}: {found}" for kind, found in new.items() if found))
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def no_leaks():
     """Fail a test that leaves threads, processes or descriptors behind, and print which."""
-    kinds = {"threads": our_threads, "processes": our_processes, "descriptors": our_descriptors}
-    before = {kind: look() for kind, look in kinds.items()}
+    before = {kind: look() for kind, look in KINDS.items()}
     yield
-    give_up = time.monotonic() + 20
-    while True:
-        left = {kind: {k: v for k, v in look().items() if before[kind].get(k) != v} for kind, look in kinds.items()}
-        if not any(left.values()):
-            return
-        if time.monotonic() > give_up:
-            pytest.fail("\n".join(f"leaked {kind}: {found}" for kind, found in left.items() if found))
-        time.sleep(0.02)
+    wait_until_nothing_is_left(before, lambda old, new: any(old.get(k) != v for k, v in new.items()))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request):
+    """After each test with a pool there are no more threads, processes and descriptors than before.
+
+    Counts, as a module's own pool may have renewed its workers and its connection; tests of its making check more.
+    """
+    if not {"cluster", "embedded", "own_pool", "own_mark", "pool", "program", "server"} & set(request.fixturenames):
+        yield
+        return
+    before = {kind: look() for kind, look in KINDS.items()}
+    yield
+    wait_until_nothing_is_left(before, lambda old, new: len(new) > len(old))

@@ -43,9 +43,9 @@ class FaultProxy:
 
     def close(self) -> None:
         self._stopping = True
+        self._listener.shutdown(socket.SHUT_RDWR)           # wakes accept(), where closing alone does not
+        self._threads[0].join(5)
         self._listener.close()
-        with contextlib.suppress(OSError):                  # wakes accept() where closing alone does not
-            socket.create_connection(("127.0.0.1", self.port), 0.1).close()
         self.cut()
         for thread in self._threads:
             thread.join(5)
@@ -83,7 +83,7 @@ class FaultProxy:
             for source, sink, way in ((near, far, "up"), (far, near, "down")):
                 thread = threading.Thread(target=self._carry, args=(pair, source, sink, way), daemon=True)
                 thread.start()
-                self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+                self._threads[1:] = [*(t for t in self._threads[1:] if t.is_alive()), thread]
 
     def _carry(self, pair: tuple[socket.socket, socket.socket], source: socket.socket, sink: socket.socket,
                way: str) -> None:

@@ -312,7 +312,7 @@ class TestASilentHost:
         assert future.result(60) == 2 and future.attempts == 2 and future.worker.startswith("second")
 
     @pytest.mark.parametrize(("seconds", "flags"), [
-        (3, ["--dead-after", "1.5"]), pytest.param(20, [], marks=pytest.mark.slow)])
+        (3, ["--dead-after", "1.5"]), pytest.param(20, [], marks=pytest.mark.long)])
     def test_is_not_what_a_server_takes_its_own_pause_for(self, cluster, serve_anew, client, gate, tmp_path, stop,
                                                           seconds, flags):
         server = serve_anew(*flags)
@@ -329,7 +329,7 @@ class TestASilentHost:
         assert list(pids(client).values()) == workers
 
     @pytest.mark.parametrize(("seconds", "flags"), [
-        (4, ["--dead-after", "1.5"]), pytest.param(60, [], marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
+        (4, ["--dead-after", "1.5"]), pytest.param(60, [], marks=[pytest.mark.long, pytest.mark.timeout(300)])])
     def test_is_not_one_whose_workers_all_hold_the_gil(self, cluster, serve_anew, client, seconds, flags):
         serve_anew(*flags)
         cluster.node(cpu_workers=2)

@@ -28,7 +28,7 @@ def test_two_thousand_histories_end_well():
     seed = first_seed()
     print(f"MINIPOOL_SEED={seed}")
     for history in range(2000):
-        run(seed + history)
+        run(seed + history, steps=600)
 
 
 @pytest.mark.parametrize("seed", range(5))
