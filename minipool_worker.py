@@ -1018,8 +1018,8 @@ def child_main(lifeline: socket.socket) -> int:
         supervisor.on_welcome = lambda: None
         answer(address=address, devices=[slot.device for slot in slots])
 
-    logging.basicConfig(stream=_stderr, format="%(name)s: %(message)s",
-                        level=(os.environ.get("MINIPOOL_LOG") or "warning").upper())
+    level = logging.getLevelNamesMapping().get(os.environ.get("MINIPOOL_LOG", "").upper(), logging.WARNING)
+    logging.basicConfig(stream=_stderr, format="%(name)s: %(message)s", level=level)
     with contextlib.ExitStack() as stack:
         try:
             job = json.loads(lifeline.makefile("rb").readline())    # an empty one, of a dead parent, is no JSON
