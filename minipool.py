@@ -1499,7 +1499,7 @@ class Scheduler:
         job.on, job.soft = frozenset(options["on"]) if options.get("on") else None, bool(options.get("soft"))
         job.limit, job.cancel_running = options.get("job_timeout"), bool(options.get("cancel_running"))
         job.max_tasks = options.get("max_tasks", 0)
-        job.earlier = options.get("attempts", 0)
+        job.earlier, job.deaths = options.get("attempts", 0), min(job.deaths, job.max_deaths + 1)
         if job.begun:
             self._guard_limit(job, now)
         if job.state == State.WAITING and not (self._adopting and options.get("again")):
@@ -1508,8 +1508,9 @@ class Scheduler:
     def _run_anew(self, job: Job, now: float) -> None:
         """No worker claims it: it is new, or was lost; what may begin only once does not begin a second time."""
         job.attempts = job.earlier
-        once = job.earlier > 0 and not job.max_deaths
-        self._put_back(job, now, once, {"what": "was lost while the server was away"})
+        too_often = job.deaths > job.max_deaths or (job.earlier > 0 and not job.max_deaths)
+        job.deaths = min(job.deaths, job.max_deaths)        # it died before its client told how often it may
+        self._put_back(job, now, too_often, {"what": "was lost while the server was away"})
 
     def _make_ready(self, job: Job) -> None:
         """Put a job into the heap of its class; one that its client has still to send waits for that."""

@@ -118,7 +118,7 @@ def our_descriptors():
 
 
 def our_threads():
-    return {thread.ident: thread.name for thread in threading.enumerate()}
+    return {thread.ident: thread.name for thread in threading.enumerate() if thread.name != "tqdm_monitor"}
 
 
 KINDS = {"threads": our_threads, "processes": our_processes, "descriptors": our_descriptors}

@@ -494,8 +494,8 @@ class World:
             for number, job in session.jobs.items():
                 token, deaths, state, delivering = before.get((session.id, number), (0, 0, "", False))
                 if job.deaths != deaths:
-                    if not job.max_deaths and job.earlier and state in ("", State.WAITING):
-                        continue        # at most once: it began under an earlier server, and no worker claims it
+                    if state in ("", State.WAITING) or job.deaths < deaths:
+                        continue        # its client has just said how often it may die, or begin
                     assert job.deaths == deaths + 1 and state == State.RUNNING, "charged wrongly"
                     if not job.max_deaths and (delivering or token in self.begun):
                         continue        # at most once: the end of its worker is the end of what has begun

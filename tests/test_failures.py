@@ -671,8 +671,8 @@ with minipool.Executor("local", max_workers=2) as ex:
 import minipool, time
 with minipool.Executor("local", max_workers=1) as ex:
     slow = ex.submit(time.sleep, 2)
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         slow.result()
     except KeyboardInterrupt:
         print("interrupted", slow.cancelled(), flush=True)
@@ -680,7 +680,7 @@ with minipool.Executor("local", max_workers=1) as ex:
 """, PYTHONPATH=str(ROOT))
         client.says("ready")
         client.signal(signal.SIGINT)
-        assert client.code() == 0 and client.out == "ready\ninterrupted False\n32 None\n", client.err
+        assert client.code() == 0 and client.out.endswith("interrupted False\n32 None\n"), client.err
 
     def test_a_server_outlives_its_terminal(self, cluster):
         cluster.node()

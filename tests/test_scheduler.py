@@ -640,6 +640,16 @@ class TestRestart:
         pool.pass_time(10)
         assert pool.outcomes() == [(job, "died")]
 
+    def test_deaths_from_before_the_client_told_how_many_there_may_be_count(self):
+        pool = Cluster(workers=[], clients=[], restarted=True)
+        for life in (1, 2):
+            pool.generations["w1"] = life
+            pool.join_worker("w1", [(life, (pool.session("c1"), 5), "begun")])
+            pool.died("w1", life)
+        pool.join_client(jobs=[5])
+        pool.submit(number=5, max_deaths=1)
+        assert pool.outcomes() == [(5, "died")]
+
     def test_attempts_go_on_from_what_the_client_knows(self):
         pool = Cluster(restarted=True)
         pool.submit(number=5, again=True, attempts=2)
