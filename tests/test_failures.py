@@ -269,6 +269,7 @@ class TestCancelRunning:
         begun(tmp_path, "first")
         waiting = [ex.options(cancel_running=True).submit(note, tmp_path, "waiting") for _ in range(10)]
         assert all(job.cancel() for job in waiting)
+        ex.info()                               # the server has heard of it
         (tmp_path / "gate").touch()
         assert first.result(60) == "first" and ex.submit(os.getpid).result(60) == pid_of(tmp_path, "first")
         assert attempts(tmp_path) == {"first": 1}
