@@ -491,7 +491,7 @@ def _read_exactly(sock: socket.socket, size: int) -> bytes:
 
 
 def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = b"") -> tuple[SessionKeys, bytes]:
-    """Dial in: run the four steps on what is connected; return the keys and the server's instance.
+    """Dial in: run the four steps on a connected socket; return the keys and the server's instance.
 
     Raises Refused (the secret does not match), VersionMismatch, or ConnectionError (not a minipool server).
     """
@@ -849,8 +849,7 @@ class Peer:
     def __init__(self, role: str, address: tuple[str, int], key: KeySource, *,
                  lock: threading.Lock | threading.RLock, announce: Callable[[], list[Message]],
                  on_batch: Callable[[list[Message]], None], on_lost: Callable[[], None] = lambda: None,
-                 on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", name: str = "",
-                 ) -> None:
+                 on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", name: str = "") -> None:
         self.role, self.address, self.key, self.identity = role, address, key, identity
         self.lock = lock
         self.connection: Connection | None = None           # written by the I/O thread under lock
@@ -2092,7 +2091,8 @@ class Scheduler:
                 assert job.state != State.READY or queued[job] == 1, f"{story}: queued {queued[job]} times"
                 holders = [w for w in self.workers.values()
                            if w.inbox.get(job.token) is job or w.delivering.get(job.token) is job]
-                assert holders == ([job.worker] if job.state == State.RUNNING else []), f"{story}: held by {holders}"
+                names = [worker.name for worker in holders]
+                assert holders == ([job.worker] if job.state == State.RUNNING else []), f"{story}: held by {names}"
             load = sum(job is not None and job.session is session for w in self.workers.values()
                        for job in w.inbox.values())
             assert session.load == load == sum(session.workers.values()), "a session's load is miscounted"
