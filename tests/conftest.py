@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from processes import cluster, embedded, own_mark, program  # noqa: F401 (fixtures)
+from processes import cluster, embedded, own_mark, program, server  # noqa: F401 (fixtures)
 
 import minipool
 

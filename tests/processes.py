@@ -17,6 +17,7 @@ import minipool
 ROOT = Path(minipool.__file__).parent
 FAKES = Path(__file__).parent / "fakes"
 MARK = "MINIPOOL_TEST_MARK"
+SECRET = minipool.Secret.new().text
 
 
 def wait_until(true, seconds=60):
@@ -169,6 +170,14 @@ class Cluster:
 def cluster(program, tmp_path):
     """A server that runs; `cluster.node()` adds to it."""
     return Cluster(program, tmp_path)
+
+
+@pytest.fixture
+def server():
+    """A server inside this process, without a node; its secret is SECRET."""
+    with minipool.Server(port=0, secret=SECRET) as server:
+        yield server
+    assert server.failure is None
 
 
 @pytest.fixture

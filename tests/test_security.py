@@ -20,13 +20,12 @@ from pathlib import Path
 import pytest
 from fault_proxy import FaultProxy
 from harness import Cluster
-from processes import ROOT, free_port, marked, read, wait_for_workers, wait_until
+from processes import ROOT, SECRET, free_port, marked, read, wait_for_workers, wait_until
 
 import minipool
 from minipool import PYTHON, Connection, Malformed, Plain, Refused, Secret, Server, SessionKeys
 from tests import fuzz
 
-SECRET = Secret.new().text
 INSTANCE = b"instance of test"
 MANY = 1000
 WORKER, OTHER_WORKER = b"worker 1".ljust(20), b"worker 2".ljust(20)
@@ -291,13 +290,6 @@ def a_node(id=b"node        "):
 def a_worker(identity, attempts=(), **info):
     return "worker", {"id": identity, "node": b"node        ", "node_name": "node", "slot": 0, "pid": 1,
                       "device": "cpu", "python": PYTHON, "tags": [], "has": [], "positions": {}, **info}, list(attempts)
-
-
-@pytest.fixture
-def server():
-    with Server(port=0, secret=SECRET) as server:
-        yield server
-    assert server.failure is None
 
 
 @pytest.fixture

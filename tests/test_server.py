@@ -10,11 +10,11 @@ import threading
 import time
 
 import pytest
+from processes import SECRET
 
 import minipool
 from minipool import PYTHON, Connection, Plain, Refused, Secret, Server, find_secret
 
-SECRET = Secret.new().text
 WORKER = b"worker 1".ljust(20)
 
 
@@ -32,13 +32,6 @@ def open_descriptors():
 
 def our_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("minipool")]
-
-
-@pytest.fixture
-def server():
-    with Server(port=0, secret=SECRET) as server:
-        yield server
-    assert server.failure is None
 
 
 @pytest.fixture
