@@ -3407,6 +3407,7 @@ class Client:
             if not in_use and entry.number in self._known_objects:  # else it stays until the end: rare, and harmless
                 self._known_objects.discard(entry.number)
                 self.peer.values.pop((self.session, entry.number), None)
+                self._flush_delivered()         # first: a job whose result is not known to be here may run again
                 self.peer.send(("drop", [(self.session, entry.number)]))
 
     def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
