@@ -82,7 +82,10 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    import ssl
 
 __version__ = "0.1.0"
 
@@ -481,16 +484,19 @@ def read_first_hello(data: bytes) -> tuple[str, bytes, int]:
 
 
 def _read_exactly(sock: socket.socket, size: int) -> bytes:
-    data = b""
+    data = more = b""
     while len(data) < size:
-        more = sock.recv(size - len(data))
+        with contextlib.suppress(ConnectionResetError):
+            more = sock.recv(size - len(data))
         if not more:
-            raise ConnectionError("the connection was closed during the handshake: it may not be a minipool server")
-        data += more
+            raise ConnectionError("the connection was closed during the handshake: it may not be a minipool server, or "
+                                  "one that wants TLS (--tls, tls=True)")
+        data, more = data + more, b""
     return data
 
 
-def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = b"") -> tuple[SessionKeys, bytes]:
+def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = b"",
+              binding: bytes = b"") -> tuple[SessionKeys, bytes]:
     """Dial in: run the four steps on a connected socket; return the keys and the server's instance.
 
     Raises Refused (the secret does not match), VersionMismatch, or ConnectionError (not a minipool server).
@@ -504,7 +510,7 @@ def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = 
         raise ConnectionError("what answers there is not a minipool server")
     if version != PROTOCOL:
         raise VersionMismatch(f"the server speaks minipool protocol {version}, this side {PROTOCOL}")
-    keys = SessionKeys.derive(key(role, instance, identity), first, second)
+    keys = SessionKeys.derive(key(role, instance, identity), first, second, binding)
     sock.sendall(keys.dialer_proof)
     answer = _read_exactly(sock, 32)
     if hmac.compare_digest(answer, keys.server_proof):
@@ -548,10 +554,11 @@ _TUNING = (
 
 
 class Plain:
-    """The seam between Connection and the socket: bytes out without blocking, bytes in; TLS would be another."""
+    """The seam between Connection and the socket: bytes out without blocking, bytes in."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
+        sock.settimeout(None)                   # the handshake had a deadline
         for level, option, setting in _TUNING:
             with contextlib.suppress(OSError, AttributeError):
                 sock.setsockopt(level, getattr(socket, option), setting)
@@ -579,7 +586,100 @@ class Plain:
     def shutdown(self) -> None:
         """Wake both ends; the descriptor stays until the socket is closed."""
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)     # an SSLSocket's own would go on without TLS
+
+
+class Tls(Plain):
+    """The same over TLS 1.3. OpenSSL's state is not for two threads: a lock is held round each call, and none waits.
+
+    The certificate needs nobody's word: its digest goes into the handshake, so only who has the secret can vouch for
+    it, and a middleman with a certificate of his own ends up with keys that are not ours.
+    """
+
+    def __init__(self, sock: Any) -> None:
+        super().__init__(sock)
+        sock.setblocking(False)
+        self.sock: ssl.SSLSocket = sock
+        self._lock = threading.Lock()
+
+    def send(self, buffers: Sequence[Any]) -> int:
+        sent = 0
+        for buffer in buffers:
+            while buffer:               # a record at a time; what did not fit is offered again, as OpenSSL demands
+                try:
+                    with self._lock:
+                        count = self.sock.send(buffer)
+                except _tls_would_block():
+                    return sent
+                sent, buffer = sent + count, buffer[count:]
+        return sent
+
+    def receive_into(self, view: memoryview) -> int:
+        while True:
+            try:
+                with self._lock:
+                    count = self.sock.recv_into(view)
+                if not count:
+                    raise EOFError
+                return count
+            except _tls_would_block():
+                super().poll(select.POLLIN, 60)
+
+    def poll(self, event: int, seconds: float) -> bool:
+        with self._lock:
+            here = event == select.POLLIN and self.sock.pending()
+        return bool(here) or super().poll(event, seconds)
+
+
+def _tls_would_block() -> tuple[type[BaseException], ...]:
+    import ssl
+    return ssl.SSLWantReadError, ssl.SSLWantWriteError
+
+
+def tls_context(files: tuple[str, str] | None = None) -> ssl.SSLContext:
+    """Return the context of a server with this certificate and key (paths of PEM files), or of who dials one."""
+    import ssl  # late: slow to import, and few need it
+    if sys.version_info[:3] == (3, 13, 6):
+        raise ValueError("Python 3.13.6 has a deadlock in its TLS (mended in 3.13.7): use another version, or no TLS")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if files else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if files:
+        context.num_tickets = 0         # nobody resumes a session
+        try:
+            context.load_cert_chain(*files, password=str)       # "": else OpenSSL asks at the terminal
+        except OSError as error:
+            raise ValueError(f"{files[0]} and {files[1]} are no certificate and its key in PEM: {error}") from None
+    else:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE      # the handshake does it: see Tls
+    return context
+
+
+def dial_tls(sock: socket.socket, context: ssl.SSLContext) -> tuple[ssl.SSLSocket, bytes]:
+    """Begin TLS as the one who dialled; return the new socket and the digest of the server's certificate."""
+    try:
+        encrypted = context.wrap_socket(sock)
+    except OSError as error:
+        raise ConnectionError(f"no TLS there ({error}): the server may have been started without --tls") from None
+    return encrypted, hashlib.sha256(encrypted.getpeercert(binary_form=True) or b"").digest()
+
+
+def server_tls(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
+    """Return a server's context and the digest of its certificate; without files, one for this life of the server."""
+    import tempfile  # late, as are these
+    with tempfile.TemporaryDirectory(prefix="minipool-") as folder:
+        if not certificate:
+            certificate, key = os.path.join(folder, "certificate"), os.path.join(folder, "key")
+            command = ["openssl", "req", "-x509", "-nodes", "-subj", "/CN=minipool", "-days", "3650",
+                       "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+            try:
+                subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise ValueError(f"no certificate could be made by `openssl` ({error}): give --tls-cert and --tls-key, "
+                                 "two PEM files") from None
+        context = tls_context((certificate, key))
+        with open(certificate) as file:
+            first = file.read().partition("-----BEGIN CERTIFICATE-----")[2].partition("-----END")[0]
+    return context, hashlib.sha256(base64.b64decode(first)).digest()
 
 
 class Connection:
@@ -598,7 +698,6 @@ class Connection:
         # where the body of a range belongs, of that many bytes
         self.destination: Callable[[Message, int], memoryview] = lambda message, size: memoryview(bytearray(size))
         self._seam = seam
-        seam.sock.settimeout(None)              # the handshake had a deadline
         # the outbox and the role; all guarded by _lock
         self._lock = threading.Lock()
         self._control: collections.deque[Message] = collections.deque()
@@ -849,8 +948,10 @@ class Peer:
     def __init__(self, role: str, address: tuple[str, int], key: KeySource, *,
                  lock: threading.Lock | threading.RLock, announce: Callable[[], list[Message]],
                  on_batch: Callable[[list[Message]], None], on_lost: Callable[[], None] = lambda: None,
-                 on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", name: str = "") -> None:
+                 on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", name: str = "",
+                 tls: bool = False) -> None:
         self.role, self.address, self.key, self.identity = role, address, key, identity
+        self._tls = tls_context() if tls else None
         self.lock = lock
         self.connection: Connection | None = None           # written by the I/O thread under lock
         self.instance = b""                                 # which life of the server we talk to
@@ -909,13 +1010,15 @@ class Peer:
 
     def _dial(self) -> Connection:
         """Return an authenticated connection; tries every address of the host, resolved anew each time."""
-        sock = socket.create_connection(self.address, timeout=HANDSHAKE_SECONDS)
+        sock, binding = socket.create_connection(self.address, timeout=HANDSHAKE_SECONDS), b""
         try:
-            keys, self.instance = handshake(sock, self.role, self.key, self.identity)
+            if self._tls:
+                sock, binding = dial_tls(sock, self._tls)
+            keys, self.instance = handshake(sock, self.role, self.key, self.identity, binding)
         except BaseException:
             sock.close()
             raise
-        connection = Connection(Plain(sock), keys.up, keys.down, "server")
+        connection = Connection(Tls(sock) if binding else Plain(sock), keys.up, keys.down, "server")
         connection.start_writer()
         connection.destination = self._destination
         return connection
@@ -2192,8 +2295,11 @@ class Doorkeeper:
     """The one thread that talks to strangers. It answers nothing until 64 right bytes have arrived."""
 
     def __init__(self, listener: socket.socket, secret: KeySource, instance: bytes,
-                 admit: Callable[[socket.socket, str, bytes, SessionKeys], None]) -> None:
+                 admit: Callable[[socket.socket, str, bytes, SessionKeys], None],
+                 tls: tuple[ssl.SSLContext | None, bytes] = (None, b"")) -> None:
         self._listener, self._secret, self._instance, self._admit = listener, secret, instance, admit
+        self._tls, self._binding = tls
+        self._not_yet: tuple[type[BaseException], ...] = (BlockingIOError, *(_tls_would_block() if self._tls else ()))
         self._guests: dict[socket.socket, _Guest] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -2238,6 +2344,11 @@ class Doorkeeper:
                     self._turn_away(error)
                 return
             sock.setblocking(False)
+            if self._tls:               # its handshake is a part of what is received
+                try:
+                    sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                except OSError:         # gone already
+                    continue
             guest = _Guest(sock, source[0])
             if len(self._guests) >= GUESTS:
                 self._dismiss(next(iter(self._guests.values())), "made room")   # the oldest: the honest are quick
@@ -2271,7 +2382,7 @@ class Doorkeeper:
                 guest.wanted = next(guest.steps, 0)
             elif not data:
                 self._dismiss(guest)
-        except BlockingIOError:
+        except self._not_yet:
             return
         except (OSError, Malformed) as error:
             self._dismiss(guest, str(error))
@@ -2284,7 +2395,7 @@ class Doorkeeper:
         guest.sock.sendall(second)
         if version != PROTOCOL:         # the dialer reads our version in it, and names both
             raise Malformed(f"speaks protocol {version}")
-        keys = SessionKeys.derive(self._secret(role, self._instance, identity), first, second)
+        keys = SessionKeys.derive(self._secret(role, self._instance, identity), first, second, self._binding)
         yield len(keys.dialer_proof)
         if not hmac.compare_digest(guest.data, keys.dialer_proof):
             guest.sock.sendall(REFUSED)
@@ -2332,13 +2443,20 @@ class Server:
 
     `host` and `port` say where to listen (`port=0`: a free one); `secret` is text, by default what `find_secret`
     finds, else a new one in this user's secret file. `address` can be dialled, also after host="0.0.0.0".
-    After `dead_after` seconds of silence a host is lost.
-    Raises OSError if the port is in use, ValueError for a weak password on a port that is not loopback.
+    After `dead_after` seconds of silence a host is lost. With `tls` all is encrypted, under the certificate and key in
+    the PEM files `tls_cert` and `tls_key`, or under one that `openssl` makes at each start.
+    Raises OSError if the port is in use, ValueError for a weak password on a port that is not loopback, or if there
+    is no certificate.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, secret: str | None = None,
-                 max_value: int = 64 << 30, dead_after: float = T_DEAD, embedded: bool = False) -> None:
+                 max_value: int = 64 << 30, dead_after: float = T_DEAD, tls: bool = False, tls_cert: str = "",
+                 tls_key: str = "", embedded: bool = False) -> None:
         self._host, self._port = host, port
+        if bool(tls_cert) != bool(tls_key):
+            raise ValueError("a certificate and its key go together: give --tls-cert and --tls-key")
+        self.tls = tls or bool(tls_cert)
+        self._tls: tuple[ssl.SSLContext | None, bytes] = server_tls(tls_cert, tls_key) if self.tls else (None, b"")
         self._secret = find_secret(secret, make=True)
         if self._secret.is_weak and not _is_loopback(host):
             raise ValueError("a password of under 12 characters is for loopback only: use a longer one, or "
@@ -2381,7 +2499,7 @@ class Server:
                                     adopting=not self._embedded, dead_after=self.dead_after, about=about)
         self._threads = [threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)]
         self._threads[0].start()
-        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit)
+        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, self._tls)
         return self
 
     def stop(self) -> None:
@@ -2424,7 +2542,7 @@ class Server:
         if len(self._connections) >= PEERS:
             log.warning("%d peers are connected, which is the limit: one more was turned away", PEERS)
             return sock.close()
-        connection = Connection(Plain(sock), keys.down, keys.up, role)
+        connection = Connection((Tls if self.tls else Plain)(sock), keys.down, keys.up, role)
         peer = next(self._peer_numbers)
         with self._lock:
             self._connections[peer] = connection
@@ -2515,13 +2633,14 @@ def find_address(address: str | None = None) -> tuple[str, int]:
 
 
 def is_server_running(address: str | None = None) -> bool:
-    """Return whether a minipool server answers at `address` (default: this machine's port 8899)."""
-    try:
-        with socket.create_connection(parse_address(address or "127.0.0.1"), timeout=2) as sock:
-            sock.sendall(first_hello("client"))
-            return _read_exactly(sock, _HELLO.size).startswith(MAGIC)
-    except OSError:
-        return False
+    """Return whether a minipool server answers at `address` (default: this machine's port 8899), by TLS or not."""
+    with contextlib.suppress(OSError):
+        for is_tls in (False, True):
+            sock = socket.create_connection(parse_address(address or "127.0.0.1"), timeout=2)
+            with contextlib.suppress(ConnectionError), sock if not is_tls else dial_tls(sock, tls_context())[0] as sock:
+                sock.sendall(first_hello("client"))
+                return _read_exactly(sock, _HELLO.size).startswith(MAGIC)
+    return False
 
 
 # ==================================================================================================================
@@ -3265,7 +3384,7 @@ class Client:
     """One connection to a server, and everything that waits on it. Executors are its views."""
 
     def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None = None,
-                 connect_timeout: float, reconnect_timeout: float,
+                 connect_timeout: float, reconnect_timeout: float, tls: bool = False,
                  child: ChildProcess | None = None, initializer: Callable[..., object] | None = None,
                  initargs: Iterable[Any] = ()) -> None:
         self.child = child                              # the embedded pool; it ends with this client
@@ -3296,7 +3415,7 @@ class Client:
         self.later = self._callbacks.put    # run it on the callback thread; no lock is taken: a collector may call this
         self._callback_thread = threading.Thread(target=self._run_callbacks, name="minipool-callbacks", daemon=True)
         self.peer = Peer("client", address, secret.role_key, lock=self.lock, announce=self._announce,
-                         on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered)
+                         on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered, tls=tls)
         self._callback_thread.start()
         self.peer.start()
         final = Refused, VersionMismatch                # trying again does not help
@@ -3670,7 +3789,7 @@ class Executor(concurrent.futures.Executor):
     executor; None is MINIPOOL_ADDRESS, and "local" where that is not set. An int in its place is `max_workers`, which
     bounds how many workers are used (embedded: how many are started). `initializer(*initargs)` runs once per worker
     before this executor's first job there, on late and respawned workers too. Seconds: `connect_timeout` for the
-    first connection, `reconnect_timeout` for outages that are ridden out.
+    first connection, `reconnect_timeout` for outages that are ridden out. `tls` as the server has it.
 
     Raises ServerLost, Refused, VersionMismatch; ValueError and TypeError for bad arguments.
     """
@@ -3678,7 +3797,7 @@ class Executor(concurrent.futures.Executor):
     def __init__(self, address: str | int | None = None, *, secret: str | None = None,
                  max_workers: int | None = None, initializer: Callable[..., object] | None = None,
                  initargs: tuple[Any, ...] = (), max_tasks_per_child: int | None = None, name: str | None = None,
-                 connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
+                 tls: bool = False, connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
         if isinstance(address, int) and not isinstance(address, bool):
             address, max_workers = None, address
         if address is not None and not isinstance(address, str):
@@ -3701,7 +3820,7 @@ class Executor(concurrent.futures.Executor):
             key = find_secret(secret)
         self._client = Client(parse_address(where), key, name=name or os.path.basename(sys.argv[0] or "python"),
                               max_workers=limit, connect_timeout=connect_timeout, reconnect_timeout=patience,
-                              child=child, initializer=initializer, initargs=initargs)
+                              tls=tls and child is None, child=child, initializer=initializer, initargs=initargs)
         # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
         end = functools.partial(self._client.close, wait=False)
         weakref.finalize(self, self._client.later, end).atexit = False      # a collector takes no lock
@@ -3875,12 +3994,13 @@ def _print_lines(server: Server, options: argparse.Namespace) -> None:
     prefix = "" if loopback else f"MINIPOOL_SECRET={server.secret if on_terminal else '...'} "
     if loopback and options.secret_file:
         prefix = f"MINIPOOL_SECRET_FILE={options.secret_file} "
+    tls = " --tls" * server.tls
     worker = "minipool-worker" if "site-packages" in os.path.abspath(__file__) else "python minipool_worker.py"
     lines = [f"minipool {__version__} server on {address} (Python {PYTHON}); the secret is from {source}",
-             f"  workers:  {prefix}{worker} connect {address}",
-             f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}",
-             f"  status:   {prefix}python minipool.py status --address {address}        stop: Ctrl-C"]
-    if not loopback:
+             f"  workers:  {prefix}{worker} connect {address}{tls}",
+             f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}" + "   and Executor(tls=True)" * server.tls,
+             f"  status:   {prefix}python minipool.py status --address {address}{tls}        stop: Ctrl-C"]
+    if not loopback and not server.tls:
         lines.append("  traffic is authenticated but not encrypted: use it in a network you trust, or a tunnel"
                      + ("" if on_terminal else "; `minipool secret` prints the secret"))
     try:
@@ -3893,6 +4013,7 @@ def _print_lines(server: Server, options: argparse.Namespace) -> None:
 def _serve(options: argparse.Namespace) -> int:
     """Run a server until a signal ends it."""
     server = Server(options.host, options.port, max_value=int(options.max_value), dead_after=options.dead_after,
+                    tls=options.tls, tls_cert=options.tls_cert, tls_key=options.tls_key,
                     secret=find_secret(path=options.secret_file, make=True).text)
     stop, hurry = threading.Event(), threading.Event()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)     # a descriptor per peer: take what we may have
@@ -3905,7 +4026,7 @@ def _serve(options: argparse.Namespace) -> int:
         _print_lines(server, options)
         if options.with_node:
             from minipool_worker import Node
-            stack.enter_context(Node(server.address, secret=server.secret))
+            stack.enter_context(Node(server.address, secret=server.secret, tls=server.tls))
         while not stop.wait(0.5) and not server.wait(0):
             pass
         if stop.is_set():
@@ -3917,7 +4038,8 @@ def _serve(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> None:
     """Print one snapshot of the pool."""
     with contextlib.closing(Client(find_address(options.address), find_secret(path=options.secret_file),
-                                   name="minipool status", connect_timeout=5, reconnect_timeout=5)) as client:
+                                   name="minipool status", tls=options.tls, connect_timeout=5,
+                                   reconnect_timeout=5)) as client:
         info = client.ask("info", timeout=10)
     if options.json:
         return print(json.dumps(info, indent=2))
@@ -3970,6 +4092,7 @@ def subcommands(program: str, description: str) -> tuple[argparse.ArgumentParser
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=run)
         command.add_argument("--secret-file", metavar="F", help="file that holds the pool's secret")
+        command.add_argument("--tls", action="store_true", help="encrypt: all members of a pool do, or none")
         command.add_argument("-v", "--verbose", action="store_true", help="log every message")
         return command
     return parser, add
@@ -3984,6 +4107,8 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--max-value", type=SIZE, default=64 << 30, metavar="SIZE", help="largest value, e.g. 64G")
     serve.add_argument("--dead-after", type=TIME, default=T_DEAD, metavar="S",
                        help="seconds of silence after which a host is lost (default: %(default)g)")
+    serve.add_argument("--tls-cert", default="", metavar="F", help="PEM file (default: made by openssl at each start)")
+    serve.add_argument("--tls-key", default="", metavar="F", help="PEM file with the certificate's key")
     serve.add_argument("--with-node", action="store_true", help="use this machine's devices too")
     status = add("status", _status, "show nodes, workers and jobs")
     status.add_argument("--address", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then this machine")

@@ -280,7 +280,8 @@ class Worker:
         self._done_jobs = 0
         self._read_at = time.monotonic()                # when the I/O thread last saw the socket empty
         self.peer = Peer("worker", setup["address"], lambda *_: setup["key"], lock=self._lock, identity=self.id,
-                         announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, name="worker")
+                         announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, name="worker",
+                         tls=setup["tls"])
 
     # ---- the main thread ----
 
@@ -711,7 +712,7 @@ class Supervisor:
         self._instance = b""
         self.on_welcome: Any = lambda: None
         self.peer = Peer("node", address, secret.role_key, lock=threading.RLock(), announce=self._announce, name="node",
-                         on_batch=self._on_batch, on_lost=self._wake)
+                         on_batch=self._on_batch, on_lost=self._wake, tls=bool(options.get("tls")))
 
     def run(self) -> None:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
@@ -821,7 +822,7 @@ class Supervisor:
         setup = {"id": child.id, "node": self.id, "node_name": self.name, "slot": place, "device": slot.device,
                  "address": self.peer.address, "key": self._ticket(child.id), "tags": self.options.get("tags") or [],
                  "max_tasks": self.options.get("max_tasks"), "sys_path": self.options.get("sys_path") or [],
-                 "log_level": logging.getLogger().level}
+                 "tls": bool(self.options.get("tls")), "log_level": logging.getLogger().level}
         child.process = self._context.Process(target=_worker_main, args=(setup, child.cell, life, output),
                                               name=f"minipool-worker-{place}", daemon=False)
         with _environment(slot.env):
@@ -957,7 +958,7 @@ class Supervisor:
 class Node:
     """A node inside a program: a handle on a child process that supervises this machine's workers.
 
-    `address` and `secret` as in `Executor`; the rest is named as the flags of `connect`: `name`, `gpus`,
+    `address`, `secret` and `tls` as in `Executor`; the rest is named as the flags of `connect`: `name`, `gpus`,
     `workers_per_gpu`, `cpu_workers`, `devices`, `device_env`, `tags`, `max_tasks`. `start()` returns when the server
     has welcomed it. Raises ServerLost, Refused, VersionMismatch, or ValueError for devices that are not there.
     """
