@@ -656,6 +656,8 @@ def tls_context(files: tuple[str, str] | None = None) -> ssl.SSLContext:
 
 def dial_tls(sock: socket.socket, context: ssl.SSLContext) -> tuple[ssl.SSLSocket, bytes]:
     """Begin TLS as the one who dialled; return the new socket and the digest of the server's certificate."""
+    with contextlib.suppress(OSError):      # else its last word and our first wait 40 ms for an acknowledgement
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         encrypted = context.wrap_socket(sock)
     except OSError as error:

@@ -7,6 +7,7 @@
     bulk        a large value in ranges through two connections over loopback, beside plain sendall and recv_into
     hostile     an honest client's jobs per second and new honest handshakes, with and without 1,000 hostile sockets
     idle        an honest client's jobs per second and the server's memory, with and without 2,000 idle clients
+    tls         the handshake, a large value in ranges, and a large value to a job and back, with TLS beside without
 
 Beside each figure stands its gate; exit status 1 if any was missed. Whoever else uses the machine falls on both sides
 of every ratio alike: the two sides alternate, and medians count. The attacker is a process of its own with the lowest
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import functools
 import hashlib
 import heapq
 import hmac
@@ -31,6 +33,7 @@ import select
 import selectors
 import signal
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -99,8 +102,13 @@ def say(answer: Any) -> None:
 class Pool(chaos.Pool):
     """Server and nodes in the session of this program (see above), but not in its group: Ctrl-C is for us to handle."""
 
+    def __init__(self, folder: Path, nodes: int, workers: int, tls: bool) -> None:
+        self.tls = tls
+        super().__init__(folder, nodes, workers)
+
     def start(self, *command: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, *command], stdout=self.output, stderr=self.output, process_group=0)
+        return subprocess.Popen([sys.executable, *command, *["--tls"] * self.tls], stdout=self.output,
+                                stderr=self.output, process_group=0)
 
     def __enter__(self) -> Pool:
         return self
@@ -114,7 +122,8 @@ class Pool(chaos.Pool):
             self.stop()
 
     def executor(self) -> minipool.Executor:
-        return minipool.Executor(f"127.0.0.1:{self.port}", secret=self.secret.read_text(), connect_timeout=30)
+        return minipool.Executor(f"127.0.0.1:{self.port}", secret=self.secret.read_text(), tls=self.tls,
+                                 connect_timeout=30)
 
     def wait_for_server(self) -> None:
         give_up = time.monotonic() + 30
@@ -158,8 +167,8 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_pool(workers: int) -> Iterator[Pool]:
-    with tempfile.TemporaryDirectory() as folder, Pool(Path(folder), min(workers, 1), workers) as pool:
+def new_pool(workers: int, tls: bool = False) -> Iterator[Pool]:
+    with tempfile.TemporaryDirectory() as folder, Pool(Path(folder), min(workers, 1), workers, tls) as pool:
         pool.wait_for_server()
         yield pool
 
@@ -228,19 +237,20 @@ def timed(port: int, talk: Callable[[socket.socket], object]) -> float:
         return (time.perf_counter() - begin) * 1000
 
 
+def echoed(sock: socket.socket) -> None:
+    """Talk to the helper that echoes."""
+    sock.sendall(b"x")
+    sock.recv(1)
+
+
 def measure_handshake(report: Report, quick: bool) -> None:
     report.part("handshake")
     taken: dict[str, list[float]] = {"bare": [], "mp1": []}
     with new_pool(0) as pool, Helper("echo") as helper:
         key = minipool.Secret(pool.secret.read_text()).role_key
-
-        def bare(sock: socket.socket) -> None:
-            sock.sendall(b"x")
-            sock.recv(1)
-
         port = helper.hear()
         for _ in range(100 if quick else 1000):
-            taken["bare"].append(timed(port, bare))
+            taken["bare"].append(timed(port, echoed))
             taken["mp1"].append(timed(pool.port, lambda sock: minipool.handshake(sock, "client", key)))
     middle = {kind: median(values) for kind, values in taken.items()}
     report.line("connecting, medians", "ms", "/ bare")
@@ -317,12 +327,22 @@ def measure_frame(report: Report, quick: bool) -> None:
 
 # ---- bulk ----
 
+@functools.cache
+def server_context() -> ssl.SSLContext:
+    return minipool.server_tls("", "")[0]
+
+
+def seam_of(kind: str) -> Callable[[Any], minipool.Plain]:
+    return minipool.Tls if kind == "tls" else minipool.Plain
+
+
 def help_bulk() -> None:
     """Receive a value as a worker pulls it: two ranges asked for at a time; or all that comes, for comparison."""
     for line in sys.stdin:
         kind, port, size = line.split()[0], *map(int, line.split()[1:])
         buffer = memoryview(bytearray(size))
-        with socket.create_connection(("127.0.0.1", port)) as sock:
+        dialled = socket.create_connection(("127.0.0.1", port))
+        with minipool.dial_tls(dialled, minipool.tls_context())[0] if kind == "tls" else dialled as sock:
             say("connected")
             if kind == "socket":
                 minipool.Plain(sock)                # the same options
@@ -332,7 +352,7 @@ def help_bulk() -> None:
                 sock.sendall(b"x")
             else:
                 with without_tags(kind.startswith("bare")):
-                    pull(kind, minipool.Connection(minipool.Plain(sock), KEY, KEY, "server"), buffer)
+                    pull(kind, minipool.Connection(seam_of(kind)(sock), KEY, KEY, "server"), buffer)
 
 
 def pull(kind: str, connection: minipool.Connection, buffer: memoryview) -> None:
@@ -375,7 +395,8 @@ def transfer(kind: str, helper: Helper, value: memoryview) -> float:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)                     # the helper may have ended
         helper.tell(kind, listener.getsockname()[1], len(value))
-        with listener.accept()[0] as sock:
+        accepted = listener.accept()[0]
+        with server_context().wrap_socket(accepted, server_side=True) if kind == "tls" else accepted as sock:
             helper.hear()
             begin = time.perf_counter()
             if kind == "socket":
@@ -384,7 +405,7 @@ def transfer(kind: str, helper: Helper, value: memoryview) -> float:
                 sock.recv(1)
             else:
                 with without_tags(kind.startswith("bare")):
-                    connection = minipool.Connection(minipool.Plain(sock), KEY, KEY, "worker")
+                    connection = minipool.Connection(seam_of(kind)(sock), KEY, KEY, "worker")
                     serve_value(kind, connection, value)
                     seconds = time.perf_counter() - begin
                     connection.close()              # its writer thread ends
@@ -742,9 +763,69 @@ def measure_idle(report: Report, quick: bool) -> None:
     report.gate("idle clients that were lost", lost, "", most=0)
 
 
+# ---- tls ----
+
+def there_and_back(executor: minipool.Executor, value: bytes) -> float:
+    """MB/s of a value that a job takes and gives back, counted once in each direction."""
+    begin = time.perf_counter()
+    answer = executor.submit(same, value).result()
+    seconds = time.perf_counter() - begin
+    if answer != value:
+        raise SystemExit("a value was spoiled")
+    return 2 * len(value) / seconds / 1e6
+
+
+def measure_tls(report: Report, quick: bool) -> None:
+    report.part("tls")
+    size, rounds = 64, 3 if quick else 9
+    value = random.Random(1).randbytes(size * MIB)
+    ranges: dict[str, list[float]] = {"ours": [], "tls": []}
+    jobs: dict[str, list[float]] = {"ours": [], "tls": []}
+    with new_pool(1) as plain, new_pool(1, tls=True) as tls:
+        measure_tls_handshake(report, 100 if quick else 500, plain, tls)
+        with Helper("bulk") as helper:
+            for turn in range(rounds + 1):
+                for kind in ranges if turn % 2 else reversed(ranges):
+                    ranges[kind].append(transfer(kind, helper, memoryview(value)))
+        with plain.executor() as one, tls.executor() as other:
+            executors = {"ours": one, "tls": other}
+            for turn in range(rounds + 1):
+                for kind in jobs if turn % 2 else reversed(jobs):
+                    jobs[kind].append(there_and_back(executors[kind], value))
+    report.line(f"{size} MiB over loopback, MB/s, medians", "without", "with TLS", "ratio")
+    for name, rates in (("in ranges through one connection", ranges), ("to a job and back", jobs)):
+        without, encrypted = (median(rates[kind][1:]) for kind in ("ours", "tls"))      # the first ones warm up
+        report.line(name, f"{without:.0f}", f"{encrypted:.0f}", f"{encrypted / without:.2f}")
+    ratios = [encrypted / without for without, encrypted in zip(jobs["ours"][1:], jobs["tls"][1:])]
+    report.gate("to a job and back, with / without, median", median(ratios), "", least=0.5,
+                note="   (" + " ".join(f"{r:.2f}" for r in ratios) + ")")
+
+
+def measure_tls_handshake(report: Report, times: int, plain: Pool, tls: Pool) -> None:
+    context = minipool.tls_context()
+    taken: dict[str, list[float]] = {"bare": [], "mp1": [], "tls": []}
+    plain_key, tls_key = (minipool.Secret(pool.secret.read_text()).role_key for pool in (plain, tls))
+
+    def encrypted(sock: socket.socket) -> None:
+        inner, binding = minipool.dial_tls(sock, context)
+        with inner:
+            minipool.handshake(inner, "client", tls_key, binding=binding)
+
+    with Helper("echo") as helper:
+        port = helper.hear()
+        for _ in range(times):
+            taken["bare"].append(timed(port, echoed))
+            taken["mp1"].append(timed(plain.port, lambda sock: minipool.handshake(sock, "client", plain_key)))
+            taken["tls"].append(timed(tls.port, encrypted))
+    middle = {kind: median(values) for kind, values in taken.items()}
+    report.line("connecting, medians", "ms", "/ bare")
+    for kind, name in (("bare", "TCP connect, echo of one byte"), ("mp1", "MP1"), ("tls", "TLS, then MP1")):
+        report.line(name, f"{middle[kind]:.3f}", f"{middle[kind] / middle['bare']:.1f}")
+
+
 PARTS: dict[str, Callable[[Report, bool], None]] = {
     "handshake": measure_handshake, "frame": measure_frame, "bulk": measure_bulk, "hostile": measure_hostile,
-    "idle": measure_idle}
+    "idle": measure_idle, "tls": measure_tls}
 HELPERS: dict[str, Callable[..., None]] = {
     "echo": help_echo, "bulk": help_bulk, "probe": help_probe, "attack": help_attack, "idle": help_idle}
 
@@ -755,7 +836,7 @@ def main() -> int:
             HELPERS[sys.argv[2]](*sys.argv[3:])
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="everything smaller: under 20 s, and less to be trusted")
+    parser.add_argument("--quick", action="store_true", help="smaller: half a minute, and less to be trusted")
     parser.add_argument("--part", action="append", choices=PARTS, help="only this one (may be repeated)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))             # then everything is ended as by Ctrl-C
