@@ -3248,7 +3248,6 @@ class Future(concurrent.futures.Future[Any]):
         self._call: _Call | None = call         # dropped with the outcome
         self._raw: tuple[str, Any] | None = None        # an outcome that nobody has looked at yet
         self._doom = ""                         # why it was killed, as long as the server may not have heard it
-        self._face: Callable[[], Future | None] = lambda: None      # the object that the user has, if it is another
 
     @property
     def id(self) -> str:
@@ -3317,22 +3316,13 @@ class Future(concurrent.futures.Future[Any]):
 
     # ---- for the client only ----
 
-    def _weakly(self) -> Future:
-        """Return this future as another object, whose end cancels the job unless it began."""
-        face = object.__new__(type(self))
-        face.__dict__ = self.__dict__
-        self._face = weakref.ref(face)
-        weakref.finalize(face, self._client.later, self.cancel).atexit = False     # no lock is taken by a collector
-        return face
-
     def _settle(self, status: str, value: Any) -> None:
         """End the future with an outcome to be decoded; waiters wake, callbacks go to their thread."""
         self._raw = status, value
-        face = self._face() or self
         if status == OK:
-            face.set_result(None)
+            self.set_result(None)
         else:
-            face.set_exception(RemoteError("not decoded yet"))
+            self.set_exception(RemoteError("not decoded yet"))
 
     def _invoke_callbacks(self) -> None:
         invoke = super()._invoke_callbacks                  # type: ignore[misc]
@@ -3469,7 +3459,7 @@ class Client:
             connection, busy = self.peer.connection, len(self._sent) > 2 * len(self.workers)
         if connection:      # few jobs out: go now; many: go on submitting while the writer makes batches
             connection.flush(0 if busy else BORROWED_FRAMES)
-        return future._weakly() if options.get("weak") else future
+        return future
 
     def _send_backlog(self) -> None:
         """Send what the credit allows, most urgent first. Holds the lock; somebody flushes."""
@@ -3748,7 +3738,7 @@ if hasattr(os, "register_at_fork"):
 
 
 _WIRE_OPTIONS = {"retries", "priority", "max_deaths", "job_timeout", "cancel_running", "max_tasks"}     # for the server
-_OPTIONS = (_WIRE_OPTIONS | {"retry_on", "on", "prefer", "name", "weak", "timeout"}) - {"max_tasks"}
+_OPTIONS = (_WIRE_OPTIONS | {"retry_on", "on", "prefer", "name", "timeout"}) - {"max_tasks"}
 _said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
 # numbers among arguments and options: type, the smallest, in the standard library's words where it has some
@@ -3909,7 +3899,7 @@ class Executor(concurrent.futures.Executor):
         `retries` runs a job again that many times on exceptions (of the types in `retry_on`); `priority`: larger
         first; `on`: only on these workers, nodes or tags, `prefer`: there if there is one; `name` for logs;
         `job_timeout`: seconds that it may run, then its worker is ended and the future raises JobTimeout;
-        `cancel_running`: so does `Future.cancel`; `max_deaths`: workers it may take down; `weak`; `timeout`. Raises
+        `cancel_running`: so does `Future.cancel`; `max_deaths`: workers it may take down; `timeout`. Raises
         TypeError for an unknown option.
         """
         unknown = sorted(set(options) - _OPTIONS)

@@ -617,18 +617,6 @@ class TestOptions:
         assert isinstance(error, WorkerDied) and error.attempts == 2 and "signal 9" in str(error).lower() + "signal 9"
         assert [f.result(SOON) for f in others] == list(range(20)) and future.attempts == 2
 
-    def test_a_weak_job_is_cancelled_with_its_last_reference(self, pool, gate, tmp_path):
-        path = str(tmp_path / "notes")
-        busy = occupy(pool, gate)
-        futures = [pool.options(weak=True).submit(note, path, n) for n in range(5)]
-        kept = futures[0]
-        del futures
-        wait_until(lambda: len(pool._client.unfinished) == 3)
-        pool.info()             # the server has heard of it before its workers are free
-        gate.open()
-        concurrent.futures.wait([*busy, kept, pool.submit(same, 1), pool.submit(same, 1)], SOON)
-        assert noted(path) == ["0"]
-
 
 class TestSnapshots:
     def test_a_list_changed_after_submit_changes_nothing(self, pool, gate):
