@@ -1466,7 +1466,7 @@ class Scheduler:
         for worker in node.workers.values():        # the old connection may have lost such words
             for token, job in worker.inbox.items():
                 if job is None or job.killed:
-                    self._kill_process(worker, token)
+                    self._kill_attempt((worker, token), now)
 
     def _new_node(self, id: bytes, name: str, now: float) -> Node:
         taken = {node.name for node in self.nodes.values()}
@@ -1550,7 +1550,7 @@ class Scheduler:
                 self._unassign(worker, token)
                 if kind == "begun":         # what comes of it is stale: the slot is wanted for others
                     worker.inbox[token] = None
-                    self._kill_process(worker, token)
+                    self._kill_attempt((worker, token), now)
                 else:
                     forget.append(token)
             elif kind == "outcome":
@@ -1604,8 +1604,8 @@ class Scheduler:
         job.limit, job.cancel_running = options.get("job_timeout"), bool(options.get("cancel_running"))
         job.max_tasks = options.get("max_tasks", 0)
         job.earlier, job.deaths = options.get("attempts", 0), min(job.deaths, job.max_deaths + 1)
-        if job.begun:
-            self._guard_limit(job, now)
+        if job.begun and job.worker:
+            self._started(job.worker, now, job.token)       # its limit was not known then
         if job.state == State.WAITING and not (self._adopting and options.get("again")):
             self._run_anew(job, now)
 
@@ -1670,20 +1670,18 @@ class Scheduler:
         if job is not None:
             job.begun = True
             self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
-            self._guard_limit(job, now)
+            if job.limit is not None:
+                self._arm(now + job.limit, self._time_out, (worker, token))
             if job.killed:                  # the cell did not show it yet when that was asked for
-                self._kill_process(worker, token)
+                self._kill_attempt((worker, token), now)
 
-    def _guard_limit(self, job: Job, now: float) -> None:
-        if job.limit is not None:
-            self._arm(now + job.limit, self._time_out, (job, job.token))
-
-    def _time_out(self, about: tuple[Job, int], now: float) -> None:
+    def _time_out(self, attempt: tuple[Worker, int], now: float) -> None:
         """A job has run for its job_timeout, unless that attempt is over."""
-        job, token = about
-        if job.token == token and job.state == State.RUNNING and not job.delivering:
+        worker, token = attempt
+        job = worker.inbox.get(token)
+        if job is not None and job.state == State.RUNNING:
             job.killed = TIMED_OUT, f"it ran longer than its job_timeout of {job.limit:g} s"
-            self._kill_attempt(job, now)
+            self._kill_attempt(attempt, now)
 
     def _finished(self, worker: Worker, now: float, token: int, status: str, value: Value, seconds: float,
                   retry: bool) -> None:
@@ -1729,10 +1727,10 @@ class Scheduler:
             if job.delivering and job.worker:
                 self._unassign(job.worker, job.token)
                 self._forget(job.worker, job.token)
-            elif job.state == State.RUNNING:        # it keeps the slot until the worker answers
+            elif job.worker and job.state == State.RUNNING:     # it keeps the slot until the worker answers
                 if job.cancel_running or session.id not in self.sessions:
                     job.killed = KILLED, "nobody wants its outcome any more"
-                self._kill_attempt(job, now)
+                self._kill_attempt((job.worker, job.token), now)
             self._move(job, end)
         for ready in self._queues.values():
             if ready.session is session and len(ready.heap) > 64 + 2 * len(session.jobs):   # most of it is dead: sweep
@@ -2082,31 +2080,27 @@ class Scheduler:
             if job is None or job.delivering or job.verdict:
                 continue
             job.killed = KILLED, reason             # this is the last attempt
-            if job.state == State.RUNNING:
-                self._kill_attempt(job, now)
+            if job.worker and job.state == State.RUNNING:
+                self._kill_attempt((job.worker, job.token), now)
             elif job.state == State.READY or not self._adopting:    # else a worker may tell that it runs
                 self._put_back(job, now)
 
-    def _kill_attempt(self, job: Job, now: float) -> None:
+    def _kill_attempt(self, attempt: tuple[Worker, int], now: float) -> None:
         """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has."""
-        worker = job.worker
-        if worker and worker.inbox.get(job.token) is job:
-            self._send(worker.peer, ("recall", [job.token]))
-            if job.killed:
-                self._kill_process(worker, job.token)
-
-    def _kill_process(self, worker: Worker, token: int) -> None:
-        """Ask a worker's node to end its process, if that is still at this attempt."""
-        job = worker.inbox.get(token)
-        reason = job.killed[1] if job and job.killed else "its job is not wanted here any more"
-        self._send(worker.node.peer, ("kill", [token], reason))
+        worker, token = attempt
+        if token in worker.inbox:
+            self._send(worker.peer, ("recall", [token]))
+            job = worker.inbox[token]
+            if job is None or job.killed:
+                reason = job.killed[1] if job and job.killed else "its job is not wanted here any more"
+                self._send(worker.node.peer, ("kill", [token], reason))
 
     def _over(self, node: Node, now: float, token: int) -> None:
         """The cell did not show the attempt: its outcome is on its way, or it began just after both looked."""
         for worker in node.workers.values():
             job = worker.inbox.get(token)
             if job is not None and job.killed:
-                self._arm(now + T_KILL_AGAIN, self._kill_attempt, job)
+                self._arm(now + T_KILL_AGAIN, self._kill_attempt, (worker, token))
 
     # ---- ranges: relayed as they come, to whoever asked ----
 
