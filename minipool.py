@@ -1331,7 +1331,7 @@ class Scheduler:
         # the method that takes a message is named after it: "submit" goes to _submit
         self._handlers = {k: getattr(self, f"_{k}") for k, (senders, _) in CATALOGUE.items() if senders - {"server"}}
         if adopting:
-            self._arm(now + T_ADOPT, self._end_adoption, None)
+            self._arm(now + T_ADOPT, self._end_adoption, True)
 
     # ---- the three ways in ----
 
@@ -1430,7 +1430,7 @@ class Scheduler:
         self._expected_workers = max(self._expected_workers, info["workers_seen"])
         self._admit(session, peer, {"log": len(session.log), "max_value": self.max_value,
                                     "workers": self._present()})
-        self._release(session, [n for n in session.jobs if n not in held], now)
+        self._release(session, now, [n for n in session.jobs if n not in held])
         for number in held:
             job = session.jobs.get(number) or self._new_job(session, number)
             if job.verdict:                 # what the old connection may have lost on its way to the client
@@ -1442,15 +1442,14 @@ class Scheduler:
         self._send(peer, ("missing", [n for n in held if session.jobs[n].payload is None]))
         if session.broken is not None:
             self._send(peer, ("broken", session.broken))
-        self._maybe_end_adoption(now)
+        self._end_adoption(False, now)
 
     def _session(self, id: bytes, now: float) -> Session:
         """Return a session; one that only a worker tells of, after a restart, has its lease to come back."""
-        session = self.sessions.get(id)
-        if session is None:
-            session = self.sessions[id] = Session(id)
-            self._await(session, now)
-        return session
+        if id not in self.sessions:
+            self.sessions[id] = Session(id)
+            self._await(self.sessions[id], now)
+        return self.sessions[id]
 
     def _new_job(self, session: Session, number: int) -> Job:
         self.counters["accepted"] += 1
@@ -1506,7 +1505,7 @@ class Scheduler:
         self._refresh(worker)
         self._guard_window(worker, now)
         self._tell_clients()
-        self._maybe_end_adoption(now)
+        self._end_adoption(False, now)
 
     def _admit(self, member: Session | Worker | Node, peer: Any, welcome: dict[str, Any]) -> None:
         """Make `peer` the connection of `member`. What it was asked over an older one it is asked again."""
@@ -1559,13 +1558,11 @@ class Scheduler:
         self._send(worker.peer, ("resend", resend))
         self._send(worker.peer, ("forget", forget))
 
-    def _maybe_end_adoption(self, now: float) -> None:
+    def _end_adoption(self, is_due: bool, now: float) -> None:
+        """Once all workers are back that clients knew, or it is due: jobs sent again that none claims run anew."""
         connected = sum(worker.peer is not None for worker in self.workers.values())
-        if self._adopting and self._expected_workers and connected >= self._expected_workers:
-            self._end_adoption(None, now)
-
-    def _end_adoption(self, _about: None, now: float) -> None:
-        """Whoever has one of the jobs that were sent again has had the time to say so: the others run anew."""
+        if not self._adopting or not (is_due or 0 < self._expected_workers <= connected):
+            return
         self._adopting = False
         for session in self.sessions.values():
             for job in session.jobs.values():
@@ -1616,18 +1613,6 @@ class Scheduler:
         job.deaths = min(job.deaths, job.max_deaths)        # it died before its client told how often it may
         self._put_back(job, now, too_often, {"what": "was lost while the server was away"})
 
-    def _make_ready(self, job: Job) -> None:
-        """Put a job into the heap of its class; one that its client has still to send waits for that."""
-        job.worker, job.delivering, job.begun = None, False, False
-        self._move(job, State.READY if job.payload is not None else State.WAITING)
-        if job.payload is None:
-            return
-        key = job.session, job.on, job.soft
-        found = self._queues.get(key)
-        if found is None:
-            found = self._queues[key] = Queue(job.session, self._select(job.on), job.soft)
-        heapq.heappush(found.heap, (-job.priority, job.sequence, job))
-
     def _take_back(self, worker: Worker, tokens: Iterable[int], now: float) -> None:
         """Return attempts that a worker has not begun to the queue, uncharged."""
         for token in tokens:
@@ -1642,11 +1627,16 @@ class Scheduler:
         job.deaths += charged
         if job.killed:
             status, reason = job.killed
-            self._fail(job, status, {**(cause or {}), "reason": reason})
-        elif charged and job.deaths > job.max_deaths:
-            self._fail(job, DIED, cause or {})
-        else:
-            self._make_ready(job)
+            return self._fail(job, status, {**(cause or {}), "reason": reason})
+        if charged and job.deaths > job.max_deaths:
+            return self._fail(job, DIED, cause or {})
+        job.worker, job.delivering, job.begun = None, False, False
+        self._move(job, State.READY if job.payload is not None else State.WAITING)
+        if job.payload is not None:         # else it waits until its client has sent it
+            key = job.session, job.on, job.soft
+            if key not in self._queues:
+                self._queues[key] = Queue(job.session, self._select(job.on), job.soft)
+            heapq.heappush(self._queues[key].heap, (-job.priority, job.sequence, job))
 
     def _fail(self, job: Job, status: str, evidence: dict[str, Any]) -> None:
         """End a job without a worker's word; the verdict is kept until its client has it."""
@@ -1711,13 +1701,7 @@ class Scheduler:
             worker.delivering[token] = job
         self._send(job.session.peer, ("done", job.number, status, value, worker.name, job.attempts))
 
-    def _delivered(self, session: Session, now: float, numbers: list[int]) -> None:
-        self._release(session, numbers, now)
-
-    def _cancel(self, session: Session, now: float, numbers: list[int]) -> None:
-        self._release(session, numbers, now, State.CANCELLED)
-
-    def _release(self, session: Session, numbers: Iterable[int], now: float, state: str = State.DONE) -> None:
+    def _release(self, session: Session, now: float, numbers: list[int], state: str = State.DONE) -> None:
         """Forget jobs: their client has the outcomes, or does not want them, or is no more."""
         for job in [session.jobs.pop(number) for number in numbers if number in session.jobs]:
             # what had not finished was not delivered: its client lists it no more
@@ -1736,6 +1720,8 @@ class Scheduler:
             if ready.session is session and len(ready.heap) > 64 + 2 * len(session.jobs):   # most of it is dead: sweep
                 ready.heap = [entry for entry in ready.heap if entry[2].state == State.READY]
                 heapq.heapify(ready.heap)
+
+    _delivered, _cancel = _release, functools.partialmethod(_release, state=State.CANCELLED)
 
     def _forget(self, worker: Worker, token: int) -> None:
         """Let a worker forget an outcome; the word rides on its next run, or goes now if it has nothing to do."""
@@ -1970,7 +1956,7 @@ class Scheduler:
         if session.broken is None:
             session.broken = next(reversed(session.unfit.values()))
             self._send(session.peer, ("broken", session.broken))
-            self._release(session, list(session.jobs), now, State.CANCELLED)
+            self._cancel(session, now, list(session.jobs))
 
     def _judge_fitness(self, session: Session, now: float) -> None:
         """Some time after a loss: if all who are left are unfit, nobody will ever run this session's jobs."""
@@ -2004,7 +1990,7 @@ class Scheduler:
                 self._lose(worker, now, None, cause)
         else:
             del self.sessions[member.id]
-            self._release(member, list(member.jobs), now, State.CANCELLED)
+            self._cancel(member, now, list(member.jobs))
             for worker in member.tried:
                 worker.positions.pop(member.id, None)
                 worker.has = {name for name in worker.has if name[0] != member.id}
@@ -2048,7 +2034,6 @@ class Scheduler:
             if session.unfit:
                 self._arm(now + T_DEAD, self._judge_fitness, session)       # time enough for who replaces it to come
         self._gone(worker, now)
-        self.counters["workers lost"] += 1
         self._tell_clients()
 
     def _exchange_beats(self, node: Node, now: float) -> None:
@@ -2144,8 +2129,7 @@ class Scheduler:
 
     def _ask(self, session: Session, now: float, number: int, what: str) -> None:
         """Answer a question of a client: `info` is the snapshot."""
-        answer = self.snapshot(now) if what == "info" else None
-        self._send(session.peer, ("answer", number, answer))
+        self._send(session.peer, ("answer", number, self.snapshot(now) if what == "info" else None))
 
     def snapshot(self, now: float) -> dict[str, Any]:
         """Return what `status --json` prints: nodes, workers, counts of jobs, objects."""

@@ -533,7 +533,7 @@ class TestSenselessNumbers:
 
     def test_an_attempt_listed_under_another_job_s_name_loses_neither(self):
         pool = Cluster(clients=["c1"], restarted=True)
-        pool.scheduler._end_adoption(None, pool.now)
+        pool.scheduler._end_adoption(True, pool.now)
         running = pool.submit()
         pool.start(running)
         waiting = (b"elsewhere", 9)         # a job of a session that only this worker tells of
