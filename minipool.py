@@ -1359,7 +1359,7 @@ class Scheduler:
             self._await(member, now)
             if isinstance(member, Worker):
                 self._refresh(member)
-                self._tell_clients()
+                self._tell_workers(self.sessions.values())
         return self._take_actions(now)
 
     def tick(self, now: float) -> Actions:
@@ -1428,8 +1428,8 @@ class Scheduler:
         held = dict.fromkeys(jobs if session.broken is None else ())     # a broken session has no jobs any more
         session.name, session.limit = info["name"], info["max_workers"]
         self._expected_workers = max(self._expected_workers, info["workers_seen"])
-        self._admit(session, peer, {"log": len(session.log), "max_value": self.max_value,
-                                    "workers": self._present()})
+        self._admit(session, peer, {"log": len(session.log), "max_value": self.max_value})
+        self._tell_workers([session])
         self._release(session, now, [n for n in session.jobs if n not in held])
         for number in held:
             job = session.jobs.get(number) or self._new_job(session, number)
@@ -1504,7 +1504,7 @@ class Scheduler:
             self._retire(worker, now, "its node is leaving")
         self._refresh(worker)
         self._guard_window(worker, now)
-        self._tell_clients()
+        self._tell_workers(self.sessions.values())
         self._end_adoption(False, now)
 
     def _admit(self, member: Session | Worker | Node, peer: Any, welcome: dict[str, Any]) -> None:
@@ -2034,7 +2034,7 @@ class Scheduler:
             if session.unfit:
                 self._arm(now + T_DEAD, self._judge_fitness, session)       # time enough for who replaces it to come
         self._gone(worker, now)
-        self._tell_clients()
+        self._tell_workers(self.sessions.values())
 
     def _exchange_beats(self, node: Node, now: float) -> None:
         """Beat regularly; a host of which no connection carried a byte for long is suspect, then dead."""
@@ -2117,15 +2117,11 @@ class Scheduler:
     def _told(worker: Worker) -> dict[str, Any]:
         return {"name": worker.name, "node": worker.node.name, "device": worker.device, "tags": sorted(worker.tags)}
 
-    def _present(self) -> tuple[list[dict[str, Any]], int]:
-        """Return the workers that can be given jobs now, and a session's credit."""
+    def _tell_workers(self, sessions: Iterable[Session]) -> None:
+        """Tell clients which workers can be given jobs now, and what credit that gives a session."""
         workers = [self._told(worker) for worker in self.workers.values() if worker.peer is not None]
-        return workers, max(CREDIT_JOBS, 4 * WINDOW_JOBS * len(self.workers))
-
-    def _tell_clients(self) -> None:
-        message = ("workers", *self._present())
-        for session in self.sessions.values():
-            self._send(session.peer, message)
+        for session in sessions:
+            self._send(session.peer, ("workers", workers, max(CREDIT_JOBS, 4 * WINDOW_JOBS * len(self.workers))))
 
     def _ask(self, session: Session, now: float, number: int, what: str) -> None:
         """Answer a question of a client: `info` is the snapshot."""
@@ -3572,7 +3568,6 @@ class Client:
     def _on_welcome(self, info: dict[str, Any]) -> None:
         self._welcomed = True
         self.max_value = info["max_value"]
-        self._on_workers(*info["workers"])
         self._send_log(info["log"])
         self.peer.send(*(("kill", [n], future._doom) for n, future in self._sent.items() if future._doom))
 

@@ -135,7 +135,7 @@ class Client(Actor):
 
     def welcomed(self, info, missing):
         """Send what a new server, or a cut, may have cost it: objects, log entries, then jobs."""
-        self.is_in, self.seen = True, len(info["workers"])
+        self.is_in = True
         frame = [("put", name, 1, b"x") for name in [*self.functions, *self.log]]
         frame += [("log", self.session, i, self.log[i]) for i in range(info["log"], len(self.log))]
         for number in missing[0] if missing else ():
