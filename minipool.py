@@ -3170,7 +3170,6 @@ def decode_failure(status: str, value: Any) -> BaseException:
 
 CREDIT_BYTES = 32 << 20     # of inline payloads that a client may have at the server
 ACKNOWLEDGE = 16            # outcomes that wait for a frame to ride on; a worker that dies with more has them run again
-URGENT_SHARE = 2            # 1/this of the credit is kept for jobs above the lowest priority that is out
 
 as_completed = concurrent.futures.as_completed
 wait = concurrent.futures.wait
@@ -3368,7 +3367,6 @@ class Client:
         self._sent: dict[int, Future] = {}              # those the server has
         self._sent_bytes = 0
         self._backlog: list[tuple[float, int]] = []     # a heap of those it has not: (-priority, number)
-        self._lowest = 0.0                              # priority among the sent
         self._known_objects: set[int] = set()           # what the server has of ours, on this connection
         self._log: list[tuple[int, bytes | Blob]] = []  # what every worker must have run before our jobs
         self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
@@ -3437,19 +3435,13 @@ class Client:
 
     def _send_backlog(self) -> None:
         """Send what the credit allows, most urgent first. Holds the lock; somebody flushes."""
-        if not self._sent:
-            self._lowest = float("inf")
         while self._backlog and self._welcomed:
-            urgency, number = self._backlog[0]
-            priority = -urgency
-            future = self.unfinished.get(number)        # None: cancelled here
-            share = 1 if priority > self._lowest else URGENT_SHARE
-            full = len(self._sent) >= self._credit // share or self._sent_bytes >= CREDIT_BYTES // share
+            future = self.unfinished.get(self._backlog[0][1])       # None: cancelled here
+            full = len(self._sent) >= self._credit or self._sent_bytes >= CREDIT_BYTES
             if future and self._sent and full:
                 break
             heapq.heappop(self._backlog)
             if future:
-                self._lowest = min(self._lowest, priority)
                 self._post_job(future)
 
     def _post_job(self, future: Future) -> None:
