@@ -1979,15 +1979,17 @@ class Scheduler:
         elif not (isinstance(member, Node) and member.workers):
             self._end(member, now, {"what": "its host went away"})
 
-    def _end(self, member: Session | Worker | Node, now: float, cause: dict[str, Any]) -> None:
+    def _end(self, member: Session | Worker | Node, now: float, cause: dict[str, Any],
+             token: int | None = None) -> None:
         """Forget a member and all that hung on it."""
         self._detach(member)
+        self._gone(member, now)
         if isinstance(member, Worker):
-            self._lose(member, now, None, cause)
+            self._lose(member, now, token, cause)
         elif isinstance(member, Node):
             del self.nodes[member.id]
             for worker in list(member.workers.values()):
-                self._lose(worker, now, None, cause)
+                self._end(worker, now, cause)
         else:
             del self.sessions[member.id]
             self._cancel(member, now, list(member.jobs))
@@ -1995,7 +1997,6 @@ class Scheduler:
                 worker.positions.pop(member.id, None)
                 worker.has = {name for name in worker.has if name[0] != member.id}
                 self._send(worker.peer, ("leave", member.id))
-            self._gone(member, now)
 
     def _died(self, node: Node, now: float, worker_id: bytes, token: int | None, cause: dict[str, Any]) -> None:
         """A node's word on the death of its worker is final, and its cell's token says who is to blame."""
@@ -2009,13 +2010,12 @@ class Scheduler:
         if "lost" in cause:
             node.info["lost"] = [*node.info.get("lost", ()), cause["lost"]]
         if worker is not None:
-            self._lose(worker, now, token, cause)
+            self._end(worker, now, cause, token)
 
     def _lose(self, worker: Worker, now: float, token: int | None, cause: dict[str, Any]) -> None:
         """Remove a worker. `token` is what its cell showed; None: nobody could read it, the oldest is charged."""
         del self.workers[worker.id], worker.node.workers[worker.id]
         self._leaving.pop(worker, None)
-        self._detach(worker)
         self._refresh(worker)
         for selection in worker.selections:
             selection.members.remove(worker)
@@ -2033,7 +2033,6 @@ class Scheduler:
             session.tried.pop(worker, None)
             if session.unfit:
                 self._arm(now + T_DEAD, self._judge_fitness, session)       # time enough for who replaces it to come
-        self._gone(worker, now)
         self._tell_workers(self.sessions.values())
 
     def _exchange_beats(self, node: Node, now: float) -> None:
@@ -2105,7 +2104,7 @@ class Scheduler:
         for peer in owner.asked.pop((name, offset, len(body)), ()):
             self._send(peer, ("range", name, offset, digest, body))
 
-    def _gone(self, owner: Session | Worker, now: float, name: Name | None = None) -> None:
+    def _gone(self, owner: Member, now: float, name: Name | None = None) -> None:
         """An owner has a value no more, or (None) is no more itself."""
         for key in [key for key in owner.asked if name in (None, key[0])]:
             for peer in owner.asked.pop(key):
@@ -3239,7 +3238,8 @@ class Future(concurrent.futures.Future[Any]):
             self._state = _CANCELLED
             self.set_running_or_notify_cancel()         # wait() and as_completed() hear of it
             self._condition.notify_all()
-            self._client.cancelled(self)
+            if self._client.retire(self):               # that decides it, and the server is told
+                self._client.peer.send(("cancel", [self._number]))
         self._invoke_callbacks()
         return True
 
@@ -3286,16 +3286,6 @@ class Future(concurrent.futures.Future[Any]):
         with self._condition:
             if self._raw is not None:
                 self._result, self._exception, self._raw = value, error, None
-
-    # ---- for the client only ----
-
-    def _settle(self, status: str, value: Any) -> None:
-        """End the future with an outcome to be decoded; waiters wake, callbacks go to their thread."""
-        self._raw = status, value
-        if status == OK:
-            self.set_result(None)
-        else:
-            self.set_exception(RemoteError("not decoded yet"))
 
     def _invoke_callbacks(self) -> None:
         invoke = super()._invoke_callbacks                  # type: ignore[misc]
@@ -3371,6 +3361,7 @@ class Client:
         self._log: list[tuple[int, bytes | Blob]] = []  # what every worker must have run before our jobs
         self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
         self._answers: dict[int, Any] = {}
+        self._on_answer = self._answers.__setitem__     # number and value are all that such a message says
         self._credit = CREDIT_JOBS
         self._welcomed = False                          # the server has settled what we hold: jobs may be sent
         self.broken: Callable[[], BaseException] | None = None  # makes what every call and future then raises
@@ -3502,11 +3493,6 @@ class Client:
             self._post(("log", self.session, position, (self.session, number)))
         self.peer.send()
 
-    def cancelled(self, future: Future) -> None:
-        """A future was cancelled here: that decides it, and the server is told. The caller holds the lock."""
-        if self._retire(future):
-            self.peer.send(("cancel", [future._number]))
-
     def kill(self, futures: Sequence[Future], reason: str) -> None:
         """End running jobs by force; those that have not begun fail with JobKilled too."""
         with self.lock:
@@ -3594,13 +3580,17 @@ class Client:
         self.peer.pull(value[0], value[1], fetched)
 
     def _finish(self, future: Future, status: str, value: Any) -> None:
-        """End a future that has not ended, with an outcome that the server may forget."""
+        """End a future, unless it has, with an outcome to be decoded; waiters wake, callbacks go to their thread."""
         if future._call:
-            if self._retire(future):
+            if self.retire(future):
                 self._delivered.append(future._number)
-            future._settle(status, value)
+            future._raw = status, value
+            if status == OK:
+                future.set_result(None)
+            else:
+                future.set_exception(RemoteError("not decoded yet"))
 
-    def _retire(self, future: Future) -> bool:
+    def retire(self, future: Future) -> bool:
         """Forget a job that has ended: nothing is kept that it alone needed. True if the server has it."""
         number, call, future._call = future._number, future._call, None
         self.unfinished.pop(number, None)
@@ -3629,9 +3619,6 @@ class Client:
 
     def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
         self.workers, self._credit = workers, credit
-
-    def _on_answer(self, number: int, value: Any) -> None:
-        self._answers[number] = value
 
     def ask(self, what: str, timeout: float | None = None) -> Any:
         """Ask the server a question; return its answer, or raise TimeoutError."""
@@ -3698,8 +3685,7 @@ def _forget_all() -> None:
 
 
 getattr(threading, "_register_atexit", atexit.register)(_finish_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)
+os.register_at_fork(after_in_child=_forget_all)
 
 
 _WIRE_OPTIONS = {"retries", "priority", "max_deaths", "job_timeout", "cancel_running", "max_tasks"}     # for the server
