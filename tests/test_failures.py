@@ -253,8 +253,8 @@ class TestCancelRunning:
         assert job.cancel() and job.cancelled() and not job.running()
         with pytest.raises(CancelledError):
             job.result(60)
-        wait_until(lambda: not is_alive(process) and len(pids(pool)) == 2)
-        assert process not in pids(pool).values() and attempts(tmp_path)["job"] == 1
+        wait_until(lambda: len(pids(pool)) == 2 and process not in pids(pool).values())
+        assert not is_alive(process) and attempts(tmp_path)["job"] == 1
         assert list(pool.map(abs, range(-3, 0), timeout=60)) == [3, 2, 1]
 
     def test_ends_one_that_holds_the_gil(self, pool, tmp_path):
@@ -262,6 +262,7 @@ class TestCancelRunning:
         process = pid_of(tmp_path, "job")
         assert job.cancel()         # perhaps before anybody told that it runs
         wait_until(lambda: not is_alive(process))
+        wait_until(lambda: len(pids(pool)) == 2 and process not in pids(pool).values())
 
     def test_costs_no_worker_if_the_job_has_not_begun(self, embedded, tmp_path):
         ex = embedded(1)
