@@ -3178,7 +3178,7 @@ as_completed = concurrent.futures.as_completed
 wait = concurrent.futures.wait
 
 _PENDING, _RUNNING = concurrent.futures._base.PENDING, concurrent.futures._base.RUNNING
-_CANCELLED = concurrent.futures._base.CANCELLED
+_CANCELLED, _FINISHED = concurrent.futures._base.CANCELLED, concurrent.futures._base.FINISHED
 
 
 class JobInfo(NamedTuple):
@@ -3204,26 +3204,37 @@ def job_id(name: Name) -> str:
     return f"{name[0][:4].hex()}-{name[1]}"
 
 
-class _Call(NamedTuple):
-    """What it takes to send a job, and to send it again."""
-    fn: Entry
-    message: Message            # "submit"
-    inline: int                 # bytes of the payload that ride inside it
+# What it takes to send a job, and to send it again: its function, the message "submit", how many bytes ride inside it.
+_Call = tuple[Entry, Message, int]
+# What only a future needs that is waited for or has callbacks; most are looked at when they have ended.
+_MADE_LATE: dict[str, Callable[[], Any]] = {
+    "_condition": threading.Condition, "_waiters": list, "_done_callbacks": list}
+_publishing = threading.Lock()      # held for a moment where a future's state and its being watched must agree
 
 
 class Future(concurrent.futures.Future[Any]):
     """A job's outcome: a concurrent.futures.Future that also knows `id`, `name`, `worker` and `attempts`."""
 
+    key: str | None = None          # the identity given by `options(key=)`
+    worker: str | None = None       # who runs or ran it; None before it begins
+    attempts = 0
+    # Instead of the attributes that the superclass makes: those that change are changed under the client's lock.
+    _state, _result, _exception = _PENDING, None, None
+    _raw: tuple[str, Any] | None = None             # an outcome that nobody has looked at yet
+    _doom = ""                      # why it was killed, as long as the server may not have heard it
+    _watched = False                # it has a condition, and perhaps waiters and callbacks
+
     def __init__(self, client: Client, number: int, view: Executor, call: _Call) -> None:
-        super().__init__()
-        self.name: str = call.message[-1]["name"]
-        self.key: str | None = None             # the identity given by `options(key=)`
-        self.worker: str | None = None          # who runs or ran it; None before it begins
-        self.attempts = 0
         self._client, self._number, self._view = client, number, view
         self._call: _Call | None = call         # dropped with the outcome
-        self._raw: tuple[str, Any] | None = None        # an outcome that nobody has looked at yet
-        self._doom = ""                         # why it was killed, as long as the server may not have heard it
+        self.name: str = call[1][-1]["name"]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MADE_LATE:
+            raise AttributeError(f"a Future has no {name!r}", name=name, obj=self)
+        with _publishing:
+            self._watched = True
+            return self.__dict__.setdefault(name, _MADE_LATE[name]())   # of two threads that ask, both get the first
 
     @property
     def id(self) -> str:
@@ -3236,7 +3247,7 @@ class Future(concurrent.futures.Future[Any]):
         With `options(cancel_running=True)` a job that runs is cancelled too, and its worker's process ended.
         """
         with self._client.lock, self._condition:        # in the order in which outcomes take them
-            by_force = self._call is not None and self._call.message[-1].get("cancel_running")
+            by_force = self._call is not None and self._call[1][-1].get("cancel_running")
             if self._state != _PENDING and not (by_force and self._state == _RUNNING):
                 return self.cancelled()
             self._state = _CANCELLED
@@ -3259,11 +3270,12 @@ class Future(concurrent.futures.Future[Any]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return the job's exception, None if it has a value; TimeoutError after `timeout` seconds."""
-        super().exception(timeout)
+        if self._state != _FINISHED:
+            super().exception(timeout)
         # wait(FIRST_EXCEPTION) asks, which holds the conditions of all its futures: no user code under them
-        if not self._condition._is_owned():     # type: ignore[attr-defined]
+        if self._raw and not (self._watched and self._condition._is_owned()):       # type: ignore[attr-defined]
             self._decode()
-        return super().exception(0)
+        return self._exception
 
     def _get_snapshot(self) -> Any:         # asyncio reads this from Python 3.14 on
         if self.done():
@@ -3287,15 +3299,31 @@ class Future(concurrent.futures.Future[Any]):
                 error = decode_failure(*raw)
         except BaseException as problem:    # a value that does not unpickle costs this future only
             error = problem
-        with self._condition:
+        with _publishing:
             if self._raw is not None:
                 self._result, self._exception, self._raw = value, error, None
+
+    def _settle(self, status: str, value: Any) -> None:
+        """End the future with an outcome to be decoded; waiters wake, callbacks go to their thread. For the client."""
+        self._raw = status, value
+        if status != OK:
+            self._exception = RemoteError("not decoded yet")
+        with _publishing:           # who watches from now on sees that it has ended
+            if not self._watched:
+                self._state = _FINISHED
+                return
+        with self._condition:
+            self._state = _FINISHED
+            for waiter in self._waiters:
+                (waiter.add_result if status == OK else waiter.add_exception)(self)
+            self._condition.notify_all()
+        self._invoke_callbacks()
 
     def _invoke_callbacks(self) -> None:
         invoke = super()._invoke_callbacks                  # type: ignore[misc]
         if not self._client.lock._is_owned():               # type: ignore[attr-defined]
             invoke()
-        elif self._done_callbacks:                          # type: ignore[attr-defined]
+        elif self._done_callbacks:
             self._client.later(invoke)                      # no user code under the lock
 
 
@@ -3419,7 +3447,7 @@ class Client:
             number = next(self.numbers)
             payload = packed if inline else self._share(number, packed)
             message = ("submit", number, (self.session, entry.number), payload, len(self._log), wire)
-            future = Future(self, number, view, _Call(entry, message, inline))
+            future = Future(self, number, view, (entry, message, inline))
             self.unfinished[number] = future
             heapq.heappush(self._backlog, (-wire.get("priority", 0), number))
             self._send_backlog()
@@ -3475,7 +3503,7 @@ class Client:
     def _evicted(self, entry: Entry) -> None:
         """A function's pickle left the cache: nobody will ask for it again, unless a job is still out with it."""
         with self.lock:
-            in_use = any(f._call and f._call.fn is entry for f in self.unfinished.values())
+            in_use = any(f._call and f._call[0] is entry for f in self.unfinished.values())
             if not in_use and entry.number in self._known_objects:  # else it stays until the end: rare, and harmless
                 self._known_objects.discard(entry.number)
                 self.peer.values.pop((self.session, entry.number), None)
@@ -3565,9 +3593,8 @@ class Client:
     def _on_began(self, number: int, worker: str, attempts: int) -> None:
         if future := self._sent.get(number):
             future.worker, future.attempts = worker, attempts
-            with future._condition:
-                if future._state == _PENDING:
-                    future._state = _RUNNING
+            if future._state == _PENDING:
+                future._state = _RUNNING
 
     def _on_done(self, number: int, status: str, value: Any, worker: str, attempts: int) -> None:
         future = self._sent.get(number)
@@ -3588,11 +3615,7 @@ class Client:
         if future._call:
             if self.retire(future):
                 self._delivered.append(future._number)
-            future._raw = status, value
-            if status == OK:
-                future.set_result(None)
-            else:
-                future.set_exception(RemoteError("not decoded yet"))
+            future._settle(status, value)
 
     def retire(self, future: Future) -> bool:
         """Forget a job that has ended: nothing is kept that it alone needed. True if the server has it."""
@@ -3600,8 +3623,8 @@ class Client:
         self.unfinished.pop(number, None)
         sent = self._sent.pop(number, None) is not None
         if call and sent:
-            self._sent_bytes -= call.inline
-        if call and not call.inline:            # a large payload
+            self._sent_bytes -= call[2]
+        if call and not call[2]:            # a large payload
             self.peer.values.pop((self.session, number), None)
         if self.closing and not self.unfinished:
             self.later(self._end)
