@@ -1246,6 +1246,7 @@ class Session(Member):
         self.log: list[Name] = []
         self.workers: dict[Worker, int] = {}        # how many attempts each worker has of it
         self.load = 0                               # their sum
+        self.latest: Worker | None = None           # who last finished something of it
         self.unacknowledged = 0                     # bytes of outcomes that it has not said to have
         self.tried: dict[Worker, None] = {}         # workers that were sent something of it
         self.unfit: dict[Worker, Value] = {}        # those on which its log raised, and what
@@ -1703,6 +1704,7 @@ class Scheduler:
             job.delivering, job.size = True, len(value) if isinstance(value, bytes) else 0
             job.session.unacknowledged += job.size
             worker.delivering[token] = job
+            job.session.latest = worker
         self._send(job.session.peer, ("done", job.number, status, value, worker.name, job.attempts))
 
     def _release(self, session: Session, now: float, numbers: list[int], state: str = State.DONE) -> None:
@@ -1783,7 +1785,9 @@ class Scheduler:
         if queue.soft and not selection.members:
             selection = self._everybody
         roomy = selection.roomy if self._estimate(job) < LONG else {}
-        candidates: Iterable[Worker] = itertools.chain(selection.idle, roomy)
+        # first who is warm; what it may forget goes in the same frame
+        latest = [session.latest] if session.latest and session.latest in selection.idle else []
+        candidates: Iterable[Worker] = itertools.chain(latest, selection.idle, roomy)
         if session.limit is not None and len(session.workers) >= session.limit:
             candidates = (w for w in session.workers if w in roomy)     # its own, of which none is idle
         return next((w for w in candidates if w not in session.unfit), None)
