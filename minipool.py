@@ -1256,38 +1256,35 @@ class Session(Member):
 
 class Job:
     """One call: what to run, where it stands, and who has it."""
-    __slots__ = ("session", "number", "sequence", "fn", "payload", "log", "name", "priority", "on", "soft", "retries",
-                 "max_deaths", "limit", "cancel_running", "max_tasks", "state", "token", "worker", "estimate",
-                 "attempts", "earlier", "deaths", "delivering", "size", "begun", "killed", "verdict", "history")
+    # what to run; without a payload: a worker or an announcement told of this job, its client has still to send it
+    fn: Name = (b"", 0)
+    payload: Value | None = None
+    name = ""
+    priority: float = 0
+    on: frozenset[str] | None = None
+    soft = False                    # `on` is a preference
+    retries, max_deaths = 0, 3
+    limit: float | None = None      # seconds that it may run
+    cancel_running = False          # who cancels it wants its worker's process ended
+    max_tasks = 0                   # jobs after which its worker is renewed; 0: never
+    # where it stands
+    state = State.WAITING
+    token = 0                       # of the current attempt; 0: none yet
+    worker: Worker | None = None    # who runs it, or holds its outcome
+    estimate = LONG                 # seconds that the current attempt was taken for
+    attempts = deaths = 0
+    earlier = 0                     # attempts under an earlier server, as its client says
+    delivering = False              # finished, and its client has not said that it has the outcome
+    size = 0                        # of the outcome, as far as it rides in messages
+    begun = False                   # the worker said that user code runs
+    killed: tuple[str, str] | None = None       # status and reason, once its end by force was asked for
+    verdict: tuple[Any, ...] | None = None      # the outcome of a job that failed without a worker's word
+    history: tuple[str, ...] = ()   # the last states, for story()
 
     def __init__(self, session: Session, number: int, sequence: int) -> None:
         self.session, self.number = session, number
-        self.sequence = sequence            # order of arrival: ties of priority, and the way back to the front
-        # what to run; without a payload: a worker or an announcement told of this job, its client has still to send it
-        self.fn: Name = (b"", 0)
-        self.payload: Value | None = None
-        self.log = 0                        # how much of the session's log must have run before
-        self.name = ""
-        self.priority: float = 0
-        self.on: frozenset[str] | None = None
-        self.soft = False                   # `on` is a preference
-        self.retries, self.max_deaths = 0, 3
-        self.limit: float | None = None     # seconds that it may run
-        self.cancel_running = False         # who cancels it wants its worker's process ended
-        self.max_tasks = 0                  # jobs after which its worker is renewed; 0: never
-        # where it stands
-        self.state = State.WAITING
-        self.token = 0                      # of the current attempt; 0: none yet
-        self.worker: Worker | None = None   # who runs it, or holds its outcome
-        self.estimate = LONG                # seconds that the current attempt was taken for
-        self.attempts = self.deaths = 0
-        self.earlier = 0                    # attempts under an earlier server, as its client says
-        self.delivering = False             # finished, and its client has not said that it has the outcome
-        self.size = 0                       # of the outcome, as far as it rides in messages
-        self.begun = False                  # the worker said that user code runs
-        self.killed: tuple[str, str] | None = None      # status and reason, once its end by force was asked for
-        self.verdict: tuple[Any, ...] | None = None     # the outcome of a job that failed without a worker's word
-        self.history: list[str] = []        # the last states, for story()
+        self.sequence = sequence    # order of arrival: ties of priority, and the way back to the front
+        self.log = 0                # how much of the session's log must have run before
 
 
 class Queue:
@@ -1353,6 +1350,8 @@ class Scheduler:
                 raise Malformed("only the first message is an announcement")
             self._handlers[message[0]](known or peer, now, *message[1:])
             known = self._peers.get(peer)
+        if isinstance(known, Worker):       # once for all that it has finished
+            self._refresh(known)
         return self._take_actions(now)
 
     def disconnected(self, peer: Any, now: float) -> Actions:
@@ -1421,9 +1420,7 @@ class Scheduler:
         if state not in LEGAL[job.state]:
             raise AssertionError(f"job {job.number} cannot go from {job.state} to {state}: {self.story(job)}")
         job.state = state
-        job.history.append(state)
-        if len(job.history) > 12:
-            del job.history[:6]
+        job.history = (*job.history[-11:], state)
 
     # ---- joining: one announcement for joining, reconnecting and the restart of the server ----
 
@@ -1598,17 +1595,19 @@ class Scheduler:
         if (job is not None and job.payload is not None) or session.broken is not None:
             return              # of a broken session the client was told, and fails its futures
         job = job or self._new_job(session, number)
-        options = options or {}
-        job.fn, job.payload, job.log, job.name = fn, payload, log, options.get("name", "")
-        job.priority, job.retries = options.get("priority", 0), options.get("retries", 0)
-        job.max_deaths = options.get("max_deaths", 3)
-        job.on, job.soft = frozenset(options["on"]) if options.get("on") else None, bool(options.get("soft"))
-        job.limit, job.cancel_running = options.get("job_timeout"), bool(options.get("cancel_running"))
-        job.max_tasks = options.get("max_tasks", 0)
-        job.earlier, job.deaths = options.get("attempts", 0), min(job.deaths, job.max_deaths + 1)
+        job.fn, job.payload, job.log = fn, payload, log
+        if options:
+            job.name = options.get("name", "")
+        if options and len(options) > ("name" in options):      # most have only that
+            job.priority, job.retries = options.get("priority", 0), options.get("retries", 0)
+            job.max_deaths = options.get("max_deaths", 3)
+            job.on, job.soft = frozenset(options["on"]) if options.get("on") else None, bool(options.get("soft"))
+            job.limit, job.cancel_running = options.get("job_timeout"), bool(options.get("cancel_running"))
+            job.max_tasks, job.earlier = options.get("max_tasks", 0), options.get("attempts", 0)
+            job.deaths = min(job.deaths, job.max_deaths + 1)
         if job.begun and job.worker:
             self._started(job.worker, now, job.token)       # its limit was not known then
-        if job.state == State.WAITING and not (self._adopting and options.get("again")):
+        if job.state == State.WAITING and not (self._adopting and options and options.get("again")):
             self._run_anew(job, now)
 
     def _run_anew(self, job: Job, now: float) -> None:
@@ -1686,7 +1685,6 @@ class Scheduler:
             worker.moved_at = now
             worker.finished += 1
             self._unassign(worker, token)
-            self._refresh(worker)
         if job is None:
             return self._forget(worker, token)
         if not job.delivering:
@@ -1785,9 +1783,11 @@ class Scheduler:
         if queue.soft and not selection.members:
             selection = self._everybody
         roomy = selection.roomy if self._estimate(job) < LONG else {}
-        # first who is warm; what it may forget goes in the same frame
-        latest = [session.latest] if session.latest and session.latest in selection.idle else []
-        candidates: Iterable[Worker] = itertools.chain(latest, selection.idle, roomy)
+        if session.limit is None and not session.unfit:     # as mostly
+            if session.latest in selection.idle:        # it is warm, and what it may forget goes in the same frame
+                return session.latest
+            return next(iter(selection.idle or roomy), None)
+        candidates: Iterable[Worker] = itertools.chain(selection.idle, roomy)
         if session.limit is not None and len(session.workers) >= session.limit:
             candidates = (w for w in session.workers if w in roomy)     # its own, of which none is idle
         return next((w for w in candidates if w not in session.unfit), None)
@@ -1813,7 +1813,8 @@ class Scheduler:
         self._place(job, worker, self._token, self._estimate(job))
         self._refresh(worker)
         self._equip(worker, job)
-        self._send_acks(worker)
+        if worker.acks:
+            self._send_acks(worker)
         options: dict[str, Any] = {"name": job.name} if job.name else {}
         if job.attempts > 1:
             options["attempt"] = job.attempts
@@ -1831,6 +1832,8 @@ class Scheduler:
         """Send the part of the session's log, and the function, that this worker has not got."""
         session = job.session
         position = worker.positions.get(session.id, 0)
+        if position >= job.log and job.fn in worker.has and worker in session.tried:
+            return
         entries = session.log[position:job.log]
         for number, name in enumerate([*entries, job.fn], position):
             if name not in worker.has and name in session.objects:
