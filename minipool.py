@@ -724,10 +724,12 @@ class Connection:
         self._pending = bytearray()             # received and not yet consumed
 
     def post(self, messages: Iterable[Message]) -> None:
-        """Append messages to the outbox; a later flush() sends them. Cheap enough to call under other locks."""
-        with self._lock:
-            for message in messages:
-                (self._ranges if message[0] == "range" else self._control).append(message)
+        """Append messages to the outbox; a later flush() sends them. Cheap enough to call under other locks.
+
+        It takes no lock: who gives the writer role back looks once more, or flush() finds the role free.
+        """
+        for message in messages:
+            (self._ranges if message[0] == "range" else self._control).append(message)
 
     def flush(self, frames: int = BORROWED_FRAMES) -> None:
         """Write up to `frames` frames of what waits, without blocking; the writer thread does the rest.
@@ -3442,10 +3444,14 @@ class Client:
         check_size(entry.blob, self.max_value, "pickle", fn)
         check_size(packed, self.max_value, "arguments", fn)
         inline = 0 if isinstance(packed, Blob) else len(packed)
-        wire = {name: options[name] for name in _WIRE_OPTIONS if options.get(name) is not None}
-        wire["name"] = options.get("name") or name_of(fn)
-        if where := options.get("on") or options.get("prefer"):
-            wire.update(on=list(where), soft=not options.get("on"))
+        wired = view._wired
+        if wired[0] is not entry:           # the same objects for the next call: then a batch holds them once
+            wire = {name: options[name] for name in _WIRE_OPTIONS if options.get(name) is not None}
+            wire["name"] = options.get("name") or name_of(fn)
+            if where := options.get("on") or options.get("prefer"):
+                wire.update(on=list(where), soft=not options.get("on"))
+            view._wired = wired = entry, (self.session, entry.number), wire
+        _, name, wire = wired
         with self.lock:
             if self.broken is not None:
                 raise self.broken()
@@ -3453,7 +3459,7 @@ class Client:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             number = next(self.numbers)
             payload = packed if inline else self._share(number, packed)
-            message = ("submit", number, (self.session, entry.number), payload, len(self._log), wire)
+            message = ("submit", number, name, payload, len(self._log), wire)
             future = Future(self, number, view, (entry, message, inline))
             self.unfinished[number] = future
             heapq.heappush(self._backlog, (-wire.get("priority", 0), number))
@@ -3785,6 +3791,7 @@ class Executor(concurrent.futures.Executor):
         self._options: dict[str, Any] = {"max_tasks": max_tasks_per_child}
         self._parent: Executor | None = None
         self._closed = False            # this view
+        self._wired: tuple[Any, Any, Any] = (None, None, None)      # the last function, and how messages say it
         child, limit, patience = None, max_workers, reconnect_timeout
         where = address or os.environ.get("MINIPOOL_ADDRESS") or "local"
         if where == "local":            # a private child serves this machine, with a throw-away secret
@@ -3897,7 +3904,7 @@ class Executor(concurrent.futures.Executor):
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view._options = {**self._options, **options}
-        view._parent, view._closed = self, False
+        view._parent, view._closed, view._wired = self, False, (None, None, None)
         if view._options.get("on"):
             self._check_on(view._options["on"])
         return view
