@@ -568,7 +568,7 @@ class Plain:
                 sock.setsockopt(level, getattr(socket, option), setting)
 
     def send(self, buffers: Sequence[Any]) -> int:
-        """Send what fits now; return how many bytes went, 0 if the kernel's buffer is full."""
+        """Send what fits now, or the first part of it; return how many bytes went, 0 if the kernel's buffer is full."""
         try:
             return self.sock.sendmsg(buffers, (), socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
@@ -607,25 +607,17 @@ class Tls(Plain):
         self._lock = threading.Lock()
 
     def send(self, buffers: Sequence[Any]) -> int:
-        sent = 0
-        for buffer in buffers:
-            while buffer:               # a record at a time; what did not fit is offered again, as OpenSSL demands
-                try:
-                    with self._lock:
-                        count = self.sock.send(buffer)
-                except _tls_would_block():
-                    return sent
-                sent, buffer = sent + count, buffer[count:]
-        return sent
+        try:
+            with self._lock:
+                return self.sock.send(buffers[0])   # one record; if 0 went it is offered again, as OpenSSL demands
+        except _tls_would_block():
+            return 0
 
     def receive_into(self, view: memoryview) -> int:
         while True:
             try:
                 with self._lock:
-                    count = self.sock.recv_into(view)
-                if not count:
-                    raise EOFError
-                return count
+                    return super().receive_into(view)
             except _tls_would_block():
                 super().poll(select.POLLIN, 60)
 
@@ -649,10 +641,7 @@ def tls_context(files: tuple[str, str] | None = None) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if files:
         context.num_tickets = 0         # nobody resumes a session
-        try:
-            context.load_cert_chain(*files, password=str)       # "": else OpenSSL asks at the terminal
-        except OSError as error:
-            raise ValueError(f"{files[0]} and {files[1]} are no certificate and its key in PEM: {error}") from None
+        context.load_cert_chain(*files, password=str)       # "": else OpenSSL asks at the terminal
     else:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE      # the handshake does it: see Tls
     return context
@@ -672,17 +661,18 @@ def dial_tls(sock: socket.socket, context: ssl.SSLContext) -> tuple[ssl.SSLSocke
 def server_tls(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
     """Return a server's context and the digest of its certificate; without files, one for this life of the server."""
     import tempfile  # late, as are these
+    source = " and ".join(str(path) for path in (certificate, key) if path) or "`openssl`"
     with tempfile.TemporaryDirectory(prefix="minipool-") as folder:
-        if not certificate:
-            certificate, key = os.path.join(folder, "certificate"), os.path.join(folder, "key")
-            command = ["openssl", "req", "-x509", "-nodes", "-subj", "/CN=minipool", "-days", "3650",
-                       "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-            try:
+        try:
+            if not (certificate or key):
+                certificate, key = os.path.join(folder, "certificate"), os.path.join(folder, "key")
+                command = ["openssl", "req", "-x509", "-nodes", "-subj", "/CN=minipool", "-days", "3650",
+                           "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
                 subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                raise ValueError(f"no certificate could be made by `openssl` ({error}): give --tls-cert and --tls-key, "
-                                 "two PEM files") from None
-        context = tls_context((certificate, key))
+            context = tls_context((certificate, key))
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(f"no certificate and its key in PEM from {source} ({error}): "
+                             "give --tls-cert and --tls-key, two files") from None
         with open(certificate) as file:
             first = file.read().partition("-----BEGIN CERTIFICATE-----")[2].partition("-----END")[0]
     return context, hashlib.sha256(base64.b64decode(first)).digest()
@@ -2441,9 +2431,7 @@ class Server:
                  max_value: int = 64 << 30, dead_after: float = T_DEAD, tls: bool = False, tls_cert: str = "",
                  tls_key: str = "", embedded: bool = False) -> None:
         self._host, self._port = host, port
-        if bool(tls_cert) != bool(tls_key):
-            raise ValueError("a certificate and its key go together: give --tls-cert and --tls-key")
-        self.tls = tls or bool(tls_cert)
+        self.tls = tls or bool(tls_cert or tls_key)
         self._tls: tuple[ssl.SSLContext | None, bytes] = server_tls(tls_cert, tls_key) if self.tls else (None, b"")
         self._secret = find_secret(secret, make=True)
         if self._secret.is_weak and not _is_loopback(host):
