@@ -65,7 +65,6 @@ import os
 import pickle
 import queue
 import random
-import re
 import resource
 import secrets
 import select
@@ -209,25 +208,23 @@ Message = tuple[Any, ...]
 Check = Callable[[Any], bool]
 
 
-# Checks that hot messages need, as conditions on x: those of all fields of a message are compiled into one function.
-_HOT_CHECKS: dict[Any, str] = {
-    **{accepted: f"type(x) is {accepted.__name__}" for accepted in (bool, str, bytes, list, dict)},
-    int: "type(x) is int and 0 <= x < BIGGEST", float: "type(x) in (int, float) and 0 <= x < BIGGEST",
-    "name": "type(x) is tuple and len(x) == 2 and type(x[0]) is bytes and len(x[0]) <= 64 and _is_number(x[1])",
-    "value": "(type(x) is bytes or type(x) is tuple and len(x) == 2 and _is_name(x[0]) and _is_number(x[1]))",
-    "options": "(x is None or type(x) is dict and all(n not in _OPTIONS_READ or _OPTIONS_READ[n](x[n]) for n in x))",
-}
+def _is_number(field: Any) -> bool:
+    return type(field) is int and 0 <= field < BIGGEST
 
 
-def _compiled(kinds: Sequence[Any]) -> Callable[..., bool]:
-    """Return a function of fields of these kinds, that checks all; made of the texts above and nothing else."""
-    names = [f"x{i}" for i in range(len(kinds))]
-    tests = [re.sub(r"\bx\b", x, _HOT_CHECKS.get(k, f"_CHECKS[{k!r}](x)")) for x, k in zip(names, kinds)]
-    check: Callable[..., bool] = eval(f"lambda {', '.join(names)}: {' and '.join(tests) or True}")
-    return check
+def _is_name(field: Any) -> bool:
+    return (type(field) is tuple and len(field) == 2 and type(field[0]) is bytes and len(field[0]) <= 64
+            and _is_number(field[1]))
 
 
-_is_number, _is_name = _compiled([int]), _compiled(["name"])
+def _is_value(field: Any) -> bool:
+    return type(field) is bytes or (
+        type(field) is tuple and len(field) == 2 and _is_name(field[0]) and _is_number(field[1]))
+
+
+def _are_options(field: Any) -> bool:
+    return field is None or (type(field) is dict and all(
+        is_good(field[name]) for name, is_good in _OPTIONS_READ.items() if name in field))
 
 
 def _one_of(*accepted: type) -> Check:
@@ -240,7 +237,9 @@ def _list_of(is_good: Check) -> Check:
 
 # by the types that the catalogue names; numbers are finite and never negative
 _CHECKS: dict[Any, Check] = {
-    **{kind: _compiled([kind]) for kind in _HOT_CHECKS},
+    int: _is_number, float: lambda field: type(field) in (int, float) and 0 <= field < BIGGEST,
+    **{accepted: _one_of(accepted) for accepted in (bool, str, bytes, list, dict)},
+    "name": _is_name, "value": _is_value, "options": _are_options,
     "int?": _one_of(int, type(None)), "bytes?": _one_of(bytes, type(None)), "dict?": _one_of(dict, type(None)),
     "numbers": _list_of(_is_number), "names": _list_of(_is_name), "texts": _list_of(_one_of(str)),
     "attempts": _list_of(lambda item: type(item) is tuple and len(item) == 3 and _is_name(item[1])
@@ -256,7 +255,6 @@ _CHECKS: dict[Any, Check] = {
 
 
 CATALOGUE: dict[str, tuple[frozenset[str], dict[str, Check]]] = {}     # by kind: who sends it, what each field may be
-_ARE_GOOD: dict[str, Callable[..., bool]] = {}      # by kind: all these checks of its fields in one
 
 
 def _fields(**kinds: Any) -> dict[str, Check]:
@@ -269,7 +267,7 @@ _OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=i
 
 
 def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
-    CATALOGUE[kind], _ARE_GOOD[kind] = (frozenset(senders.split()), _fields(**kinds)), _compiled(list(kinds.values()))
+    CATALOGUE[kind] = frozenset(senders.split()), _fields(**kinds)
 
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
@@ -346,8 +344,6 @@ def check_message(message: Any, sender: str) -> None:
         raise Malformed(f"a {sender} sends no {message[0]!r}")
     if len(message) - 1 != len(fields):
         raise Malformed(f"{message[0]!r} has {len(fields)} fields, not {len(message) - 1}")
-    if _ARE_GOOD[message[0]](*message[1:]):
-        return
     for (name, is_good), field in zip(fields.items(), message[1:], strict=False):
         if not is_good(field):
             raise Malformed(f"{message[0]!r}: {name} is out of range or not what it should be")
