@@ -217,16 +217,6 @@ def _is_name(field: Any) -> bool:
             and _is_number(field[1]))
 
 
-def _is_value(field: Any) -> bool:
-    return type(field) is bytes or (
-        type(field) is tuple and len(field) == 2 and _is_name(field[0]) and _is_number(field[1]))
-
-
-def _are_options(field: Any) -> bool:
-    return field is None or (type(field) is dict and all(
-        is_good(field[name]) for name, is_good in _OPTIONS_READ.items() if name in field))
-
-
 def _one_of(*accepted: type) -> Check:
     return lambda field: type(field) in accepted
 
@@ -239,7 +229,11 @@ def _list_of(is_good: Check) -> Check:
 _CHECKS: dict[Any, Check] = {
     int: _is_number, float: lambda field: type(field) in (int, float) and 0 <= field < BIGGEST,
     **{accepted: _one_of(accepted) for accepted in (bool, str, bytes, list, dict)},
-    "name": _is_name, "value": _is_value, "options": _are_options,
+    "name": _is_name,
+    "value": lambda field: type(field) is bytes or (
+        type(field) is tuple and len(field) == 2 and _is_name(field[0]) and _is_number(field[1])),
+    "options": lambda field: field is None or (type(field) is dict and all(
+        is_good(field[name]) for name, is_good in _OPTIONS_READ.items() if name in field)),
     "int?": _one_of(int, type(None)), "bytes?": _one_of(bytes, type(None)), "dict?": _one_of(dict, type(None)),
     "numbers": _list_of(_is_number), "names": _list_of(_is_name), "texts": _list_of(_one_of(str)),
     "attempts": _list_of(lambda item: type(item) is tuple and len(item) == 3 and _is_name(item[1])
@@ -253,7 +247,6 @@ _CHECKS: dict[Any, Check] = {
     "any": _one_of(int, float, bool, str, bytes, list, dict, tuple, type(None)),
 }
 
-
 CATALOGUE: dict[str, tuple[frozenset[str], dict[str, Check]]] = {}     # by kind: who sends it, what each field may be
 
 
@@ -262,8 +255,8 @@ def _fields(**kinds: Any) -> dict[str, Check]:
 
 
 # what the scheduler reads of a job's options; the rest is for the worker
-_OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=int, job_timeout=float, max_tasks=int,
-                        attempts=int, on="tags")
+_OPTIONS_READ: dict[str, Check] = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int,
+                                          job_timeout=float, max_tasks=int, on="tags")
 
 
 def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
@@ -323,8 +316,7 @@ _message("broken", "server", "every worker that tried the session's log is unfit
 _message("leave", "server", "forget this session: its functions, its log, its globals", session=bytes)
 
 # large values
-_message("pull", "client worker server", "send me this range of an object", name="name", offset=int,
-         length="length")
+_message("pull", "client worker server", "send me this range of an object", name="name", offset=int, length="length")
 _message("range", "client worker server", "a range; its bytes follow the frame, their SHA-256 is here",
          name="name", offset=int, digest=bytes)
 _message("gone", "client worker server", "nobody holds this object", name="name")
@@ -352,13 +344,9 @@ def check_message(message: Any, sender: str) -> None:
 def brief(message: Message) -> str:
     """Return a short text of a message for the log: kind, numbers and names, sizes instead of bytes."""
     def show(field: Any) -> str:
-        if isinstance(field, bytes):
-            return f"{len(field)} B"
-        if isinstance(field, (list, dict)):
-            return f"{len(field)} items"
         if isinstance(field, tuple) and field and isinstance(field[0], bytes):
             return f"{field[0][:3].hex()}:{field[1]}"
-        return repr(field)
+        return f"{type(field).__name__}[{len(field)}]" if isinstance(field, (bytes, list, dict)) else repr(field)
     return f"{message[0]}({', '.join(show(f) for f in message[1:])})"
 
 
@@ -403,11 +391,8 @@ HANDSHAKE_SECONDS = 5.0         # absolute, for the whole handshake
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 _hmac = functools.partial(hmac.digest, digest="sha256")     # of key and message
-
-
-@functools.lru_cache(maxsize=8)     # once per process and server life, never per connection
-def _stretch(password: str, salt: bytes) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, n=2**15, r=8, p=1, maxmem=64 * 1024 * 1024, dklen=32)
+# of a password, with a salt: once per process and server life, never per connection
+_stretch = functools.lru_cache(8)(functools.partial(hashlib.scrypt, n=2**15, r=8, p=1, maxmem=64 << 20, dklen=32))
 
 
 class Secret:
@@ -421,10 +406,9 @@ class Secret:
         self.text = text.strip()
         if not self.text:
             raise ValueError("the secret is empty")
-        self.is_password = not self.text.startswith("mp1_")
-        self.is_weak = self.is_password and len(self.text) < 12     # may only guard a loopback port
-        self._raw = b""
-        if not self.is_password:
+        self.is_weak = len(self.text) < 12      # a password that may only guard a loopback port
+        self._raw = b""                         # of a password there is none: it is stretched
+        if self.text.startswith("mp1_"):
             with contextlib.suppress(ValueError):
                 self._raw = base64.urlsafe_b64decode(self.text[4:] + "=")
             if len(self._raw) != 32:
@@ -437,7 +421,7 @@ class Secret:
 
     def role_key(self, role: str, instance: bytes, identity: bytes = b"") -> bytes:
         """Return the key of a role; for a worker, the ticket of the worker `identity`, which opens nothing else."""
-        master = _stretch(self.text, instance) if self.is_password else self._raw
+        master = self._raw or _stretch(self.text.encode(), salt=instance)
         key = _hmac(master, b"minipool/1 role " + role.encode())
         return _hmac(key, identity) if role == "worker" else key
 
@@ -465,22 +449,8 @@ class SessionKeys(NamedTuple):
 
 
 def first_hello(role: str, identity: bytes = b"") -> bytes:
-    """Return step 1: `identity` (20 bytes) says which worker this is, other roles leave it empty."""
+    """Return step 1, with the identity of a worker (20 bytes); or step 2, with 5 zeros and the server's instance."""
     return _HELLO.pack(MAGIC, PROTOCOL, ROLES.index(role), 0, identity.ljust(21, b"\0"), secrets.token_bytes(32))
-
-
-def second_hello(instance: bytes) -> bytes:
-    """Return step 2; `instance` names this life of the server."""
-    return first_hello("server", bytes(5) + instance)
-
-
-def read_first_hello(data: bytes) -> tuple[str, bytes, int]:
-    """Return (role, identity, protocol) of step 1, or raise Malformed."""
-    magic, version, role, flags, identity, _nonce = _HELLO.unpack(data)
-    reserved = identity[20:] if role == ROLES.index("worker") else identity
-    if magic != MAGIC or flags or not 1 <= role < len(ROLES) or any(reserved):
-        raise Malformed("not a hello")
-    return ROLES[role], identity[:20], version
 
 
 def _read_exactly(sock: socket.socket, size: int) -> bytes:
@@ -2364,8 +2334,12 @@ class Doorkeeper:
     def _meet(self, guest: _Guest) -> Iterator[int]:
         """The server's half of the handshake, from step 1 on; yields how many bytes it needs before it goes on."""
         first, guest.data = guest.data, b""
-        role, identity, version = read_first_hello(first)
-        second = second_hello(self._instance)
+        magic, version, place, flags, named, _nonce = _HELLO.unpack(first)
+        reserved = named[20:] if place == ROLES.index("worker") else named
+        if magic != MAGIC or flags or not 1 <= place < len(ROLES) or any(reserved):
+            raise Malformed("not a hello")
+        role, identity = ROLES[place], named[:20]
+        second = first_hello("server", bytes(5) + self._instance)
         guest.sock.sendall(second)
         if version != PROTOCOL:         # the dialer reads our version in it, and names both
             raise Malformed(f"speaks protocol {version}")
