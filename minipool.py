@@ -700,14 +700,12 @@ class Connection:
 
     def start_writer(self) -> None:
         """Start the writer thread; early where it may be needed at interpreter shutdown, when none can start."""
+        def write_on() -> None:
+            while self._handed.get():       # the role
+                self._write(sys.maxsize)
         if self._writer is None:
-            self._writer = threading.Thread(target=self._write_on, name=f"minipool-{self.remote}-writer", daemon=True)
+            self._writer = threading.Thread(target=write_on, name=f"minipool-{self.remote}-writer", daemon=True)
             self._writer.start()
-
-    def _write_on(self) -> None:
-        """The writer thread: whenever it is handed the role, write until nothing waits."""
-        while self._handed.get():
-            self._write(sys.maxsize)
 
     def _write(self, frames: int) -> None:
         """Write up to `frames` frames; the caller holds the role and has not got it afterwards."""
@@ -927,11 +925,8 @@ class Peer:
         self._pulls: dict[Name, Pull] = {}                  # guarded by lock, as is
         self._asked: dict[tuple[Name, int], memoryview] = {}    # ranges on their way, (name, offset): where they belong
         self._stopping = threading.Event()
+        # for the owner to start
         self.thread = threading.Thread(target=self._run, name=f"minipool-{name or role}-io", daemon=True)
-
-    def start(self) -> None:
-        """Start the I/O thread."""
-        self.thread.start()
 
     def stop(self, *farewell: Message) -> None:
         """Say farewell and end the threads; blocks for at most a second of unsent words."""
@@ -1050,7 +1045,14 @@ class Peer:
     def _handle_range(self, connection: Connection, message: Message) -> bool:
         """Act on a message about large values; return False for any other."""
         if message[0] == "pull":
-            connection.post([self._range(*message[1:])])
+            _, name, offset, length = message
+            with self.lock:
+                blob = self.values.get(name)
+            if blob is None or offset + length > blob.size:
+                connection.post([("gone", name)])
+            else:
+                body = blob.read(offset, length)
+                connection.post([("range", name, offset, hashlib.sha256(body).digest(), body)])
         elif message[0] == "range":
             self._take_range(*message[1:])
         elif message[0] == "gone":
@@ -1062,14 +1064,6 @@ class Peer:
             return False
         connection.flush()
         return True
-
-    def _range(self, name: Name, offset: int, length: int) -> Message:
-        with self.lock:
-            blob = self.values.get(name)
-        if blob is None or offset + length > blob.size or length > RANGE:
-            return ("gone", name)
-        body = blob.read(offset, length)
-        return ("range", name, offset, hashlib.sha256(body).digest(), body)
 
     def _take_range(self, name: Name, offset: int, digest: bytes, body: Any = b"") -> None:
         """Check an arrived range; a spoiled one is asked for again, three times, then the value counts as lost."""
@@ -3371,7 +3365,7 @@ class Client:
         self.peer = Peer("client", address, secret.role_key, lock=self.lock, announce=self._announce,
                          on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered, tls=tls)
         self._callback_thread.start()
-        self.peer.start()
+        self.peer.thread.start()
         final = Refused, VersionMismatch                # trying again does not help
         try:
             if initializer is not None:

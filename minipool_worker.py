@@ -287,7 +287,7 @@ class Worker:
 
     def run(self) -> None:
         """Take what is next and execute it, until the server lets us go."""
-        self.peer.start()
+        self.peer.thread.start()
         while True:
             attempt = self._next()
             if attempt is None:
@@ -717,7 +717,7 @@ class Supervisor:
     def run(self) -> None:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
         locks = [_lock("nodes", fcntl.LOCK_SH), *self._claim_devices()]
-        self.peer.start()
+        self.peer.thread.start()
         threading.Thread(target=self._watch_devices, name="minipool-devices", daemon=True).start()
         try:
             while self._stop_at is None or (self._running() and time.monotonic() < self._stop_at):

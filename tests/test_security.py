@@ -474,7 +474,7 @@ class TestOthersJobs:
         with contextlib.suppress(Malformed):
             pool.feed("c2", ("pull", value[0], 0, minipool.RANGE + 1))
         pool.feed("c1", ("pull", value[0], 0, minipool.RANGE))
-        for _, _, length in pool.told("w1", "pull"):        # as Peer._range does it
+        for _, _, length in pool.told("w1", "pull"):        # as Peer does it
             pool.feed("w1", ("gone", value[0]) if length > minipool.RANGE else
                       ("range", value[0], 0, hashlib.sha256(bytes(length)).digest(), bytes(length)))
         assert len(pool.told("c1", "range")) == 1 and not pool.told("c1", "gone")
