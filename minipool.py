@@ -402,11 +402,10 @@ class Secret:
     one role is worth nothing for another.
     """
 
-    def __init__(self, text: str) -> None:
-        self.text = text.strip()
+    def __init__(self, text: str, source: str = "") -> None:
+        self.text, self.source = text.strip(), source       # and where it was found
         if not self.text:
             raise ValueError("the secret is empty")
-        self.is_weak = len(self.text) < 12      # a password that may only guard a loopback port
         self._raw = b""                         # of a password there is none: it is stretched
         if self.text.startswith("mp1_"):
             with contextlib.suppress(ValueError):
@@ -565,6 +564,7 @@ class Tls(Plain):
     The certificate needs nobody's word: its digest goes into the handshake, so only who has the secret can vouch for
     it, and a middleman with a certificate of his own ends up with keys that are not ours.
     """
+    would_block: tuple[type[OSError], ...] = (BlockingIOError,)     # and two more once `ssl` is imported
 
     def __init__(self, sock: Any) -> None:
         super().__init__(sock)
@@ -576,7 +576,7 @@ class Tls(Plain):
         try:
             with self._lock:
                 return self.sock.send(buffers[0])   # one record; if 0 went it is offered again, as OpenSSL demands
-        except _tls_would_block():
+        except Tls.would_block:
             return 0
 
     def receive_into(self, view: memoryview) -> int:
@@ -584,7 +584,7 @@ class Tls(Plain):
             try:
                 with self._lock:
                     return super().receive_into(view)
-            except _tls_would_block():
+            except Tls.would_block:
                 super().poll(select.POLLIN, 60)
 
     def poll(self, event: int, seconds: float) -> bool:
@@ -593,14 +593,10 @@ class Tls(Plain):
         return bool(here) or super().poll(event, seconds)
 
 
-def _tls_would_block() -> tuple[type[BaseException], ...]:
-    import ssl
-    return ssl.SSLWantReadError, ssl.SSLWantWriteError
-
-
 def tls_context(files: tuple[str, str] | None = None) -> ssl.SSLContext:
     """Return the context of a server with this certificate and key (paths of PEM files), or of who dials one."""
     import ssl  # late: slow to import, and few need it
+    Tls.would_block = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
     if sys.version_info[:3] == (3, 13, 6):
         raise ValueError("Python 3.13.6 has a deadlock in its TLS (mended in 3.13.7): use another version, or no TLS")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if files else ssl.PROTOCOL_TLS_CLIENT)
@@ -848,8 +844,10 @@ class Connection:
                 self._seam.sock.close()
 
 
-def parse_address(address: str) -> tuple[str, int]:
-    """Split "host", "host:port", "[::1]:port" or "::1" into host and port; raise ValueError otherwise."""
+def parse_address(address: str | None) -> tuple[str, int]:
+    """Split "host", "host:port" or "[::1]:port"; None: MINIPOOL_ADDRESS, or this machine. Raises ValueError."""
+    if address is None:
+        address = os.environ.get("MINIPOOL_ADDRESS") or "127.0.0.1"
     host, port = address.strip(), str(DEFAULT_PORT)
     if host.count(":") == 1 or "]:" in host:
         host, _, port = host.rpartition(":")
@@ -2181,12 +2179,31 @@ class _Guest:
         self.steps: Iterator[int] | None = None     # the server's half of the handshake, under way
 
 
-def secret_path() -> str:
-    """Return where this user's secret is kept."""
-    return os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "minipool", "secret")
+def find_secret(secret: str | None = None, path: str | None = None, *, make: bool = False) -> Secret:
+    """Return the secret: given, `path`, MINIPOOL_SECRET_FILE, MINIPOOL_SECRET, or this user's file, in this order.
 
-
-def _read_secret(path: str) -> Secret:
+    A source that is named and fails is fatal, never skipped. Raises Refused if there is none at all, unless `make`:
+    then a new one is written to this user's file.
+    """
+    if secret is not None:
+        return Secret(secret)
+    path = path or os.environ.get("MINIPOOL_SECRET_FILE")
+    if not path and os.environ.get("MINIPOOL_SECRET"):
+        return Secret(os.environ["MINIPOOL_SECRET"], "MINIPOOL_SECRET")
+    if not path:
+        folder = os.path.join(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"), "minipool")
+        path = os.path.join(folder, "secret")
+        if make and not os.path.lexists(path):
+            import tempfile  # late: slow to import, and needed once per user
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=folder) as draft:     # nobody else can read it
+                draft.write(Secret.new().text + "\n")
+                draft.flush()
+                with contextlib.suppress(FileExistsError):      # another process of ours was faster
+                    os.link(draft.name, path)                   # appears whole or not at all
+        elif not os.path.lexists(path):
+            raise Refused("no secret found: give secret= (--secret-file on the command line), set MINIPOOL_SECRET_FILE "
+                          f"or MINIPOOL_SECRET, or start the server as this user, which makes {path}")
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             status, text = os.fstat(file.fileno()), file.read(4096)
@@ -2198,35 +2215,7 @@ def _read_secret(path: str) -> Secret:
         raise Refused(f"the secret file {path} belongs to another user")
     if status.st_mode & 0o077:
         raise Refused(f"others can read the secret file {path}: run chmod 600 {path}")
-    return Secret(text)
-
-
-def find_secret(secret: str | None = None, path: str | None = None, *, make: bool = False) -> Secret:
-    """Return the secret: given, `path`, MINIPOOL_SECRET_FILE, MINIPOOL_SECRET, or this user's file, in this order.
-
-    A source that is named and fails is fatal, never skipped. Raises Refused if there is none at all, unless `make`:
-    then a new one is written to this user's file.
-    """
-    if secret is not None:
-        return Secret(secret)
-    path = path or os.environ.get("MINIPOOL_SECRET_FILE")
-    if not path and os.environ.get("MINIPOOL_SECRET"):
-        return Secret(os.environ["MINIPOOL_SECRET"])
-    if path or os.path.lexists(secret_path()):
-        return _read_secret(path or secret_path())
-    path = secret_path()
-    if not make:
-        raise Refused("no secret found: give secret= (--secret-file on the command line), set MINIPOOL_SECRET_FILE or "
-                      f"MINIPOOL_SECRET, or start the server as this user, which makes {path}")
-    import tempfile  # late: slow to import, and needed once per user
-
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path)) as draft:      # nobody else can read it
-        draft.write(Secret.new().text + "\n")
-        draft.flush()
-        with contextlib.suppress(FileExistsError):      # another process of ours was faster
-            os.link(draft.name, path)                   # appears whole or not at all
-    return _read_secret(path)
+    return Secret(text, path)
 
 
 class Doorkeeper:
@@ -2237,7 +2226,6 @@ class Doorkeeper:
                  tls: tuple[ssl.SSLContext | None, bytes] = (None, b"")) -> None:
         self._listener, self._secret, self._instance, self._admit = listener, secret, instance, admit
         self._tls, self._binding = tls
-        self._not_yet: tuple[type[BaseException], ...] = (BlockingIOError, *(_tls_would_block() if self._tls else ()))
         self._guests: dict[socket.socket, _Guest] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -2278,9 +2266,17 @@ class Doorkeeper:
             try:
                 sock, source = self._listener.accept()
             except OSError as error:
-                if not isinstance(error, BlockingIOError) and not self._stopping:
-                    self._turn_away(error)
-                return
+                if isinstance(error, BlockingIOError) or self._stopping:
+                    return
+                # out of descriptors: nobody is left to wait for an answer that will not come; who is in does not notice
+                with contextlib.suppress(OSError):
+                    os.close(self._spare)
+                    self._spare = -1
+                    self._listener.accept()[0].close()
+                    log.warning("somebody was turned away: %s (`ulimit -n` sets how many descriptors there are)", error)
+                with contextlib.suppress(OSError):
+                    self._spare = os.open(os.devnull, os.O_RDONLY)
+                return time.sleep(0.05)     # they may be given back; and the log is not flooded
             sock.setblocking(False)
             if self._tls:               # its handshake is a part of what is received
                 try:
@@ -2297,17 +2293,6 @@ class Doorkeeper:
             self._guests[sock] = guest
             self._selector.register(sock, selectors.EVENT_READ)
 
-    def _turn_away(self, error: OSError) -> None:
-        """Out of descriptors: nobody is left to wait for an answer that will not come; who is in does not notice."""
-        with contextlib.suppress(OSError):
-            os.close(self._spare)
-            self._spare = -1
-            self._listener.accept()[0].close()
-            log.warning("somebody was turned away: %s (`ulimit -n` sets how many descriptors there are)", error)
-        with contextlib.suppress(OSError):
-            self._spare = os.open(os.devnull, os.O_RDONLY)
-        time.sleep(0.05)            # they may be given back; and the log is not flooded
-
     def _hear(self, guest: _Guest) -> None:
         """Take what a stranger says; every step is of a known size, any misfit is a quiet close."""
         try:
@@ -2320,7 +2305,7 @@ class Doorkeeper:
                 guest.wanted = next(guest.steps, 0)
             elif not data:
                 self._dismiss(guest)
-        except self._not_yet:
+        except Tls.would_block:
             return
         except (OSError, Malformed) as error:
             self._dismiss(guest, str(error))
@@ -2361,10 +2346,6 @@ class Doorkeeper:
             log.info("a stranger at %s %s: turned away", guest.source, why)
 
 
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
 def check_announcement(message: Message, role: str, identity: bytes) -> None:
     """Raise Malformed unless a connection's first message is its role's announcement, VersionMismatch to refuse it."""
     if message[0] != role:
@@ -2398,7 +2379,8 @@ class Server:
         self.tls = tls or bool(tls_cert or tls_key)
         self._tls: tuple[ssl.SSLContext | None, bytes] = server_tls(tls_cert, tls_key) if self.tls else (None, b"")
         self._secret = find_secret(secret, make=True)
-        if self._secret.is_weak and not _is_loopback(host):
+        self.is_local = host in ("localhost", "::1") or host.startswith("127.")
+        if len(self._secret.text) < 12 and not self.is_local:
             raise ValueError("a password of under 12 characters is for loopback only: use a longer one, or "
                              "leave it out and let the server make a secret")
         self.secret = self._secret.text                 # to hand to clients and nodes
@@ -2565,11 +2547,6 @@ class Server:
             log.critical("an invariant of the scheduler is broken (%s): the server stops", error)
             self.failure = error
             threading.Thread(target=self.stop, name="minipool-stop").start()
-
-
-def find_address(address: str | None = None) -> tuple[str, int]:
-    """Return host and port: of `address`, MINIPOOL_ADDRESS, or this machine's server."""
-    return parse_address(address or os.environ.get("MINIPOOL_ADDRESS") or "127.0.0.1")
 
 
 def is_server_running(address: str | None = None) -> bool:
@@ -3921,14 +3898,12 @@ def run_command(options: argparse.Namespace, log_to: Any = None) -> int:
         return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), EXIT_FAILED)
 
 
-def _print_lines(server: Server, options: argparse.Namespace) -> None:
+def _print_lines(server: Server, options: argparse.Namespace, source: str) -> None:
     """Print the exact lines to paste for workers and clients."""
-    address, loopback = server.address, _is_loopback(options.host)
+    address = server.address
     on_terminal = sys.stdout is not None and sys.stdout.isatty()        # None: it was closed
-    source = (options.secret_file or os.environ.get("MINIPOOL_SECRET_FILE")
-              or ("MINIPOOL_SECRET" if os.environ.get("MINIPOOL_SECRET") else secret_path()))
-    prefix = "" if loopback else f"MINIPOOL_SECRET={server.secret if on_terminal else '...'} "
-    if loopback and options.secret_file:
+    prefix = "" if server.is_local else f"MINIPOOL_SECRET={server.secret if on_terminal else '...'} "
+    if server.is_local and options.secret_file:
         prefix = f"MINIPOOL_SECRET_FILE={options.secret_file} "
     tls = " --tls" * server.tls
     worker = "minipool-worker" if "site-packages" in os.path.abspath(__file__) else "python minipool_worker.py"
@@ -3936,7 +3911,7 @@ def _print_lines(server: Server, options: argparse.Namespace) -> None:
              f"  workers:  {prefix}{worker} connect {address}{tls}",
              f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}" + "   and Executor(tls=True)" * server.tls,
              f"  status:   {prefix}python minipool.py status --address {address}{tls}        stop: Ctrl-C"]
-    if not loopback and not server.tls:
+    if not server.is_local and not server.tls:
         lines.append("  traffic is authenticated but not encrypted: use it in a network you trust, or a tunnel"
                      + ("" if on_terminal else "; `minipool secret` prints the secret"))
     try:
@@ -3948,18 +3923,17 @@ def _print_lines(server: Server, options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     """Run a server until a signal ends it."""
-    server = Server(options.host, options.port, max_value=int(options.max_value), dead_after=options.dead_after,
-                    tls=options.tls, tls_cert=options.tls_cert, tls_key=options.tls_key,
-                    secret=find_secret(path=options.secret_file, make=True).text)
+    secret = find_secret(path=options.secret_file, make=True)
+    server = Server(options.host, options.port, secret=secret.text, max_value=int(options.max_value), tls=options.tls,
+                    tls_cert=options.tls_cert, tls_key=options.tls_key, dead_after=options.dead_after)
     stop, hurry = threading.Event(), threading.Event()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)     # a descriptor per peer: take what we may have
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(server)
+    with server, contextlib.ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: (hurry if stop.is_set() else stop).set())
         signal.signal(signal.SIGHUP, signal.SIG_IGN)        # a pool outlives the terminal it was started in
-        _print_lines(server, options)
+        _print_lines(server, options, secret.source)
         if options.with_node:
             from minipool_worker import Node
             stack.enter_context(Node(server.address, secret=server.secret, tls=server.tls))
@@ -3973,7 +3947,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> None:
     """Print one snapshot of the pool."""
-    with contextlib.closing(Client(find_address(options.address), find_secret(path=options.secret_file),
+    with contextlib.closing(Client(parse_address(options.address), find_secret(path=options.secret_file),
                                    name="minipool status", tls=options.tls, connect_timeout=5,
                                    reconnect_timeout=5)) as client:
         info = client.ask("info", timeout=10)
@@ -4003,20 +3977,18 @@ def _versions(options: argparse.Namespace) -> None:
         print(f"{package:13} {found.version if found else 'not installed'}")
 
 
-def quantity(units: dict[str, float], example: str) -> Callable[[str], float]:
-    """Return what reads a number with one of these units, for argparse."""
-    def read(text: str) -> float:
-        unit = units.get(text[-1:].upper())
-        with contextlib.suppress(ValueError):
-            number = float(text[:-1] if unit else text) * (unit or 1)
-            if 0 < number < BIGGEST:
-                return number
-        raise argparse.ArgumentTypeError(f"{text!r} is not like {example}")
-    return read
+def quantity(units: dict[str, float], example: str, text: str) -> float:
+    """Read a number with one of these units, for argparse."""
+    unit = units.get(text[-1:].upper())
+    with contextlib.suppress(ValueError):
+        number = float(text[:-1] if unit else text) * (unit or 1)
+        if 0 < number < BIGGEST:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is not like {example}")
 
 
-SIZE = quantity({"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}, "512M or 64G")
-TIME = quantity({"S": 1, "M": 60, "H": 3600, "D": 86400}, "90, 55m or 2h")
+SIZE = functools.partial(quantity, {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}, "512M or 64G")
+TIME = functools.partial(quantity, {"S": 1, "M": 60, "H": 3600, "D": 86400}, "90, 55m or 2h")
 
 
 def subcommands(program: str, description: str) -> tuple[argparse.ArgumentParser, Callable[..., Any]]:

@@ -966,7 +966,7 @@ class Node:
     def __init__(self, address: str | None = None, *, secret: str | None = None, connect_timeout: float = 10.0,
                  **options: Any) -> None:
         self._job = {"serve": False, "connect_timeout": connect_timeout, "options": options,
-                     "address": minipool.format_address(*minipool.find_address(address)),
+                     "address": minipool.format_address(*minipool.parse_address(address)),
                      "secret": minipool.find_secret(secret).text}
         self.child: minipool.ChildProcess | None = None
 
@@ -1050,7 +1050,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 def _connect(options: argparse.Namespace) -> int:
     """Run a node in this process until a signal or the server's refusal ends it."""
     slots = _slots_from(vars(options))
-    supervisor = Supervisor(minipool.find_address(options.address), minipool.find_secret(path=options.secret_file),
+    supervisor = Supervisor(minipool.parse_address(options.address), minipool.find_secret(path=options.secret_file),
                             slots, vars(options))
     address = minipool.format_address(*supervisor.peer.address)
     supervisor.on_welcome = lambda: _stderr.write(

@@ -153,7 +153,7 @@ class Outsider:
         self.strange = [*self.record(keys.down), *self.record(b"another connection's"), pickle.dumps([os.system])]
         self.keeper = object.__new__(minipool.Doorkeeper)       # the door's code, without its thread
         self.keeper._guests, self.keeper._spoken, self.keeper._selector = {}, {}, Nobody()
-        self.keeper._not_yet, self.keeper._binding = (BlockingIOError,), b""
+        self.keeper._binding = b""
         self.keeper._secret, self.keeper._instance = door.secret.role_key, INSTANCE
         self.keeper._admit = self.forged
 

@@ -176,7 +176,7 @@ class TestHandshakes:
         admitted, believed = [], []
         keeper = object.__new__(minipool.Doorkeeper)
         keeper._guests, keeper._spoken, keeper._selector = {}, {}, fuzz.Nobody()
-        keeper._not_yet, keeper._binding = (BlockingIOError,), b""
+        keeper._binding = b""
         keeper._secret, keeper._instance = server_secret.role_key, INSTANCE
         keeper._admit = lambda *guest: admitted.append(guest)
         first = minipool.first_hello("client")

@@ -145,9 +145,9 @@ class TestListening:
     @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1"])
     def test_a_weak_password_is_for_loopback_only(self, host):
         with pytest.raises(ValueError, match="under 12 characters"):
-            Server(host, 0, secret="short")
+            Server(host, 0, secret="12345678901")
         Server("127.0.0.1", 0, secret="short")
-        Server(host, 0, secret="a longer password")
+        Server(host, 0, secret="123456789012")
 
     def test_is_server_running_tells_a_server_from_none_and_from_something_else(self, server):
         assert minipool.is_server_running(server.address)
@@ -476,9 +476,9 @@ class TestFindSecret:
         assert find_secret(texts["given"], path).text == texts["given"]
 
     def test_the_users_file_is_where_the_configuration_is(self, home, monkeypatch):
-        assert minipool.secret_path() == str(home / ".config/minipool/secret")
+        assert find_secret(make=True).source == str(home / ".config/minipool/secret")
         monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "elsewhere"))
-        assert minipool.secret_path() == str(home / "elsewhere/minipool/secret")
+        assert find_secret(make=True).source == str(home / "elsewhere/minipool/secret")
 
     def test_no_secret_at_all_is_refused_with_what_to_do(self, home):
         with pytest.raises(Refused, match="MINIPOOL_SECRET_FILE"):
