@@ -1534,9 +1534,9 @@ class Scheduler:
             session.objects.pop(name, None)
             session.estimates.pop(name, None)
         for worker in session.tried:
-            had = [name for name in names if name in worker.has]
-            worker.has.difference_update(had)
-            self._send(worker.peer, ("drop", had))
+            if had := [name for name in names if name in worker.has]:
+                worker.has.difference_update(had)
+                self._send(worker.peer, ("drop", had))
 
     def _submit(self, session: Session, now: float, number: int, fn: Name, payload: Value, log: int,
                 options: dict[str, Any] | None) -> None:
@@ -2574,11 +2574,14 @@ def is_server_running(address: str | None = None) -> bool:
 # and a redefined helper arrives. Only bindings are compared: a list changed in place is not sent again.
 # ==================================================================================================================
 
+_Seen = tuple[Callable[..., Any], tuple[Any, ...], Any]  # a function, its arguments, what it returned
 _PicklerBase: Any = object  # _pickler() adds cloudpickle's class, once that is imported
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})  # nothing in them can refer to anything
 OUT_OF_BAND = 32 * 1024  # bytes; below, copying into the pickle is cheaper than a buffer of its own
-MAX_ENTRIES, MAX_BYTES = 1000, 32 << 20  # pickled functions kept at the client: far more than a program has
+KEPT, KEPT_BYTES = 1000, 32 << 20  # of what was pickled last, so that it need not be again; more than a program has
 _MISSING: Any = object()
+# One name to be set in a module at the worker. A soft one, met while a module is filled, may be left out.
+_Slot = collections.namedtuple("_Slot", "module name value version soft")
 _NEVER = ("minipool", "minipool_worker", "cloudpickle")  # there on every worker, though often under the cwd
 _BY_NAME = (TypeVar, type(functools.lru_cache(int)))  # pickle as a name of their module, be it importable or not
 _HEADER = ("__name__", "__package__", "__file__", "__path__")
@@ -2611,8 +2614,8 @@ def _class_version(cls: type) -> int:
     now = (*cls.__dict__, *cls.__dict__.values())
     version, then = _snapshots.get(cls, (0, ()))
     if len(now) != len(then) or not all(map(operator.is_, now, then)):
-        while len(_snapshots) >= MAX_ENTRIES:  # a forgotten class only costs a newer version
-            _snapshots.pop(next(iter(_snapshots)), None)
+        if len(_snapshots) >= KEPT:
+            _snapshots.clear()  # a forgotten class only costs a newer version
         version = next(_class_versions)
         _snapshots[cls] = version, now
     return version
@@ -2624,39 +2627,10 @@ def _set_class(cls: type, state: tuple[Any, Any, int]) -> None:
         _classes[cls] = state[2]
 
 
-class _ByValue(_PicklerBase):  # type: ignore[misc]
-    """cloudpickle's pickler with versioned classes: enough for results; `_FunctionPickler` adds shared modules."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        return self._versioned(obj, super().reducer_override(obj))
-
-    def _versioned(self, cls: type, reduced: Any) -> Any:
-        if not isinstance(reduced, tuple) or len(reduced) != 6 or not isinstance(cls, type):
-            return reduced
-        return *reduced[:2], (*reduced[2], _class_version(cls)), None, None, _set_class
-
-
-@functools.cache
-def _pickler(mixin: type) -> Any:
-    return type(mixin.__name__, (mixin, _cloudpickle().Pickler), {})
-
-
-def _keep_large(buffers: list[Any]) -> Callable[[pickle.PickleBuffer], bool]:
-    """Return the buffer callback: large buffers go to `buffers`, writable ones as copies: a payload is a snapshot."""
-    def keep(buffer: pickle.PickleBuffer) -> bool:
-        view = buffer.raw()
-        if view.nbytes >= OUT_OF_BAND:
-            buffers.append(view if view.readonly else bytes(view))
-        return view.nbytes < OUT_OF_BAND  # true: into the pickle
-    return keep
-
-
 # ---- client half ----
 
 @functools.cache  # files do not move while a program runs
 def _is_users(name: str, module: types.ModuleType) -> bool:
-    import sysconfig
-
     if name.partition(".")[0] in _NEVER:
         return False
     file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
@@ -2664,8 +2638,8 @@ def _is_users(name: str, module: types.ModuleType) -> bool:
         return getattr(module, "__spec__", None) is None  # made by hand; built-in modules have a spec
     main = getattr(sys.modules.get("__main__"), "__file__", None)
     homes = [os.getcwd(), *([os.path.dirname(os.path.realpath(main))] if main else [])]
-    installed = [sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()]
-    home, system = (tuple(os.path.join(os.path.realpath(f), "") for f in folders) for folders in (homes, installed))
+    home, system = (tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+                    for folders in (homes, (sys.prefix, sys.base_prefix)))
     path = os.path.realpath(file)
     return (path.startswith(home) and not path.startswith(system) and not path.endswith((".so", ".pyd"))
             and not {"site-packages", "dist-packages"} & set(path.split(os.sep)))
@@ -2692,15 +2666,6 @@ class _Module:
             _shared, (session, (name, serial), header))  # a number, as two dictionaries may bear one name: notebooks
 
 
-class _Slot(NamedTuple):
-    """One name to be set in a module at the worker. A soft one, met while a module is filled, may be left out."""
-    module: _Module
-    name: str
-    value: Any
-    version: int
-    soft: bool
-
-
 def _contents(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
@@ -2708,35 +2673,31 @@ def _contents(cell: types.CellType) -> Any:
         return _MISSING
 
 
-class _Seen:
-    """All that must still be the same for a pickle to stand for its function."""
+class _Pickler(_PicklerBase):  # type: ignore[misc]
+    """cloudpickle's pickler with versioned classes: enough for results; with an owner, functions share its modules.
 
-    def __init__(self) -> None:
-        self.functions, self.measures = list[Any](), list[Any]()
-        self.names: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+    It collects in `seen` what the validity of the pickle depends on, and keeps in `path` the slots it is inside of.
+    """
 
-    def holds(self, fn: Any) -> bool:
-        """Tell whether the pickle is still valid; on the path of every submit, hence plain loops, cheapest first."""
-        for f, code, defaults, kwdefaults in self.functions:
-            f = fn if f is None else f
-            if f.__code__ is not code or f.__defaults__ is not defaults or f.__kwdefaults__ is not kwdefaults:
-                return False
-        for get, name, value in self.names.values():
-            if get(name, _MISSING) is not value:
-                return False
-        return not self.measures or all(measure(what) is value for measure, what, value in self.measures)
-
-
-class _FunctionPickler(_ByValue):
-    """Collects in `seen` what the validity of the pickle depends on; keeps in `path` the slots it is inside of."""
-
-    def __init__(self, owner: Functions, root: Any, file: io.BytesIO, buffers: list[Any] | None) -> None:
-        super().__init__(file, 5, buffer_callback=None if buffers is None else _keep_large(buffers))
-        self.owner, self.root, self.path, self.filled, self.seen = owner, root, list[_Slot](), set[int](), _Seen()
+    def __init__(self, buffers: list[Any] | None = None, owner: Any = None, root: Any = None) -> None:
+        self.file = io.BytesIO()
+        super().__init__(self.file, 5, buffer_callback=functools.partial(_keep_large, buffers))
+        self.owner, self.root, self.path, self.filled = owner, root, list[_Slot](), set[int]()
+        self.seen: dict[Any, _Seen] = {}
         self.last: Any = _MISSING  # what is being reduced: the culprit if that fails
+
+    def saw(self, get: Callable[..., Any], *args: Any) -> Any:
+        """Return what `get` returns; the pickle stands for its object as long as that is the same."""
+        value = get(*args)
+        self.seen[get, *map(id, args)] = get, args, value
+        return value
 
     def reducer_override(self, obj: Any) -> Any:
         self.last, kind = obj, type(obj)
+        if issubclass(kind, type):
+            return self._reduce_class(obj)
+        if self.owner is None:
+            return super().reducer_override(obj)
         if kind is _Module:
             return obj.reduced
         if kind is _Slot:
@@ -2749,20 +2710,30 @@ class _FunctionPickler(_ByValue):
             return self._reduce_module(self.owner.module(vars(obj)))
         if kind is types.FunctionType and obj.__module__ and travels_by_value(obj.__module__):
             return self._dynamic_function_reduce(obj)
-        if issubclass(kind, type):
-            return self._reduce_class(obj)
         if kind in _BY_NAME and travels_by_value(obj.__module__):
             if kind is TypeVar:
                 return _cloudpickle()._make_typevar, _cloudpickle()._decompose_typevar(obj)
-            return _recached, (obj.__wrapped__, obj.cache_parameters())
+            return functools.lru_cache(**obj.cache_parameters()), (obj.__wrapped__,)
         bound = None if kind is types.FunctionType else self.owner.bound.get(id(obj))
         return super().reducer_override(obj) if bound is None else self._reduce_bound(obj, *bound)
 
+    def _reduce_class(self, cls: type) -> Any:
+        by_value = self.owner and isinstance(cls.__module__, str) and travels_by_value(cls.__module__)
+        reduced = _cloudpickle()._dynamic_class_reduce(cls) if by_value else super().reducer_override(cls)
+        if isinstance(reduced, tuple) and len(reduced) == 6:
+            reduced = *reduced[:2], (*reduced[2], self.saw(_class_version, cls)), None, None, _set_class
+        return reduced
+
     def _dynamic_function_reduce(self, fn: Any) -> Any:
-        _, (code, _, *new), (attributes, slots), *_ = super()._dynamic_function_reduce(fn)
-        # None stands for the function itself: the record must not keep a lambda and what it captured alive.
-        self.seen.functions.append((None if fn is self.root else fn, code, fn.__defaults__, fn.__kwdefaults__))
-        self.seen.measures += [(_contents, cell, _contents(cell)) for cell in fn.__closure__ or ()]
+        # A proxy of the function itself: the record must not keep a lambda and what it captured alive.
+        seen = weakref.proxy(fn) if fn is self.root else fn
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            self.saw(getattr, seen, name)
+        for cell in fn.__closure__ or ():
+            self.saw(_contents, cell)
+        _, (code, _, *new), (attributes, slots), *_ = reduced = super()._dynamic_function_reduce(fn)
+        if self.owner is None:
+            return reduced
         module = self.owner.module(fn.__globals__)
         soft, names = bool(self.path and self.path[-1].soft), _cloudpickle()._extract_code_globals(code)
         named = () if module.importable else self._slots(module, names, soft)
@@ -2776,8 +2747,8 @@ class _FunctionPickler(_ByValue):
             return slots
         for name in names:
             if name not in _OWN:
+                self.saw(module.space.get, name, _MISSING)
                 value, version = self.owner.binding(module, name)
-                self.seen.names[id(module), name] = module.space.get, name, value
                 if value is not _MISSING and not (soft and module.left_out.get(name, _MISSING) is value):
                     slots.append(_Slot(module, name, value, version, soft))
         return slots
@@ -2785,19 +2756,10 @@ class _FunctionPickler(_ByValue):
     def _reduce_module(self, module: _Module) -> Any:
         if module.importable:
             return module.reduced
-        size = len(module.space)
+        self.saw(lambda space, size: len(space) == size, module.space, len(module.space))
         slots = self._slots(module, list(module.space), soft=True)
         self.filled.add(id(module))  # they bring all its names; so the depth does not grow with the call graph
-        self.seen.measures.append((lambda space: len(space) == size, module.space, True))
         return *module.reduced, slots, None, None, operator.is_  # a setter that does nothing
-
-    def _reduce_class(self, cls: type) -> Any:
-        by_value = isinstance(cls.__module__, str) and travels_by_value(cls.__module__)
-        dynamic = _cloudpickle()._dynamic_class_reduce
-        reduced = self._versioned(cls, dynamic(cls)) if by_value else super().reducer_override(cls)
-        if reduced is not NotImplemented and len(reduced) == 6:
-            self.seen.measures.append((_class_version, cls, reduced[2][2]))
-        return reduced
 
     def _reduce_bound(self, obj: Any, module: _Module, name: str) -> Any:
         """Keep `def f(x=MISSING): return x is MISSING` true: a global without state is one object per worker."""
@@ -2809,10 +2771,28 @@ class _FunctionPickler(_ByValue):
         return super().reducer_override(obj)
 
 
-class Entry(NamedTuple):
-    """One pickled function: the number that it is known by, and its bytes."""
-    number: int
-    blob: bytes
+@functools.cache
+def _pickler() -> Any:
+    return type("_Pickler", (_Pickler, _cloudpickle().Pickler), {})
+
+
+def _keep_large(buffers: list[Any] | None, buffer: pickle.PickleBuffer) -> bool:
+    """Take a large buffer out of a pickle, a writable one as a copy: a payload is a snapshot."""
+    view = buffer.raw()
+    if buffers is not None and view.nbytes >= OUT_OF_BAND:
+        buffers.append(view if view.readonly else bytes(view))
+        return False
+    return True  # into the pickle
+
+
+class Entry:
+    """One pickled function. It lives as long as what it was made of or a job with it; then nobody will ask for it."""
+
+    def __init__(self, number: int, blob: bytes, gone: list[int]) -> None:
+        self.number, self.blob, self._gone = number, blob, gone
+
+    def __del__(self) -> None:
+        self._gone.append(self.number)  # takes no lock: a collector may be what calls this
 
 
 def name_of(fn: Any) -> str:
@@ -2821,78 +2801,84 @@ def name_of(fn: Any) -> str:
     return getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None) or type(fn).__name__
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what pickling `value` would descend into, each with the words that follow the path so far."""
+def _parts(value: Any) -> Iterable[tuple[str, Any]]:
+    """Return what pickling `value` would descend into, each with the words that follow the path so far."""
     if isinstance(value, types.FunctionType):
-        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=False)
-        yield from ((f" captured variable '{name}'", _contents(cell)) for name, cell in cells)
+        captured = zip(value.__code__.co_freevars, map(_contents, value.__closure__ or ()), strict=False)
         names = _cloudpickle()._extract_code_globals(value.__code__)
-        yield from ((f" global '{name}'", value.__globals__[name]) for name in names if name in value.__globals__)
-        yield from ((f" default {i}", default) for i, default in enumerate(value.__defaults__ or ()))
-    elif isinstance(value, dict):
-        yield from ((f"[{key!r:.40}]", part) for key, part in list(value.items()))
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        yield from ((f"[{i}]", part) for i, part in enumerate(value))
-    elif not isinstance(value, types.ModuleType):
-        names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ()), "__self__"]
-        yield from ((f".{name}", getattr(value, name, None)) for name in names)
+        return [*((f" captured variable '{name}'", part) for name, part in captured),
+                *((f" global '{name}'", value.__globals__.get(name)) for name in names),
+                *((f" default {i}", part) for i, part in enumerate(value.__defaults__ or ()))]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        return ((f"[{key!r:.40}]", part) for key, part in value.items())
+    names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ()), "__self__"]
+    return ((f".{name}", getattr(value, name, None)) for name in names)
 
 
 def _explain(fn: Any, value: Any, culprit: Any, error: Exception) -> pickle.PicklingError:
     """Return an error that says where `culprit` is, the object at which pickling `fn` or a call of it ended."""
-    what, where = f"function {name_of(fn)}()" if value is fn else f"the arguments of {name_of(fn)}()", "something in it"
+    what = f"{'function' if value is fn else 'the arguments of'} {name_of(fn)}()"
     if isinstance(error.__cause__ or error, RecursionError):
         return pickle.PicklingError(f"cannot pickle {what}: its objects are nested too deeply")
-    met, found = set[int](), [(what, "", fn)]
+    found, met = [(f"function {name_of(fn)}():", "", fn)], set[int]()
     if value is not fn:
-        args, kwargs, *more = value
-        named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        named = {**dict(enumerate(value[0])), **value[1]}
         with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
             import inspect
-            named = inspect.signature(fn).bind(*args, **kwargs).arguments
-        found = [(f"argument {label!r} of {name_of(fn)}()", "", part) for label, part in named.items()]
-        found += [(f"{name_of(part)}()", "", part) for part in more]
+            named = inspect.signature(fn).bind(*value[0], **value[1]).arguments
+        found += [(f"argument {label!r} of {name_of(fn)}():", "", part) for label, part in named.items()]
     for root, path, part in found:  # it grows at its end, so the shortest path is found first
         if part is culprit:
-            what, where = root, path.strip() or "it"
+            where = f"{root} {path.strip() or 'it'}"
             break
         if id(part) not in met and len(found) < 10_000:
             met.add(id(part))
             with contextlib.suppress(Exception):  # attributes may be users' code
                 found += [(root, path + step, inner) for step, inner in itertools.islice(_parts(part), 1000)]
+    else:
+        where = f"{what}: something in it"
     kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}".removeprefix("builtins.")
-    return pickle.PicklingError(f"cannot pickle {what}: {where} is a {kind} ({error})")
+    return pickle.PicklingError(f"cannot pickle {where} is a {kind} ({error})")
 
 
 class Functions:
     """The pickles of one session, made and kept by the client; every method may be called by any thread."""
 
-    def __init__(self, session: bytes, next_number: Callable[[], int],
-                 on_evict: Callable[[Entry], None] = lambda entry: None) -> None:
+    def __init__(self, session: bytes, next_number: Callable[[], int]) -> None:
         self.session = session
+        self.gone: list[int] = []  # numbers of entries that nobody will ask for again
         self.bound: dict[int, tuple[_Module, str]] = {}  # id of an object -> the first global name it was sent under
-        self._next_number, self._on_evict = next_number, on_evict
+        self._next_number = next_number
         # Reentrant: a finalizer that submits may run inside. It guards all below; hot reads go without.
         self._lock = threading.RLock()
         self._modules: dict[int, _Module] = {}
-        self._entries: collections.OrderedDict[bytes, Entry] = collections.OrderedDict()  # by digest; used last is last
-        self._size = 0  # bytes in _entries
-        # id of a function -> its weak reference, whose callback removes the record, its pickle's digest, what was seen
-        self._known: dict[int, tuple[weakref.ref[Any], bytes, _Seen]] = {}
+        self._known: weakref.WeakKeyDictionary[Any, tuple[Entry, list[_Seen]]] = weakref.WeakKeyDictionary()
+        self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()  # by their bytes
+        self._room = KEPT_BYTES  # until all that is known is forgotten, which costs another pickle
 
     def function(self, fn: Any) -> Entry:
         """Return the entry of `fn`, pickled at most once while all that it names stays the same.
 
         Equal pickles share one entry. Raises `pickle.PicklingError`, which names what cannot travel.
         """
-        ref, digest, seen = self._known.get(id(fn), (None, b"", None))
-        if ref and seen and ref() is fn and seen.holds(fn):
-            try:
-                self._entries.move_to_end(digest)  # needs no lock: one step in C
-                return self._entries[digest]
-            except KeyError:
-                pass  # evicted
-        return self._enter(fn, *self._dump(fn, fn))
+        # Methods of instances, partials and callables may change unseen, so they are pickled every time.
+        keep = type(fn) in (types.FunctionType, type) or isinstance(getattr(fn, "__self__", None), types.ModuleType)
+        known = self._known.get(fn) if keep else None
+        if known and all(get(*args) is value for get, args, value in known[1]):
+            return known[0]
+        blob, seen = self._dump(fn, fn)
+        with self._lock:
+            entry = self._entries.get(blob) or Entry(self._next_number(), blob, self.gone)
+            self._entries[blob] = entry
+            if keep:
+                self._room -= len(blob) + KEPT_BYTES // KEPT
+                if self._room < 0:  # what was seen may hold its own function, so not all end by themselves
+                    self._known.clear()
+                    self._room = KEPT_BYTES
+                self._known[fn] = entry, seen
+        return entry
 
     def dumps_call(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
                    *more: Any) -> tuple[bytes, list[Any]]:
@@ -2922,14 +2908,13 @@ class Functions:
                 module.names[name] = value, version
             return value, version
 
-    def _dump(self, fn: Any, value: Any, buffers: list[Any] | None = None) -> tuple[bytes, _Seen]:
+    def _dump(self, fn: Any, value: Any, buffers: list[Any] | None = None) -> tuple[bytes, list[_Seen]]:
         """Return the pickle of `value`, be it `fn` or what a call of it takes, and what it depends on."""
         while True:  # each turn leaves one more unpicklable name out of a module
-            file = io.BytesIO()
-            pickler = _pickler(_FunctionPickler)(self, value, file, buffers)
+            pickler = _pickler()(buffers, self, value)
             try:
                 pickler.dump(value)
-                return file.getvalue(), pickler.seen
+                return pickler.file.getvalue(), list(pickler.seen.values())
             except Exception as error:
                 slot = pickler.path[-1] if pickler.path else None
                 if slot is None or not slot.soft or isinstance(error.__cause__ or error, RecursionError):
@@ -2937,28 +2922,6 @@ class Functions:
                 slot.module.left_out[slot.name] = slot.value
                 if buffers:
                     buffers.clear()
-
-    def _enter(self, fn: Any, blob: bytes, seen: _Seen) -> Entry:
-        digest, gone = hashlib.sha256(blob).digest(), list[Entry]()
-        with self._lock:
-            if digest not in self._entries:
-                self._entries[digest] = Entry(self._next_number(), blob)
-                self._size += len(blob)
-            self._entries.move_to_end(digest)
-            entry = self._entries[digest]
-            while len(self._entries) > MAX_ENTRIES or (self._size > MAX_BYTES and len(self._entries) > 1):
-                gone.append(self._entries.popitem(last=False)[1])
-                self._size -= len(gone[-1].blob)
-            # Methods of instances, partials and callables may change unseen, so they are pickled every time.
-            builtin = isinstance(fn, types.BuiltinFunctionType) and isinstance(fn.__self__, types.ModuleType)
-            if builtin or isinstance(fn, (types.FunctionType, type)):
-                key, known = id(fn), self._known
-                if len(known) >= 4 * MAX_ENTRIES:
-                    known.clear()  # a forgotten function is only pickled again
-                known[key] = weakref.ref(fn, lambda ref: [known.pop(key, None)]), digest, seen
-        for old in gone:
-            self._on_evict(old)
-        return entry
 
 
 # ---- worker half: what the pickles call ----
@@ -2980,10 +2943,6 @@ def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any]) -> typ
 
 def _make_function(module: types.ModuleType, code: types.CodeType, *rest: Any) -> types.FunctionType:
     return types.FunctionType(code, vars(module), *rest)
-
-
-def _recached(fn: Any, parameters: dict[str, Any]) -> Any:
-    return functools.lru_cache(**parameters)(fn)
 
 
 def _set_name(module: types.ModuleType, name: str, version: int, value: Any, end: int) -> None:
@@ -3041,12 +3000,12 @@ def encode_value(value: Any) -> bytes | Blob:
     """Return a job's result as it travels. Raises pickle.PicklingError naming the type."""
     if type(value) in ATOMS:
         return pack(pickle.dumps(value, 5))
-    file, buffers = io.BytesIO(), list[Any]()
+    pickler = _pickler()(buffers := list[Any]())
     try:
-        _pickler(_ByValue)(file, 5, buffer_callback=_keep_large(buffers)).dump(value)
+        pickler.dump(value)
+        return pack(pickler.file.getvalue(), buffers)
     except Exception as error:
         raise pickle.PicklingError(f"cannot pickle the result, a {type(value).__qualname__}: {error}") from error
-    return pack(file.getvalue(), buffers)
 
 
 def encode_exception(error: BaseException, where: str) -> bytes | Blob:
@@ -3057,10 +3016,9 @@ def encode_exception(error: BaseException, where: str) -> bytes | Blob:
     pickled = None
     frames = error.__traceback__.tb_next if error.__traceback__ else None       # without the worker's own frame
     with contextlib.suppress(BaseException):
-        file = io.BytesIO()
-        _pickler(_ByValue)(file, 5).dump(error)
-        if type(pickle.loads(file.getvalue())) is type(error):
-            pickled = file.getvalue()
+        data = encode_value(error)
+        data = data if isinstance(data, bytes) else data.read(0, data.size)
+        pickled = bytes(data) if type(decode_value(data)) is type(error) else None
     try:
         text = "".join(traceback.format_exception(type(error), error, frames))
         words = str(error)
@@ -3081,20 +3039,18 @@ def decode_failure(status: str, value: Any) -> BaseException:
     if callable(value):
         error: BaseException = value()      # made here: the server was lost, or the initializer raised
         return error
-    if status == KILLED:
-        return JobKilled(f"{value.get('job') or 'the job'} was ended: {value.get('reason')}")
-    if status == TIMED_OUT:
-        return JobTimeout(f"{value.get('job') or 'the job'} was ended: {value.get('reason')}")
     if status != RAISED:                    # it ended without its worker's word
-        deaths, tail = value.get("deaths"), value.get("stderr")
+        job, deaths, tail = value.get("job") or "the job", value.get("deaths"), value.get("stderr")
+        if status in (KILLED, TIMED_OUT):
+            return (JobKilled if status == KILLED else JobTimeout)(f"{job} was ended: {value.get('reason')}")
         return WorkerDied(
-            f"{value.get('job') or 'the job'} took down {deaths} worker{'s' * (deaths != 1)} in "
-            f"{value.get('attempts')} attempts; the last, {value.get('worker')} on {value.get('device')}, "
-            f"{value.get('what')}" + (f"; it printed last:\n{tail}" if tail else ""), **value)
+            f"{job} took down {deaths} worker{'s' * (deaths != 1)} in {value.get('attempts')} attempts; the last, "
+            f"{value.get('worker')} on {value.get('device')}, {value.get('what')}"
+            + (f"; it printed last:\n{tail}" if tail else ""), **value)
     pickled, type_name, words, text, where = decode_value(value)
     error = RemoteError(type_name, words, text)
     with contextlib.suppress(BaseException):        # its class may not be here
-        error = pickle.loads(pickled) if pickled else error
+        error = decode_value(bytearray(pickled)) if pickled else error
     error.__cause__ = _RemoteTraceback(text)
     error.add_note(f"raised by {where}")
     return error
@@ -3316,7 +3272,7 @@ class Client:
         self.session = secrets.token_bytes(16)
         self.lock = threading.RLock()
         self.numbers = itertools.count(1)               # of jobs and objects alike
-        self.functions = Functions(self.session, lambda: next(self.numbers), self._evicted)
+        self.functions = Functions(self.session, lambda: next(self.numbers))
         self.workers: list[dict[str, Any]] = []
         self.max_value = 64 << 30
         self._name, self._max_workers = name, max_workers
@@ -3442,16 +3398,6 @@ class Client:
         if self.peer.connection:
             self.peer.connection.post((message,))
 
-    def _evicted(self, entry: Entry) -> None:
-        """A function's pickle left the cache: nobody will ask for it again, unless a job is still out with it."""
-        with self.lock:
-            in_use = any(f._call and f._call[0] is entry for f in self.unfinished.values())
-            if not in_use and entry.number in self._known_objects:  # else it stays until the end: rare, and harmless
-                self._known_objects.discard(entry.number)
-                self.peer.values.pop((self.session, entry.number), None)
-                self._flush_delivered()         # first: a job whose result is not known to be here may run again
-                self.peer.send(("drop", [(self.session, entry.number)]))
-
     def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Append a call that every worker must have made before it begins a job submitted from now on."""
         data = pack(*self.functions.dumps_call(fn, args, kwargs, fn))
@@ -3515,6 +3461,13 @@ class Client:
             if connection and numbers:
                 self._delivered = []
                 self._post(("delivered", numbers))
+            # after that, for a job whose result is not known to be here may run again; so many as fit in a frame
+            gone = [self.functions.gone.pop() for _ in self.functions.gone[:1000]] if connection else []
+            for number in gone:
+                self.peer.values.pop((self.session, number), None)
+                self._known_objects.discard(number)
+            if gone:
+                self._post(("drop", [(self.session, number) for number in gone]))
             return bool(connection and connection.waiting)
 
     def _on_welcome(self, info: dict[str, Any]) -> None:

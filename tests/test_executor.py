@@ -845,3 +845,11 @@ class TestMemory:
         before = resident()
         use(20_000)
         assert resident() - before < 8 << 20
+
+    def test_a_function_ends_with_its_last_job(self, pool):
+        def kept():
+            return max(len(thing._functions) for thing in gc.get_objects() if type(thing).__name__ == "Worker")
+        for n in range(500):
+            pool.submit(lambda n=n: n).result(SOON)
+        assert pool.submit(kept).result(SOON) < 100
+        assert len(pool._client.functions._entries) < 100 and not pool._client.functions.gone[50:]

@@ -72,8 +72,8 @@ def worker(tmp_path_factory):
 
 
 class Session(minipool.Functions):
-    def __init__(self, worker=None, **options):
-        super().__init__(os.urandom(8), itertools.count(1).__next__, **options)
+    def __init__(self, worker=None):
+        super().__init__(os.urandom(8), itertools.count(1).__next__)
         self.worker = worker
 
     def run(self, fn, *args, **kwargs):
@@ -273,7 +273,8 @@ class TestCache:
         assert session.function(f) is session.function(f)
 
     def test_equal_pickles_share_one_entry(self, session):
-        assert len({session.function(lambda: 1).number for _ in range(10)}) == 1
+        entries = [session.function(lambda: 1) for _ in range(10)]
+        assert all(entry is entries[0] for entry in entries)
 
     @pytest.mark.parametrize("change", CHANGES)
     def test_a_change_makes_a_new_entry(self, session, change):
@@ -304,15 +305,30 @@ class TestCache:
         session.function(lambda: 1)
         assert not session._known
 
-    def test_entries_are_evicted_but_not_the_ones_in_use(self, worker, monkeypatch):
-        monkeypatch.setattr(minipool, "MAX_ENTRIES", 10)
-        gone = []
-        session, hot = Session(worker, on_evict=gone.append), notebook("def f(): return 3").get("f")
-        first = session.function(hot)
-        for i in range(40):
-            session.function(lambda i=i: i)
-            assert session.function(hot) is first
-        assert len(session._entries) == 10 and len(gone) == 31 and first not in gone
+    def test_an_entry_ends_with_its_function_and_the_last_that_needs_it(self, session):
+        def f(): return 3
+        entry, number = session.function(f), session.function(f).number
+        del entry
+        assert not session.gone and session.function(f).number == number
+        entry = session.function(f)
+        del f
+        assert not session.gone and not session._known
+        del entry
+        assert session.gone == [number] and not session._entries
+
+    def test_what_is_pickled_every_time_is_not_kept(self, session):
+        for n in range(20):
+            session.function(functools.partial(max, n))
+        assert len(session.gone) == 20 and not session._known and not session._entries
+
+    def test_functions_that_hold_themselves_are_forgotten_in_the_end(self, worker, monkeypatch):
+        monkeypatch.setattr(minipool, "KEPT_BYTES", 100_000)
+        session = Session(worker)
+        for n in range(300):
+            def f(i):
+                return i and f(i - 1) + n  # noqa: B023
+            session.function(f)
+        assert len(session._known) == len(session._entries) < 150
 
     def test_many_threads_get_one_entry(self, session):
         f, entries = notebook(GLOBALS).get("use"), []
