@@ -688,14 +688,17 @@ class Child:
 class Supervisor:
     """The node process: finds slots, keeps a worker in each, tells the server of every death."""
 
-    def __init__(self, address: tuple[str, int], secret: Secret, slots: list[Slot], options: dict[str, Any],
+    def __init__(self, address: tuple[str, int], secret: Secret, options: dict[str, Any],
                  lifeline: socket.socket | None = None) -> None:
         self.id = secrets.token_bytes(12)
-        self.slots, self.secret, self.options = slots, secret, options
+        self.secret, self.options = secret, options
+        names = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env")
+        found = find_slots(**{name: options[name] for name in names if options.get(name) is not None})
+        self.slots = [found[i % len(found)] for i in range(options.get("workers") or len(found))]   # dealt in turn
         self.name: str = options.get("name") or socket.gethostname().split(".")[0]
         self.failure: BaseException | None = None
         self._context = multiprocessing.get_context("spawn")
-        self._children = [Child(place, slot) for place, slot in enumerate(slots)]
+        self._children = [Child(place, slot) for place, slot in enumerate(self.slots)]
         self._unreported: collections.deque[Message] = collections.deque(maxlen=1000)
         self._words: collections.deque[Message] = collections.deque()           # of the server, for the main thread
         self._selector = selectors.DefaultSelector()
@@ -1003,35 +1006,25 @@ def is_node_running() -> bool:
 # 4 CLI
 # ==================================================================================================================
 
-def _slots_from(options: Mapping[str, Any]) -> list[Slot]:
-    names = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env")
-    return find_slots(**{name: options[name] for name in names if options.get(name) is not None})
-
-
 def child_main(lifeline: socket.socket) -> int:
     """Be the child of a Node or of an embedded pool: one line of JSON in, one out, and end of file ends it all."""
 
     def answer(**fields: Any) -> None:
-        with contextlib.suppress(OSError):
-            lifeline.sendall(json.dumps(fields).encode() + b"\n")
-
-    def welcomed() -> None:
-        supervisor.on_welcome = lambda: None
-        answer(address=address, devices=[slot.device for slot in slots])
+        with contextlib.suppress(OSError):      # at each welcome, of which the first is read: it must not wait
+            lifeline.send(json.dumps(fields).encode() + b"\n", socket.MSG_DONTWAIT)
 
     level = logging.getLevelNamesMapping().get(os.environ.get("MINIPOOL_LOG", "").upper(), logging.WARNING)
     logging.basicConfig(stream=_stderr, format="%(name)s: %(message)s", level=level)
     with contextlib.ExitStack() as stack:
         try:
             job = json.loads(lifeline.makefile("rb").readline())    # an empty one, of a dead parent, is no JSON
-            options, address = job["options"], job.get("address")
-            found = _slots_from(options)
-            slots = [found[i % len(found)] for i in range(options.get("workers") or len(found))]    # dealt in turn
+            address = job.get("address")
             if job["serve"]:
                 server = minipool.Server(port=0, secret=job["secret"], embedded=True)
                 address = stack.enter_context(server).address
-            supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), slots, options, lifeline)
-            supervisor.on_welcome = welcomed
+            supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), job["options"], lifeline)
+            devices = [slot.device for slot in supervisor.slots]
+            supervisor.on_welcome = lambda: answer(address=address, devices=devices)
             supervisor.run()
         except (OSError, ValueError, minipool.MinipoolError) as error:
             answer(error=type(error).__name__, text=str(error))
@@ -1047,22 +1040,21 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def _connect(options: argparse.Namespace) -> int:
+def _connect(options: argparse.Namespace) -> None:
     """Run a node in this process until a signal or the server's refusal ends it."""
-    slots = _slots_from(vars(options))
     supervisor = Supervisor(minipool.parse_address(options.address), minipool.find_secret(path=options.secret_file),
-                            slots, vars(options))
-    address = minipool.format_address(*supervisor.peer.address)
+                            vars(options))
+    address, slots = minipool.format_address(*supervisor.peer.address), supervisor.slots
     supervisor.on_welcome = lambda: _stderr.write(
         f"connected to {address} as {supervisor.name}: {minipool.count(slots, 'worker')}: "
         f"{', '.join(slot.label for slot in slots)}; Python {PYTHON}\n")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: supervisor.stop(DRAIN_SECONDS))
     supervisor.run()
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
     parser, add = minipool.subcommands("minipool-worker", "Join this machine's devices to a pool.")
     connect = add("connect", _connect, "join a pool: one worker per visible GPU")
     connect.add_argument("address", nargs="?", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then 127.0.0.1")
@@ -1076,11 +1068,6 @@ def _parser() -> argparse.ArgumentParser:
     connect.add_argument("--lifetime", type=minipool.TIME, metavar="T", help="drain and leave after T, e.g. 55m")
     connect.add_argument("--death-timeout", type=minipool.TIME, metavar="T", help="leave after T without a server")
     connect.add_argument("--max-tasks", type=_at_least(1), metavar="N", help="renew a worker after N jobs")
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     program = sys.modules["__main__"]
     program.__spec__ = None     # keeps multiprocessing from importing it a second time, in each worker
@@ -1089,7 +1076,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments == ["_child"]:
             return child_main(socket.socket(fileno=os.dup(0)))
-        return minipool.run_command(_parser().parse_args(arguments), log_to=_stderr)
+        return minipool.run_command(parser.parse_args(arguments), log_to=_stderr)
     finally:
         _stderr.stop()
 
