@@ -288,21 +288,15 @@ class Worker:
     def run(self) -> None:
         """Take what is next and execute it, until the server lets us go."""
         self.peer.thread.start()
-        while True:
-            attempt = self._next()
-            if attempt is None:
-                break
+        while attempt := self._next():
             self._execute(attempt)
             limits = [n for n in (self.setup.get("max_tasks"), attempt.options.get("max_tasks")) if n]
             if limits and self._done_jobs >= min(limits) and not self._leaving:
-                self.leave("it has run as many jobs as it may")
+                # the one planned exit: take nothing new, hand back what has not begun, deliver every outcome
+                with self._lock:
+                    self._leaving = "it has run as many jobs as it may"
+                    self.peer.send(("retire", self._leaving))
         self.peer.stop(("bye", self._leaving))
-
-    def leave(self, why: str) -> None:
-        """Begin the one planned exit: take nothing new, hand back what has not begun, deliver every outcome."""
-        with self._lock:
-            self._leaving = why
-            self.peer.send(("retire", why))
 
     def _next(self) -> Attempt | None:
         """Wait for the attempt to begin next, and mark it begun; None: it is time to go."""
@@ -406,9 +400,7 @@ class Worker:
     def _open_payload(self, attempt: Attempt) -> tuple[Any, Any, Any]:
         """Return args, kwargs, and the exception types to retry on."""
         payload = attempt.payload
-        if isinstance(payload, tuple):
-            payload = self._objects.pop(payload[0])
-        call = minipool.decode_value(payload)
+        call = minipool.decode_value(self._objects.pop(payload[0]) if isinstance(payload, tuple) else payload)
         return call if len(call) == 3 else (*call, None)
 
     # ---- the I/O thread ----
@@ -527,14 +519,6 @@ class Worker:
         os._exit(5)
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel for a signal when the node is gone: the backstop for a worker whose threads cannot run."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)        # its alarm() as handler: a second (SIGHUP is 1) for _watch_node's group kill
-        libc.signal(signal.SIGHUP, ctypes.cast(libc.alarm, ctypes.c_void_p))
-        libc.prctl(1, signal.SIGHUP)    # PR_SET_PDEATHSIG
-
-
 def _watch_node(worker: Worker, life: Any) -> None:
     """Take fresh tickets from the node's pipe; at its end the node is dead, and this process group goes with it."""
     with contextlib.suppress(OSError, EOFError):
@@ -546,7 +530,11 @@ def _watch_node(worker: Worker, life: Any) -> None:
 def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> None:
     """Be a worker process: called by multiprocessing in a fresh interpreter whose mask is already set."""
     os.setsid()                         # one group per worker: killing it takes grandchildren along
-    _die_with_parent()
+    # a signal from the kernel when the node is gone: the backstop for a worker whose threads cannot run
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)        # its alarm() as handler: a second (SIGHUP is 1) for _watch_node's group kill
+        libc.signal(signal.SIGHUP, ctypes.cast(libc.alarm, ctypes.c_void_p))
+        libc.prctl(1, signal.SIGHUP)    # PR_SET_PDEATHSIG
     for descriptor in (1, 2):           # what jobs print goes to the node, which never lets it block for long
         os.dup2(output.fileno(), descriptor)
     output.close()
