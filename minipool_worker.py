@@ -38,7 +38,6 @@ import os
 import queue
 import re
 import secrets
-import selectors
 import signal
 import socket
 import sys
@@ -562,46 +561,25 @@ TAIL_LINES = 40             # of a worker's last output, for the error that tell
 _NEVER = float("inf")
 
 
-class _Stderr(threading.Thread):
+class _Stderr(queue.SimpleQueue[Any]):      # reentrant: signal handlers log too
     """Writes what the node says and its workers print: a pipe that nobody empties must not stop the node.
 
     It has no flush(): logging, which flushes what can be flushed after each line, must not wait.
     """
 
-    def __init__(self) -> None:
-        super().__init__(name="minipool-output", daemon=True)
-        self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()    # reentrant: signal handlers log too
+    def write(self, text: str) -> None:
+        """Write whole lines, soon; they are lost where 10,000 wait already."""
+        if self.qsize() < 10_000:
+            self.put(text)
 
-    def run(self) -> None:
-        for text in iter(self._texts.get, None):
+    def pass_on(self) -> None:
+        """Be the thread that writes, until None is put."""
+        for text in iter(self.get, None):
             with contextlib.suppress(OSError):
                 os.write(2, text.encode(errors="replace"))      # not print: its lock would be held at exit
 
-    def write(self, text: str) -> None:
-        """Write whole lines, soon; they are lost where 10,000 wait already."""
-        if self._texts.qsize() < 10_000:
-            self._texts.put(text)
 
-    def stop(self) -> None:
-        """Let the last words out; for a second, as perhaps nobody reads them."""
-        self._texts.put(None)
-        self.join(1)
-
-
-_stderr = _Stderr()         # main() starts it
-
-
-@contextlib.contextmanager
-def _environment(changes: Mapping[str, str | None]) -> Any:
-    """Set variables (None: remove them) for what is started meanwhile; multiprocessing has no env=."""
-    before = {name: os.environ.pop(name) for name in changes if name in os.environ}
-    os.environ.update({name: value for name, value in changes.items() if value is not None})
-    try:
-        yield
-    finally:
-        for name in changes:
-            os.environ.pop(name, None)
-        os.environ.update(before)
+_stderr = _Stderr()
 
 
 def _freeze(pid: int) -> bool:
@@ -609,20 +587,12 @@ def _freeze(pid: int) -> bool:
     give_up = time.monotonic() + 1
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         os.kill(pid, signal.SIGSTOP)
-        while time.monotonic() < give_up:
-            state = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG)
-            if state:
-                return state.si_code == os.CLD_STOPPED
+        kinds = os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG
+        while not (state := os.waitid(os.P_PID, pid, kinds)) and time.monotonic() < give_up:
             time.sleep(0.0005)
-        return True         # a driver holds it in the kernel: there it begins no other attempt
+        # None: a driver holds it in the kernel: there it begins no other attempt
+        return state is None or state.si_code == os.CLD_STOPPED
     return False
-
-
-def _pidfd(process: Any) -> int:
-    """Return a descriptor that is readable when the process is dead; the sentinel may lie while a grandchild lives."""
-    with contextlib.suppress(OSError, AttributeError):
-        return os.pidfd_open(process.pid)
-    return os.dup(process.sentinel)
 
 
 def _lock(name: str, mode: int) -> Any:
@@ -686,15 +656,16 @@ class Supervisor:
         self.name: str = options.get("name") or socket.gethostname().split(".")[0]
         self.failure: BaseException | None = None
         self._context = multiprocessing.get_context("spawn")
+        self._environ = {name: os.environ.get(name) for slot in self.slots for name in slot.env}    # the node's own
         self._children = [Child(place, slot) for place, slot in enumerate(self.slots)]
         self._unreported: collections.deque[Message] = collections.deque(maxlen=1000)
         self._words: collections.deque[Message] = collections.deque()           # of the server, for the main thread
-        self._selector = selectors.DefaultSelector()
+        self._sources: dict[Any, Callable[[], object]] = {}     # what the main thread waits for, and what it does then
         self._waker, woken = socket.socketpair()
         self._waker.setblocking(False)
-        self._selector.register(woken, selectors.EVENT_READ, lambda: woken.recv(4096))
+        self._sources[woken] = lambda: woken.recv(4096)
         if lifeline is not None:        # at its end, all it has to say, whoever started us is gone, or wants us to go
-            self._selector.register(lifeline, selectors.EVENT_READ, self.stop)
+            self._sources[lifeline] = self.stop
         self._is_child = lifeline is not None
         self._born, self._beat_at, self._beat_every = time.monotonic(), 0.0, BEAT_SECONDS
         self._complain_at = self._born + 3
@@ -712,8 +683,9 @@ class Supervisor:
         threading.Thread(target=self._watch_devices, name="minipool-devices", daemon=True).start()
         try:
             while self._stop_at is None or (self._running() and time.monotonic() < self._stop_at):
-                for key, _ in self._selector.select(0.2):       # also how late a beat or a respawn may be
-                    key.data()
+                for source in multiprocessing.connection.wait(self._sources, 0.2):  # so late may a beat or respawn be
+                    if source in self._sources:     # not so the output of one that was just found dead
+                        self._sources[source]()
                 while self._words:
                     word = self._words.popleft()
                     getattr(self, f"_on_{word[0]}")(*word[1:])
@@ -764,8 +736,7 @@ class Supervisor:
             self.stop(DRAIN_SECONDS)
         if not self._instance and now >= self._complain_at:
             self._complain_at = _NEVER
-            address = minipool.format_address(*self.peer.address)
-            _stderr.write(f"waiting for a server at {address}: {trouble}\n")
+            _stderr.write(f"waiting for a server at {minipool.format_address(*self.peer.address)}: {trouble}\n")
         if patience and lost_at and now >= lost_at + patience:
             trouble = minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
         elif self._instance or not isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
@@ -791,14 +762,11 @@ class Supervisor:
             self._instance = self.peer.instance
             for child in self._running():
                 with contextlib.suppress(OSError):
-                    child.life.send_bytes(self._ticket(child.id))
+                    child.life.send_bytes(self.secret.role_key("worker", self._instance, child.id))
         self.on_welcome()
 
     def _on_refuse(self, error: str, text: str) -> None:
         self.failure, self._stop_at = getattr(minipool, error, minipool.Refused)(text), 0.0
-
-    def _ticket(self, worker_id: bytes) -> bytes:
-        return self.secret.role_key("worker", self._instance, worker_id)
 
     def _spawn(self, child: Child) -> None:
         """Start the worker of one slot. The mask is set before its interpreter starts, by what it inherits."""
@@ -811,19 +779,26 @@ class Supervisor:
         life, child.life = self._context.Pipe(duplex=False)
         child.output, output = self._context.Pipe(duplex=False)
         setup = {"id": child.id, "node": self.id, "node_name": self.name, "slot": place, "device": slot.device,
-                 "address": self.peer.address, "key": self._ticket(child.id), "tags": self.options.get("tags") or [],
-                 "max_tasks": self.options.get("max_tasks"), "sys_path": self.options.get("sys_path") or [],
-                 "tls": bool(self.options.get("tls")), "log_level": logging.getLogger().level}
+                 "address": self.peer.address, "key": self.secret.role_key("worker", self._instance, child.id),
+                 "tags": self.options.get("tags") or [], "max_tasks": self.options.get("max_tasks"),
+                 "sys_path": self.options.get("sys_path") or [], "tls": bool(self.options.get("tls")),
+                 "log_level": logging.getLogger().level}
         child.process = self._context.Process(target=_worker_main, args=(setup, child.cell, life, output),
                                               name=f"minipool-worker-{place}", daemon=False)
-        with _environment(slot.env):
-            child.process.start()
+        for name, value in (self._environ | slot.env).items():      # multiprocessing has no env=
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        child.process.start()
         life.close()
         output.close()
-        child.pidfd = _pidfd(child.process)
-        self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._on_death(child))
+        try:        # readable when the process is dead; the sentinel may lie while a grandchild lives
+            child.pidfd = os.pidfd_open(child.process.pid)
+        except (OSError, AttributeError):
+            child.pidfd = os.dup(child.process.sentinel)
+        self._sources[child.pidfd] = lambda: self._on_death(child)
         os.set_blocking(child.output.fileno(), False)
-        self._selector.register(child.output.fileno(), selectors.EVENT_READ, lambda: self._read_output(child))
+        self._sources[child.output] = lambda: self._read_output(child)
 
     # ---- death ----
 
@@ -864,11 +839,10 @@ class Supervisor:
         return {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0, **lost}
 
     def _bury(self, child: Child) -> None:
-        self._selector.unregister(child.pidfd)
+        self._sources.pop(child.pidfd)
         os.close(child.pidfd)
         self._read_output(child)
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(child.output.fileno())
+        self._sources.pop(child.output, None)
         child.output.close()
         child.life.close()
         child.process = None
@@ -930,14 +904,11 @@ class Supervisor:
 
     def _read_output(self, child: Child) -> None:
         """Take what a worker printed: it never blocks on us; keep its tail, pass it on with its name before it."""
-        try:
+        data = b""
+        with contextlib.suppress(OSError):
             data = os.read(child.output.fileno(), 64 * 1024)
-        except (BlockingIOError, OSError):
-            return
-        if not data:
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(child.output.fileno())
-            return
+        if not data:            # it was closed: by the worker's end, or by a job
+            self._sources.pop(child.output, None)
         *lines, child.rest = (child.rest + data).split(b"\n")
         child.rest = child.rest[-8192:]
         texts = [line[:2000].decode(errors="replace") for line in lines]
@@ -1060,13 +1031,15 @@ def main(arguments: list[str] | None = None) -> int:
     program = sys.modules["__main__"]
     program.__spec__ = None     # keeps multiprocessing from importing it a second time, in each worker
     vars(program).pop("__file__", None)
-    _stderr.start()
+    writer = threading.Thread(target=_stderr.pass_on, name="minipool-output", daemon=True)
+    writer.start()
     try:
         if arguments == ["_child"]:
             return child_main(socket.socket(fileno=os.dup(0)))
         return minipool.run_command(parser.parse_args(arguments), log_to=_stderr)
     finally:
-        _stderr.stop()
+        _stderr.put(None)
+        writer.join(1)          # let the last words out; for a second, as perhaps nobody reads them
 
 
 if __name__ == "__main__":
