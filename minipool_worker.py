@@ -30,7 +30,6 @@ import ctypes
 import faulthandler
 import fcntl
 import heapq
-import importlib
 import json
 import logging
 import multiprocessing.connection
@@ -151,7 +150,7 @@ def _ask(nvml: Any, query: str, *arguments: Any) -> Any:
 
 def _enumerate(by_index: bool) -> list[_Gpu]:
     """Return the node's GPUs, each followed by its MIG instances; by number, since many programs `int()` the mask."""
-    nvml = importlib.import_module("pynvml")  # late: the rest of the node works without it
+    import pynvml as nvml  # late: the rest of the node works without it
     nvml.nvmlInit()
     gpus = []
     for index in range(nvml.nvmlDeviceGetCount()):
@@ -595,20 +594,17 @@ def _freeze(pid: int) -> bool:
     return False
 
 
-def _lock(name: str, mode: int) -> Any:
-    """Return a file of this user's that is locked until it is closed: the kernel sees to that, however we end.
+@contextlib.contextmanager
+def _locked(name: str, mode: int) -> Any:
+    """Hold a lock of this user's, a file: the kernel lets go of it, however we end.
 
     Raises BlockingIOError if another process has it.
     """
     folder = os.path.join(os.environ.get("XDG_RUNTIME_DIR") or "/tmp", f"minipool-{os.getuid()}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    file = open(os.path.join(folder, name.replace("/", "_")), "a")  # noqa: SIM115 - it is the caller's
-    try:
+    with open(os.path.join(folder, name.replace("/", "_")), "a") as file:
         fcntl.flock(file, mode)
-    except BaseException:
-        file.close()
-        raise
-    return file
+        yield
 
 
 def _oom_kills(pid: int) -> tuple[str, int]:
@@ -678,7 +674,9 @@ class Supervisor:
 
     def run(self) -> None:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
-        locks = [_lock("nodes", fcntl.LOCK_SH), *self._claim_devices()]
+        locks = contextlib.ExitStack()
+        locks.enter_context(_locked("nodes", fcntl.LOCK_SH))
+        self._claim_devices(locks)
         self.peer.thread.start()
         threading.Thread(target=self._watch_devices, name="minipool-devices", daemon=True).start()
         try:
@@ -700,8 +698,7 @@ class Supervisor:
                 multiprocessing.connection.wait([child.pidfd], 5)   # join() would wait for the sentinel, which may lie
                 self._bury(child)
             self.peer.stop(("bye", "the node stopped"))
-            for lock in locks:
-                lock.close()
+            locks.close()
         if self.failure:
             raise self.failure
 
@@ -806,37 +803,30 @@ class Supervisor:
         """A worker process is no more: say so, with the cell's word on whom to blame, and start another."""
         self._kill_group(child)             # grandchildren that stayed in the group
         oom_kills = dict([_oom_kills(os.getpid()), _oom_kills(child.process.pid)])      # while it is a zombie
-        exitcode = child.process.exitcode
+        code = child.process.exitcode or 0
         self._bury(child)
+        # of a cgroup that we hear of now, all kills are news; but "/" may be what version 1 says of the dead
+        was_oom = any(n > self._oom_kills.get(path, n if path == "/" else 0) for path, n in oom_kills.items())
+        self._oom_kills |= oom_kills
+        what = f"was killed: {child.killed}" if child.killed else f"exited with code {code}"
+        if code < 0 and not child.killed:
+            name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+            what = f"died of {name}" + (": out of memory, says its memory cgroup" if code == -9 and was_oom else
+                                        ", perhaps the kernel's out-of-memory killer" if code == -9 else "")
+        cause = {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0}
+        if child.lost:
+            cause["lost"] = f"{child.slot.label}: {child.lost}"
         token, successes = child.cell
-        cause = self._cause(child, exitcode, oom_kills)
         with self.peer.lock:
             self._unreported.append(("died", child.id, token, cause))
             self.peer.send(self._unreported[-1])
         if self._stop_at is None:
-            if not cause.get("planned"):
+            if code:
                 _log.warning("worker %d on %s %s", child.place, child.slot.device, cause["what"])
             # at once, but a slot whose workers die five times in a row without a success rests, longer each time
             child.deaths = 0 if successes or child.killed else child.deaths + 1
             rest = min(60, 2 ** (child.deaths - 5)) if child.deaths >= 5 else 0
             child.start_at = _NEVER if child.lost else time.monotonic() + rest
-
-    def _cause(self, child: Child, exitcode: int | None, oom_kills: dict[str, int]) -> dict[str, Any]:
-        """Return the cause of a death in words and numbers."""
-        code = exitcode or 0
-        # of a cgroup that we hear of now, all kills are news; but "/" may be what version 1 says of the dead
-        was_oom = any(n > self._oom_kills.get(path, n if path == "/" else 0) for path, n in oom_kills.items())
-        self._oom_kills |= oom_kills
-        if child.killed:
-            what = f"was killed: {child.killed}"
-        elif code < 0:
-            name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
-            what = f"died of {name}" + (": out of memory, says its memory cgroup" if code == -9 and was_oom else
-                                        ", perhaps the kernel's out-of-memory killer" if code == -9 else "")
-        else:
-            what = f"exited with code {code}"
-        lost = {"lost": f"{child.slot.label}: {child.lost}"} if child.lost else {}
-        return {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0, **lost}
 
     def _bury(self, child: Child) -> None:
         self._sources.pop(child.pidfd)
@@ -867,18 +857,16 @@ class Supervisor:
 
     # ---- devices ----
 
-    def _claim_devices(self) -> list[Any]:
+    def _claim_devices(self, locks: contextlib.ExitStack) -> None:
         """Lock our GPUs: two nodes on one would take each other's memory. An embedded pool only warns."""
-        locks = []
         for name, label in {slot.lock: slot.label for slot in self.slots if slot.lock}.items():
             try:
-                locks.append(_lock(f"device {name}", fcntl.LOCK_EX | fcntl.LOCK_NB))
+                locks.enter_context(_locked(f"device {name}", fcntl.LOCK_EX | fcntl.LOCK_NB))
             except BlockingIOError:
                 text = f"another node of this user has {label}: choose others by --gpus, or let one node have them all"
                 if not self._is_child:
                     raise NoDevice(text) from None
                 _log.warning("%s", text)
-        return locks
 
     def _watch_devices(self) -> None:
         """Ask NVML now and then whether a GPU is lost; in a thread of its own, as a broken driver may never answer."""
@@ -886,7 +874,7 @@ class Supervisor:
         while gpus and self._stop_at is None:
             for uuid in sorted(gpus):
                 try:
-                    nvml = importlib.import_module("pynvml")
+                    import pynvml as nvml
                     nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(uuid))
                 except Exception as error:          # any other is about the question, not the GPU
                     if "GpuIsLost" in type(error).__name__:
@@ -955,8 +943,7 @@ class Node:
 
 def is_node_running() -> bool:
     """Return whether a node of this user runs on this machine."""
-    with contextlib.suppress(BlockingIOError):
-        _lock("nodes", fcntl.LOCK_EX | fcntl.LOCK_NB).close()
+    with contextlib.suppress(BlockingIOError), _locked("nodes", fcntl.LOCK_EX | fcntl.LOCK_NB):
         return False
     return True
 
