@@ -77,7 +77,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import types
 import warnings
 import weakref
@@ -87,11 +86,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 if TYPE_CHECKING:
     import ssl
 
+    from minipool_worker import ChildProcess
+
 __version__ = "0.1.0"
 
 __all__ = [
     # pools and clients
-    "Executor", "Future", "Server", "is_server_running", "as_completed", "wait",
+    "Executor", "Future", "Server", "is_server_running", "as_completed", "wait", "gather",
     # inside a job
     "current_job",
     # errors
@@ -2684,6 +2685,7 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
         super().__init__(self.file, 5, buffer_callback=functools.partial(_keep_large, buffers))
         self.owner, self.root, self.path, self.filled = owner, root, list[_Slot](), set[int]()
         self.seen: dict[Any, _Seen] = {}
+        self.inputs = list[Any]()  # futures that were met; each becomes its place in this list
         self.last: Any = _MISSING  # what is being reduced: the culprit if that fails
 
     def saw(self, get: Callable[..., Any], *args: Any) -> Any:
@@ -2698,6 +2700,9 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
             return self._reduce_class(obj)
         if self.owner is None:
             return super().reducer_override(obj)
+        if isinstance(obj, concurrent.futures.Future):
+            self.inputs.append(obj)
+            return _input, (len(self.inputs) - 1,)
         if kind is _Module:
             return obj.reduced
         if kind is _Slot:
@@ -2868,7 +2873,10 @@ class Functions:
         known = self._known.get(fn) if keep else None
         if known and all(get(*args) is value for get, args, value in known[1]):
             return known[0]
-        blob, seen = self._dump(fn, fn)
+        pickler = self._dump(fn, fn)
+        blob, seen = pickler.file.getvalue(), list(pickler.seen.values())
+        if pickler.inputs:
+            raise pickle.PicklingError(f"{name_of(fn)}() refers to a future: give it as an argument, for its value")
         with self._lock:
             entry = self._entries.get(blob) or Entry(self._next_number(), blob, self.gone)
             self._entries[blob] = entry
@@ -2881,12 +2889,13 @@ class Functions:
         return entry
 
     def dumps_call(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
-                   *more: Any) -> tuple[bytes, list[Any]]:
-        """Return the pickle of (args, kwargs, *more) and its large buffers; `fn` only serves the error message."""
+                   *more: Any) -> tuple[bytes, list[Any], list[Any]]:
+        """Return the pickle of (args, kwargs, *more), its large buffers, the futures in it; `fn` is for the error."""
         if not more and all(type(a) in ATOMS for a in args) and all(type(a) in ATOMS for a in kwargs.values()):
-            return pickle.dumps((args, kwargs), 5), []  # a seventh of the price
+            return pickle.dumps((args, kwargs), 5), [], []  # a seventh of the price
         buffers: list[Any] = []
-        return self._dump(fn, (args, kwargs, *more), buffers)[0], buffers
+        pickler = self._dump(fn, (args, kwargs, *more), buffers)
+        return pickler.file.getvalue(), buffers, pickler.inputs
 
     def module(self, space: dict[str, Any]) -> _Module:
         """Return the record of a globals dictionary; kept for good, since its names' versions must never fall."""
@@ -2908,13 +2917,13 @@ class Functions:
                 module.names[name] = value, version
             return value, version
 
-    def _dump(self, fn: Any, value: Any, buffers: list[Any] | None = None) -> tuple[bytes, list[_Seen]]:
-        """Return the pickle of `value`, be it `fn` or what a call of it takes, and what it depends on."""
+    def _dump(self, fn: Any, value: Any, buffers: list[Any] | None = None) -> Any:
+        """Return a pickler that has pickled `value`, be it `fn` or what a call of it takes."""
         while True:  # each turn leaves one more unpicklable name out of a module
             pickler = _pickler()(buffers, self, value)
             try:
                 pickler.dump(value)
-                return pickler.file.getvalue(), list(pickler.seen.values())
+                return pickler
             except Exception as error:
                 slot = pickler.path[-1] if pickler.path else None
                 if slot is None or not slot.soft or isinstance(error.__cause__ or error, RecursionError):
@@ -2955,6 +2964,39 @@ def _set_name(module: types.ModuleType, name: str, version: int, value: Any, end
 
 def _sentinel(module: types.ModuleType, name: str, version: int, make: Any, args: Any) -> Any:
     return vars(module)["__minipool__"].setdefault((name, version), make(*args))
+
+
+# ---- both halves: futures among the arguments ----
+# The pickle of a call has places where futures were; it travels with their values, as they came, once all are done.
+
+_inputs = threading.local()  # .values, while a call is opened
+
+
+class LinkedCall:
+    """A call and the values of the futures in it, all as bytes: opened, it is the call."""
+
+    def __init__(self, call: bytes, buffers: list[Any], values: list[Any]) -> None:
+        self.call, self.parts = call, (buffers, values)
+
+    def __reduce__(self) -> Any:
+        return _open_linked, (self.call, *([pickle.PickleBuffer(memoryview(part).toreadonly()) for part in parts]
+                                           for parts in self.parts))
+
+
+def _open_linked(call: bytes, buffers: list[Any], values: list[Any]) -> Any:
+    _inputs.values = [decode_value(value) for value in values]
+    try:
+        return pickle.loads(call, buffers=buffers)
+    finally:
+        del _inputs.values
+
+
+def _input(place: int) -> Any:
+    return _inputs.values[place]
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 # ---- both halves: values ----
@@ -3008,25 +3050,6 @@ def encode_value(value: Any) -> bytes | Blob:
         raise pickle.PicklingError(f"cannot pickle the result, a {type(value).__qualname__}: {error}") from error
 
 
-def encode_exception(error: BaseException, where: str) -> bytes | Blob:
-    """Return a job's exception as it travels: itself if it is known to load again, and its text in any case.
-
-    Many exceptions pickle well and fail at loading, because __init__ wants more than `args` holds.
-    """
-    pickled = None
-    frames = error.__traceback__.tb_next if error.__traceback__ else None       # without the worker's own frame
-    with contextlib.suppress(BaseException):
-        data = encode_value(error)
-        data = data if isinstance(data, bytes) else data.read(0, data.size)
-        pickled = bytes(data) if type(decode_value(data)) is type(error) else None
-    try:
-        text = "".join(traceback.format_exception(type(error), error, frames))
-        words = str(error)
-    except BaseException:           # an exception whose __str__ raises
-        text, words = f"{type(error).__qualname__} (its text cannot be shown)", ""
-    return pack(pickle.dumps((pickled, type(error).__qualname__, words, text, where), 5))
-
-
 class _RemoteTraceback(Exception):
     """The remote traceback, as the cause of a job's exception."""
 
@@ -3070,6 +3093,29 @@ ACKNOWLEDGE = 16            # outcomes that wait for a frame to ride on; a worke
 
 as_completed = concurrent.futures.as_completed
 wait = concurrent.futures.wait
+
+
+def gather(futures: Any, errors: str = "raise", timeout: float | None = None) -> Any:
+    """Return the values of futures, in the nesting of lists, tuples, sets and dicts that they come in.
+
+    errors="skip" leaves out those that failed or were cancelled. Raises TimeoutError after `timeout` seconds.
+    """
+    if errors not in ("raise", "skip"):
+        raise ValueError(f"errors is 'raise' or 'skip', not {errors!r}")
+    give_up = None if timeout is None else time.monotonic() + timeout
+
+    def gathered(item: Any) -> list[Any]:
+        if isinstance(item, concurrent.futures.Future):
+            left = None if give_up is None else max(0.0, give_up - time.monotonic())
+            concurrent.futures.wait([item], left)
+            is_bad = errors == "skip" and item.done() and (item.cancelled() or item.exception() is not None)
+            return [] if is_bad else [item.result(0)]
+        if isinstance(item, dict):
+            return [{key: part for key, value in item.items() for part in gathered(value)}]
+        if isinstance(item, list | tuple | set | frozenset):
+            return [type(item)(itertools.chain.from_iterable(map(gathered, item)))]
+        return [item]
+    return next(iter(gathered(list(futures) if isinstance(futures, Iterator) else futures)), None)
 
 _PENDING, _RUNNING = concurrent.futures._base.PENDING, concurrent.futures._base.RUNNING
 _CANCELLED, _FINISHED = concurrent.futures._base.CANCELLED, concurrent.futures._base.FINISHED
@@ -3197,6 +3243,14 @@ class Future(concurrent.futures.Future[Any]):
             if self._raw is not None:
                 self._result, self._exception, self._raw = value, error, None
 
+    def travelling(self) -> Any:
+        """Return the value's bytes, as they came if nobody has looked at it yet; raise what the job raised."""
+        raw = self._raw
+        if raw and raw[0] == OK:
+            return raw[1]
+        value = encode_value(self.result(0))
+        return value.read(0, value.size) if isinstance(value, Blob) else value
+
     def _settle(self, status: str, value: Any) -> None:
         """End the future with an outcome to be decoded; waiters wake, callbacks go to their thread. For the client."""
         self._raw = status, value
@@ -3219,46 +3273,6 @@ class Future(concurrent.futures.Future[Any]):
             invoke()
         elif self._done_callbacks:
             self._client.later(invoke)                      # no user code under the lock
-
-
-class ChildProcess:
-    """A child that serves an embedded pool or a node: told what to do by one line, ended by the end of its stdin."""
-
-    def __init__(self, job: dict[str, Any]) -> None:
-        self._line, theirs = socket.socketpair()
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "minipool_worker.py")
-        with theirs:        # a session of its own: Ctrl-C in the terminal is for the client alone
-            self._process = subprocess.Popen([sys.executable, script, "_child"], stdin=theirs.fileno(),
-                                             start_new_session=True)
-        try:
-            self._line.settimeout(job.get("connect_timeout") or 60)
-            self._line.sendall(json.dumps(job).encode() + b"\n")
-            with self._line.makefile("rb") as file:
-                line = file.readline()
-            if not line.endswith(b"\n"):
-                raise ServerLost(f"the child process ended with exit code {self._process.wait(5)}")
-            self.answer: dict[str, Any] = json.loads(line)
-            if "error" in self.answer:
-                kinds = {kind.__name__: kind for kind in (ServerLost, Refused, VersionMismatch, OSError)}
-                raise kinds.get(self.answer["error"], ValueError)(self.answer["text"])
-        except BaseException as error:
-            self.stop()
-            if isinstance(error, TimeoutError):
-                raise ServerLost("no server answered in time") from None
-            raise
-
-    def stop(self) -> None:
-        """End the child, and with it its workers."""
-        self._line.close()
-        if not self.wait(10):
-            self._process.kill()
-            self._process.wait()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the child has ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout)
-        return self._process.returncode is not None
 
 
 class Client:
@@ -3325,7 +3339,10 @@ class Client:
             raise TypeError(f"submit() needs something callable, not {type(fn).__name__}")
         entry = self.functions.function(fn)
         retry_on = options.get("retry_on", (Exception,)) if options.get("retries") else ()
-        packed = pack(*self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ())))
+        call, buffers, inputs = self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ()))
+        if any(getattr(given, "_client", None) is not self for given in inputs):
+            raise ValueError(f"{name_of(fn)}() is given a future of another executor: give it the result")
+        packed = b"" if inputs else pack(call, buffers)
         check_size(entry.blob, self.max_value, "pickle", fn)
         check_size(packed, self.max_value, "arguments", fn)
         inline = 0 if isinstance(packed, Blob) else len(packed)
@@ -3347,12 +3364,40 @@ class Client:
             message = ("submit", number, name, payload, len(self._log), wire)
             future = Future(self, number, view, (entry, message, inline))
             self.unfinished[number] = future
-            heapq.heappush(self._backlog, (-wire.get("priority", 0), number))
-            self._send_backlog()
+            if not inputs:
+                heapq.heappush(self._backlog, (-wire.get("priority", 0), number))
+                self._send_backlog()
             connection, busy = self.peer.connection, len(self._sent) > 2 * len(self.workers)
         if connection:      # few jobs out: go now; many: go on submitting while the writer makes batches
             connection.flush(0 if busy else BORROWED_FRAMES)
+        if inputs:
+            self._link(future, call, buffers, inputs)
         return future
+
+    def _link(self, future: Future, call: bytes, buffers: list[Any], inputs: list[Future], place: int = 0) -> None:
+        """Send a job once the futures in its arguments are done; one that has no value ends it in the same way."""
+        while place < len(inputs) and inputs[place].done():
+            place += 1
+        if place < len(inputs):
+            return inputs[place].add_done_callback(lambda _: self._link(future, call, buffers, inputs, place))
+        try:
+            packed = encode_value(LinkedCall(call, buffers, [given.travelling() for given in inputs]))
+            check_size(packed, self.max_value, "arguments", future)
+        except concurrent.futures.CancelledError:
+            future.cancel()
+            return
+        except BaseException as error:      # that of a future, or its value cannot be pickled again
+            with self.lock:
+                return self._finish(future, DIED, functools.partial(_same, error))
+        with self.lock:
+            if future._call:                # else it was cancelled meanwhile
+                entry, message, _ = future._call
+                payload = self._share(future._number, packed)
+                message = (*message[:3], payload, *message[4:])
+                future._call = entry, message, len(packed) if isinstance(packed, bytes) else 0
+                heapq.heappush(self._backlog, (-message[-1].get("priority", 0), future._number))
+                self._send_backlog()
+        self.peer.send()
 
     def _send_backlog(self) -> None:
         """Send what the credit allows, most urgent first. Holds the lock; somebody flushes."""
@@ -3400,7 +3445,10 @@ class Client:
 
     def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Append a call that every worker must have made before it begins a job submitted from now on."""
-        data = pack(*self.functions.dumps_call(fn, args, kwargs, fn))
+        call, buffers, inputs = self.functions.dumps_call(fn, args, kwargs, fn)
+        if inputs:
+            raise ValueError(f"{name_of(fn)}() is for every worker: give it the result of a future")
+        data = pack(call, buffers)
         check_size(data, self.max_value, "arguments", fn)
         with self.lock:
             self._log.append((next(self.numbers), data))
@@ -3679,6 +3727,7 @@ class Executor(concurrent.futures.Executor):
         if where == "local":            # a private child serves this machine, with a throw-away secret
             key = Secret.new()
             path = list(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))    # it works in another folder
+            from minipool_worker import ChildProcess  # late: who dials a server needs none of it
             child = ChildProcess({"serve": True, "secret": key.text, "options": {
                 "name": "local", "workers": max_workers, "sys_path": path}})
             where, limit, patience = child.answer["address"], None, 3.0     # it is never restarted
@@ -3801,6 +3850,21 @@ class Executor(concurrent.futures.Executor):
             if self._client.child:
                 raise ValueError(text)
             warnings.warn(f"{text}: such jobs wait until one joins", RuntimeWarning, stacklevel=3)
+
+    def on_start(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        """Run fn(*args, **kwargs) on every worker, also on those to come, before its next job of this executor.
+
+        In the order of the calls; between jobs, so what it stores is there for those submitted from now on. One that
+        raises breaks the executor, like an initializer.
+        """
+        self._client.add_to_log(fn, args, kwargs)
+
+    def wait_for_workers(self, n: int, timeout: float | None = None) -> None:
+        """Block until there are `n` workers; raise TimeoutError after `timeout` seconds."""
+        client = self._client
+        with client._changed:
+            if not client._changed.wait_for(lambda: len(client.workers) >= n, timeout):
+                raise TimeoutError(f"{len(client.workers)} of {n} workers are there after {timeout:g} s")
 
     def kill(self, target: Future) -> None:
         """End the running job of a future by ending its worker's process; the future raises JobKilled."""

@@ -39,9 +39,11 @@ import re
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -255,6 +257,25 @@ class SessionState:
         self.unfit = b""                        # what an entry raised: then nothing of this client runs here
 
 
+def encode_exception(error: BaseException, where: str) -> bytes | Blob:
+    """Return a job's exception as it travels: itself if it is known to load again, and its text in any case.
+
+    Many exceptions pickle well and fail at loading, because __init__ wants more than `args` holds.
+    """
+    pickled = None
+    frames = error.__traceback__.tb_next if error.__traceback__ else None       # without the worker's own frame
+    with contextlib.suppress(BaseException):
+        data = minipool.encode_value(error)
+        data = data if isinstance(data, bytes) else data.read(0, data.size)
+        pickled = bytes(data) if type(minipool.decode_value(data)) is type(error) else None
+    try:
+        text = "".join(traceback.format_exception(type(error), error, frames))
+        words = str(error)
+    except BaseException:           # an exception whose __str__ raises
+        text, words = f"{type(error).__qualname__} (its text cannot be shown)", ""
+    return minipool.encode_value((pickled, type(error).__qualname__, words, text, where))
+
+
 class Worker:
     """The worker process: `run()` is its main thread's life."""
 
@@ -389,10 +410,10 @@ class Worker:
 
     def _encode_failure(self, error: BaseException, limit: int) -> bytes | Blob:
         """Return an exception as it travels; of one that is too long the beginning of its text."""
-        value = minipool.encode_exception(error, self._where)
+        value = encode_exception(error, self._where)
         if (value.size if isinstance(value, Blob) else len(value)) > limit:
             cut = minipool.RemoteError(type(error).__qualname__, str(error)[:1000] + " [...]")
-            value = minipool.encode_exception(cut, self._where)
+            value = encode_exception(cut, self._where)
         return value
 
     def _open_payload(self, attempt: Attempt) -> tuple[Any, Any, Any]:
@@ -905,6 +926,46 @@ class Supervisor:
             _stderr.write(f"[{self.name}-{child.place}] {text}\n")
 
 
+class ChildProcess:
+    """A child that serves an embedded pool or a node: told what to do by one line, ended by the end of its stdin."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._line, theirs = socket.socketpair()
+        with theirs:        # a session of its own: Ctrl-C in the terminal is for the client alone
+            self._process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_child"],
+                                             stdin=theirs.fileno(), start_new_session=True)
+        try:
+            self._line.settimeout(job.get("connect_timeout") or 60)
+            self._line.sendall(json.dumps(job).encode() + b"\n")
+            with self._line.makefile("rb") as file:
+                line = file.readline()
+            if not line.endswith(b"\n"):
+                raise minipool.ServerLost(f"the child process ended with exit code {self._process.wait(5)}")
+            self.answer: dict[str, Any] = json.loads(line)
+            if "error" in self.answer:
+                kinds = minipool.ServerLost, minipool.Refused, minipool.VersionMismatch, OSError
+                kind = next((kind for kind in kinds if kind.__name__ == self.answer["error"]), ValueError)
+                raise kind(self.answer["text"])
+        except BaseException as error:
+            self.stop()
+            if isinstance(error, TimeoutError):
+                raise minipool.ServerLost("no server answered in time") from None
+            raise
+
+    def stop(self) -> None:
+        """End the child, and with it its workers."""
+        self._line.close()
+        if not self.wait(10):
+            self._process.kill()
+            self._process.wait()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the child has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+        return self._process.returncode is not None
+
+
 class Node:
     """A node inside a program: a handle on a child process that supervises this machine's workers.
 
@@ -918,11 +979,11 @@ class Node:
         self._job = {"serve": False, "connect_timeout": connect_timeout, "options": options,
                      "address": minipool.format_address(*minipool.parse_address(address)),
                      "secret": minipool.find_secret(secret).text}
-        self.child: minipool.ChildProcess | None = None
+        self.child: ChildProcess | None = None
 
     def start(self) -> Node:
         """Start the child process and wait for its welcome."""
-        self.child = minipool.ChildProcess(self._job)
+        self.child = ChildProcess(self._job)
         return self
 
     def stop(self) -> None:

@@ -18,6 +18,7 @@ import cloudpickle
 import pytest
 
 import minipool
+import minipool_worker
 
 WORKER = """
 import pickle, struct, sys
@@ -31,7 +32,7 @@ while head := source.read(8):
         args, kwargs, *_ = minipool.decode_value(bytearray(call))
         status, value = minipool.OK, minipool.encode_value(fn(*args, **kwargs))
     except BaseException as error:
-        status, value = minipool.RAISED, minipool.encode_exception(error, "worker 1")
+        status, value = minipool.RAISED, minipool_worker.encode_exception(error, "worker 1")
     data = value if isinstance(value, bytes) else bytes(value.read(0, value.size))
     answer = pickle.dumps((status, data))
     sink.write(struct.pack("<Q", len(answer)) + answer)
