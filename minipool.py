@@ -255,14 +255,13 @@ def _fields(**kinds: Any) -> dict[str, Check]:
     return {name: _CHECKS[kind] for name, kind in kinds.items()}
 
 
-# what the scheduler reads of a job's options; the rest is for the worker
-_OPTIONS_READ: dict[str, Check] = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int,
-                                          job_timeout=float, max_tasks=int, on="tags")
-
-
 def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
     CATALOGUE[kind] = frozenset(senders.split()), _fields(**kinds)
 
+
+# what the scheduler reads of a job's options; the rest is for the worker
+_OPTIONS_READ: dict[str, Check] = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int,
+                                          job_timeout=float, max_tasks=int, on="tags")
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
 _message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
@@ -391,6 +390,7 @@ HANDSHAKE_SECONDS = 5.0         # absolute, for the whole handshake
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
+KeySource = Callable[[str, bytes, bytes], bytes]            # Secret.role_key, or what gives a worker its one ticket
 _hmac = functools.partial(hmac.digest, digest="sha256")     # of key and message
 # of a password, with a salt: once per process and server life, never per connection
 _stretch = functools.lru_cache(8)(functools.partial(hashlib.scrypt, n=2**15, r=8, p=1, maxmem=64 << 20, dklen=32))
@@ -424,9 +424,6 @@ class Secret:
         master = self._raw or _stretch(self.text.encode(), salt=instance)
         key = _hmac(master, b"minipool/1 role " + role.encode())
         return _hmac(key, identity) if role == "worker" else key
-
-
-KeySource = Callable[[str, bytes, bytes], bytes]    # Secret.role_key, or what gives a worker its one ticket
 
 
 class SessionKeys(NamedTuple):
@@ -552,11 +549,6 @@ class Plain:
         poll = select.poll()
         poll.register(self.sock, event)
         return bool(poll.poll(seconds * 1000))
-
-    def shutdown(self) -> None:
-        """Wake both ends; the descriptor stays until the socket is closed."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)     # an SSLSocket's own would go on without TLS
 
 
 class Tls(Plain):
@@ -833,7 +825,8 @@ class Connection:
             self.closed = True
             self._control.clear()
             self._ranges.clear()
-            self._seam.shutdown()
+            with contextlib.suppress(OSError):      # wakes both ends; an SSLSocket's own would go on without TLS
+                socket.socket.shutdown(self._seam.sock, socket.SHUT_RDWR)
         self._handed.put(False)
 
     def dispose(self) -> None:
@@ -901,9 +894,9 @@ class Peer:
     """What client, worker and node have in common: dial, handshake, announce, send, pull, serve; and dial again.
 
     The owner gives callbacks: `announce()` returns the messages to open a connection with, `on_batch(messages)`
-    gets what arrives, `on_lost()` hears of a lost connection. All run in the peer's I/O thread; no user code does.
-    `lock` is the owner's: a connection becomes visible together with its announcement under it, so that what the
-    owner does under the lock is either in the announcement or sent after it, never neither.
+    gets what arrives, `on_lost()` hears of a lost connection. All run in `thread`, which the owner starts; no user
+    code does. `lock` is the owner's: a connection becomes visible together with its announcement under it, so that
+    what the owner does under the lock is either in the announcement or sent after it, never neither.
     """
 
     def __init__(self, role: str, address: tuple[str, int], key: KeySource, *,
@@ -924,7 +917,6 @@ class Peer:
         self._pulls: dict[Name, Pull] = {}                  # guarded by lock, as is
         self._asked: dict[tuple[Name, int], memoryview] = {}    # ranges on their way, (name, offset): where they belong
         self._stopping = threading.Event()
-        # for the owner to start
         self.thread = threading.Thread(target=self._run, name=f"minipool-{name or role}-io", daemon=True)
 
     def stop(self, *farewell: Message) -> None:
@@ -956,11 +948,10 @@ class Peer:
                 self._serve(self._dial())
             except EOFError:            # it may have said why
                 self.trouble = self.trouble or ConnectionError("the server closed the connection")
-            except (OSError, UnicodeError, MinipoolError) as error:     # UnicodeError: no host can be called so
+            except Exception as error:
                 self.trouble = error
-            except Exception as error:                  # a bug of ours: log it, go on with a fresh connection
-                log.exception("minipool: the %s's I/O thread stumbled", self.role)
-                self.trouble = error
+                if not isinstance(error, (OSError, UnicodeError, MinipoolError)):       # UnicodeError: of a host's name
+                    log.exception("minipool: the %s's I/O thread stumbled", self.role)  # a bug of ours: dial again
             self._on_lost()
             if self._failures:
                 # full jitter, so that a thousand peers do not return at once; the cap keeps a restart short
@@ -2329,15 +2320,13 @@ class Doorkeeper:
             guest.sock.sendall(REFUSED)
             raise Malformed("has another secret")
         guest.sock.sendall(keys.server_proof)
-        self._forget(guest)
-        self._admit(guest.sock, role, identity, keys)
-
-    def _forget(self, guest: _Guest) -> None:
         self._selector.unregister(guest.sock)
         del self._guests[guest.sock]
+        self._admit(guest.sock, role, identity, keys)
 
     def _dismiss(self, guest: _Guest, why: str = "") -> None:
-        self._forget(guest)
+        self._selector.unregister(guest.sock)
+        del self._guests[guest.sock]
         guest.sock.close()
         now = time.monotonic()
         if why and now - self._spoken.get(guest.source, -60) > 10:      # one line per source and 10 s
@@ -3897,10 +3886,9 @@ class Executor(concurrent.futures.Executor):
 # the user's is one sentence, never a traceback; the exit code says what kind it was.
 # ==================================================================================================================
 
-EXIT_OK, EXIT_FAILED = 0, 1         # argparse ends with 2 for a misused command
+# else 1; argparse ends with 2 for a misused command
 EXIT_CODES: dict[type[BaseException], int] = {
     ServerLost: 3, TimeoutError: 3, Refused: 4, VersionMismatch: 5, KeyboardInterrupt: 130}
-EXIT_BROKEN = 70                    # an invariant of the scheduler is broken: the server stopped itself
 
 
 def run_command(options: argparse.Namespace, log_to: Any = None) -> int:
@@ -3909,10 +3897,10 @@ def run_command(options: argparse.Namespace, log_to: Any = None) -> int:
     logging.basicConfig(stream=log_to, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S",
                         level=level if level in logging.getLevelNamesMapping() else "INFO")
     try:
-        return int(options.run(options) or EXIT_OK)
+        return int(options.run(options) or 0)
     except (MinipoolError, OSError, OverflowError, ValueError, KeyboardInterrupt) as error:
         print(f"minipool: {error if str(error) else 'interrupted'}", file=sys.stderr)
-        return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), EXIT_FAILED)
+        return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
 
 
 def _print_lines(server: Server, options: argparse.Namespace, source: str) -> None:
@@ -3959,7 +3947,7 @@ def _serve(options: argparse.Namespace) -> int:
         if stop.is_set():
             log.info("draining: running jobs have %g s to end; a second signal ends the server at once", DRAIN_SECONDS)
             server.drain(DRAIN_SECONDS, hurry)
-    return EXIT_BROKEN if server.failure else EXIT_OK
+    return 70 if server.failure else 0      # an invariant of the scheduler is broken: the server stopped itself
 
 
 def _status(options: argparse.Namespace) -> None:

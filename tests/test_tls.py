@@ -177,8 +177,9 @@ class Tap:
                 data = buffer[:source.receive_into(buffer)]
                 self.seen += data
                 send_all(sink, data)
-        source.shutdown()
-        sink.shutdown()
+        for seam in (source, sink):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(seam.sock, socket.SHUT_RDWR)
 
 
 def send_all(seam, data):
