@@ -305,7 +305,6 @@ _message("recalled", "worker", "of the attempts asked for, these had not begun a
 _message("retire", "worker node", "a planned exit: give me nothing new; I go when all I hold is delivered", reason=str)
 _message("kill", "client server", "end these running attempts by ending their worker (client: numbers of its jobs; "
          "to a node: tokens)", numbers="numbers", reason=str)
-_message("over", "node", "the attempt to be killed had already ended", token=int)
 _message("died", "node", "this worker process is no more; token: what its cell showed (0: it was idle)",
          worker=bytes, token=int, cause="cause")
 
@@ -1406,10 +1405,6 @@ class Scheduler:
         node.info = {name: info[name] for name in ANNOUNCED["node"] if name in info}
         self._hear(node, now)
         self._admit(node, peer, {"name": node.name, "beat": self.beat})
-        for worker in node.workers.values():        # the old connection may have lost such words
-            for token, job in worker.inbox.items():
-                if job is None or job.killed:
-                    self._kill_attempt((worker, token), now)
 
     def _new_node(self, id: bytes, name: str, now: float) -> Node:
         taken = {node.name for node in self.nodes.values()}
@@ -1489,6 +1484,8 @@ class Scheduler:
                 self._unassign(worker, token)       # as an attempt that nobody wanted
                 self._place(job, worker, token, LONG)       # it survived the server: the job is not run again
                 self._started(worker, now, token)
+                if job.killed:
+                    self._kill_attempt((worker, token), now)
             if self._current(worker, token) is None:
                 self._unassign(worker, token)
                 if kind == "begun":         # what comes of it is stale: the slot is wanted for others
@@ -1608,8 +1605,6 @@ class Scheduler:
             self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
             if job.limit is not None:
                 self._arm(now + job.limit, self._time_out, (worker, token))
-            if job.killed:                  # the cell did not show it yet when that was asked for
-                self._kill_attempt((worker, token), now)
 
     def _time_out(self, attempt: tuple[Worker, int], now: float) -> None:
         """A job has run for its job_timeout, unless that attempt is over."""
@@ -2014,7 +2009,7 @@ class Scheduler:
         """End jobs by force: the node of a running one reads the cell, and kills only what is still at it."""
         for number in numbers:
             job = session.jobs.get(number)
-            if job is None or job.delivering or job.verdict:
+            if job is None or job.delivering or job.verdict or job.killed:
                 continue
             job.killed = KILLED, reason             # this is the last attempt
             if job.worker and job.state == State.RUNNING:
@@ -2023,7 +2018,10 @@ class Scheduler:
                 self._put_back(job, now)
 
     def _kill_attempt(self, attempt: tuple[Worker, int], now: float) -> None:
-        """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has."""
+        """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has.
+
+        Either word may be lost, and it may begin just after both have looked: a kill is repeated until it is over.
+        """
         worker, token = attempt
         if token in worker.inbox:
             self._send(worker.peer, ("recall", [token]))
@@ -2031,13 +2029,7 @@ class Scheduler:
             if job is None or job.killed:
                 reason = job.killed[1] if job and job.killed else "its job is not wanted here any more"
                 self._send(worker.node.peer, ("kill", [token], reason))
-
-    def _over(self, node: Node, now: float, token: int) -> None:
-        """The cell did not show the attempt: its outcome is on its way, or it began just after both looked."""
-        for worker in node.workers.values():
-            job = worker.inbox.get(token)
-            if job is not None and job.killed:
-                self._arm(now + T_KILL_AGAIN, self._kill_attempt, (worker, token))
+                self._arm(now + T_KILL_AGAIN, self._kill_attempt, attempt)
 
     # ---- ranges: relayed as they come, to whoever asked ----
 

@@ -866,7 +866,7 @@ class Supervisor:
     def _on_kill(self, tokens: list[int], reason: str) -> None:
         """End attempts by force: stop the process, read the cell, and kill it only if it is still at that attempt."""
         for token in tokens:
-            child = next((c for c in self._running() if c.cell[0] == token), None)
+            child = next((c for c in self._running() if c.cell[0] == token and not c.killed), None)    # asked again
             if child is not None and _freeze(child.process.pid) and child.cell[0] == token:
                 child.killed = reason
                 self._kill_group(child)
@@ -874,7 +874,6 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     if child is not None:
                         os.kill(child.process.pid, signal.SIGCONT)
-                self.peer.send(("over", token))
 
     # ---- devices ----
 

@@ -527,7 +527,6 @@ class Honest:
             case "run": return self.execute(*fields)
             case "recall": return [("recalled", fields[0], [])]
             case "resend": return [self.outcomes[token] for token in fields[0] if token in self.outcomes]
-            case "kill": return [("over", token) for token in fields[0]]
             case "pull": return [("gone", fields[0])]
             case "done":
                 self.results[fields[0]] = fields[1:3]

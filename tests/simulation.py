@@ -393,9 +393,7 @@ class Node(Actor):
 
     def kill(self, token):
         target = next((w for w in self.workers if w.alive and w.cell == token), None)
-        if target is None:
-            self.say(("over", token))
-        else:
+        if target is not None:
             self.world.crash(target)
 
 

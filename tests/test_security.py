@@ -463,7 +463,7 @@ class TestOthersJobs:
         pool.join_node("n2", called="other")
         with contextlib.suppress(Malformed):
             pool.feed("n2", ("died", pool.id_of("w1"), pool.token(running), {"what": "signal 9"}))
-            pool.feed("n2", ("over", pool.token(running)), ("retire", "because"))
+            pool.feed("n2", ("retire", "because"))
         assert pool.knows("w1") and pool.state(running) == "running" and pool.inbox("w1")
 
     def test_are_pulled_whole_though_another_client_asks_for_a_range_that_cannot_be(self):

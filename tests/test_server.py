@@ -268,7 +268,7 @@ class TestStrangers:
 class TestMembers:
     @pytest.mark.parametrize("role, opening", [
         ("client", ("submit", 1, (b"c", 1), b"", 0, None)), ("client", ("ask", 1, "jobs")),
-        ("node", ("over", 1)), ("worker", ("started", 1)),
+        ("node", ("beat",)), ("worker", ("started", 1)),
         ("client", ("client", {}, [])), ("client", a_client("text")),
         ("client", a_client(b"s", python=None)), ("node", a_node(name=None)),
         ("worker", a_worker(WORKER, has=None)),
