@@ -758,7 +758,7 @@ class Supervisor:
         if patience and lost_at and now >= lost_at + patience:
             trouble = minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
         elif self._instance or not isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
-            return
+            return      # a refusal ends it only at first: after a welcome it may be forged, or a mistake being mended
         self.failure, self._stop_at = self.failure or trouble, 0.0
 
     # ---- talking ----
@@ -807,9 +807,8 @@ class Supervisor:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        child.process.start()
-        life.close()
-        output.close()
+        with life, output:
+            child.process.start()
         try:        # readable when the process is dead; the sentinel may lie while a grandchild lives
             child.pidfd = os.pidfd_open(child.process.pid)
         except (OSError, AttributeError):
@@ -858,7 +857,8 @@ class Supervisor:
         child.life.close()
         child.process = None
 
-    def _kill_group(self, child: Child) -> None:
+    def _kill_group(self, child: Child, why: str = "") -> None:
+        child.killed = why or child.killed
         for kill in (os.killpg, os.kill):       # the group exists once the child has called setsid
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(child.process.pid, signal.SIGKILL)
@@ -868,8 +868,7 @@ class Supervisor:
         for token in tokens:
             child = next((c for c in self._running() if c.cell[0] == token and not c.killed), None)    # asked again
             if child is not None and _freeze(child.process.pid) and child.cell[0] == token:
-                child.killed = reason
-                self._kill_group(child)
+                self._kill_group(child, reason)
             else:
                 with contextlib.suppress(ProcessLookupError):
                     if child is not None:
@@ -907,8 +906,7 @@ class Supervisor:
         for child in [child for child in self._children if child.slot.lock == lock]:
             child.lost, child.start_at = text, _NEVER
             if child.process:
-                child.killed = f"its GPU is lost: {text}"
-                self._kill_group(child)
+                self._kill_group(child, f"its GPU is lost: {text}")
 
     def _read_output(self, child: Child) -> None:
         """Take what a worker printed: it never blocks on us; keep its tail, pass it on with its name before it."""
