@@ -44,7 +44,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import minipool
@@ -115,20 +115,19 @@ def visible_devices(mask: str | None) -> list[str] | None:
     return tokens
 
 
-def _gpu_slot(place: int, gpu: _Gpu, variable: str) -> Slot:
-    device = f"{'cuda' if variable in (_MASK, *_AMD) else 'device'}:{place}"
-    setting = f"{variable}={gpu.token}"
-    label = " ".join(filter(None, [device, gpu.name, gpu.uuid[:12] if gpu.uuid else setting]))
-    return Slot(device, label, gpu.token, {variable: gpu.token}, gpu.uuid or setting)
-
-
 def _listed(names: str | Iterable[str]) -> list[str]:
     parts = names.split(",") if isinstance(names, str) else names
     return list(dict.fromkeys(part.strip() for part in parts if part.strip()))  # named twice is meant once
 
 
-def _select(found: list[Slot], gpus: str | None) -> list[Slot]:
+def _select(usable: list[_Gpu], variable: str, gpus: str | None) -> list[Slot]:
     """Return the slots that `--gpus` names. A number is a place among those found, as it is for torch."""
+    found: list[Slot] = []
+    for place, gpu in enumerate(usable):
+        device = f"{'cuda' if variable in (_MASK, *_AMD) else 'device'}:{place}"
+        setting = f"{variable}={gpu.token}"
+        label = " ".join(filter(None, [device, gpu.name, gpu.uuid[:12] if gpu.uuid else setting]))
+        found.append(Slot(device, label, gpu.token, {variable: gpu.token}, gpu.uuid or setting))
     if gpus is None or (gpus == "all" and found):
         return found
     chosen: list[Slot] = []
@@ -150,22 +149,20 @@ def _ask(nvml: Any, query: str, *arguments: Any) -> Any:
     return answer.decode() if isinstance(answer, bytes) else answer  # older bindings return bytes
 
 
-def _enumerate(by_index: bool) -> list[_Gpu]:
-    """Return the node's GPUs, each followed by its MIG instances; by number, since many programs `int()` the mask."""
+def _enumerate(by_index: bool) -> Iterator[_Gpu]:
+    """Yield the node's GPUs, each followed by its MIG instances; by number, since many programs `int()` the mask."""
     import pynvml as nvml  # late: the rest of the node works without it
     nvml.nvmlInit()
-    gpus = []
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = _ask(nvml, "HandleByIndex", index)
         uuid, name = _ask(nvml, "UUID", handle), _ask(nvml, "Name", handle)
         mig = (_ask(nvml, "MigMode", handle) or [0])[0] == 1  # the mode now; the second is that after a reset
         token = str(index) if by_index or not uuid else uuid
-        gpus.append(_Gpu(token, uuid, name, usable=handle is not None and not mig))
+        yield _Gpu(token, uuid, name, usable=handle is not None and not mig)
         for place in range(_ask(nvml, "MaxMigDeviceCount", handle) or 0 if mig else 0):
             part = _ask(nvml, "MigDeviceHandleByIndex", handle, place)  # None: an empty place
             if part_uuid := _ask(nvml, "UUID", part):
-                gpus.append(_Gpu(part_uuid, part_uuid, _ask(nvml, "Name", part) or name))
-    return gpus
+                yield _Gpu(part_uuid, part_uuid, _ask(nvml, "Name", part) or name)
 
 
 def _masked(tokens: list[str], gpus: list[_Gpu]) -> list[_Gpu]:
@@ -190,7 +187,7 @@ def _nvidia(environ: Mapping[str, str]) -> list[_Gpu]:
     if tokens == []:
         return []
     try:
-        gpus = _enumerate(by_index=environ.get(_ORDER, "PCI_BUS_ID") == "PCI_BUS_ID")
+        gpus = list(_enumerate(by_index=environ.get(_ORDER, "PCI_BUS_ID") == "PCI_BUS_ID"))
     except Exception as error:  # not only NVMLError: a foreign binding may fail in any way
         amd = any(name in environ for name in _AMD)
         usual = "LibraryNotFound" in type(error).__name__ and not tokens and not amd       # a machine without a GPU
@@ -214,7 +211,7 @@ def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers
     variable = device_env or _MASK
     gpus = gpus and ("" if gpus.strip() == "none" else gpus.strip())
     found = [] if gpus == "" else _nvidia(environ) if devices is None else [_Gpu(token) for token in _listed(devices)]
-    chosen = _select([_gpu_slot(place, gpu, variable) for place, gpu in enumerate(found)], gpus)
+    chosen = _select(found, variable, gpus)
     cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     cpus = cpu_workers if cpu_workers is not None else 0 if chosen else cores
     hidden: dict[str, str | None] = {_MASK: "", variable: ""}  # else a preprocessing job opens a context on GPU 0
@@ -575,17 +572,14 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
 # pipe, kills, respawns, beats. The Peer's I/O thread only hands it the server's words.
 # ==================================================================================================================
 
-BEAT_SECONDS = 1.0
 DEVICE_SECONDS = 5.0        # between looks at whether a GPU has fallen off the bus
 TAIL_LINES = 40             # of a worker's last output, for the error that tells of its death
 _NEVER = float("inf")
 
 
 class _Stderr(queue.SimpleQueue[Any]):      # reentrant: signal handlers log too
-    """Writes what the node says and its workers print: a pipe that nobody empties must not stop the node.
-
-    It has no flush(): logging, which flushes what can be flushed after each line, must not wait.
-    """
+    """Writes what the node says and its workers print: a pipe that nobody empties must not stop the node."""
+    # It has no flush(): logging, which flushes what can be flushed after each line, must not wait.
 
     def write(self, text: str) -> None:
         """Write whole lines, soon; they are lost where 10,000 wait already."""
@@ -616,11 +610,8 @@ def _freeze(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(name: str, mode: int) -> Any:
-    """Hold a lock of this user's, a file: the kernel lets go of it, however we end.
-
-    Raises BlockingIOError if another process has it.
-    """
+def _locked(name: str, mode: int) -> Iterator[None]:
+    """Hold a lock file of this user's, or raise BlockingIOError; the kernel lets go of it, however we end."""
     folder = os.path.join(os.environ.get("XDG_RUNTIME_DIR") or "/tmp", f"minipool-{os.getuid()}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     with open(os.path.join(folder, name.replace("/", "_")), "a") as file:
@@ -684,7 +675,7 @@ class Supervisor:
         if lifeline is not None:        # at its end, all it has to say, whoever started us is gone, or wants us to go
             self._sources[lifeline] = self.stop
         self._is_child = lifeline is not None
-        self._born, self._beat_at, self._beat_every = time.monotonic(), 0.0, BEAT_SECONDS
+        self._born, self._beat_at, self._beat_every = time.monotonic(), 0.0, 1.0
         self._complain_at = self._born + 3
         self._stop_at: float | None = None              # when patience with running jobs ends
         self._oom_kills = dict([_oom_kills(os.getpid())])      # by memory cgroup, as far as we know of them
@@ -741,10 +732,7 @@ class Supervisor:
             self._waker.send(b"!")
 
     def _look_at_the_clock(self) -> None:
-        """Beat, say so if there is no server yet, and leave when it is time, or when there is no hope.
-
-        A refusal is the end only before the first welcome: later it may be forged, or a mistake being mended.
-        """
+        """Beat, say so if there is no server yet, and leave when it is time, or when there is no hope."""
         now, lost_at, trouble = time.monotonic(), self.peer.lost_at, self.peer.trouble
         lifetime, patience = self.options.get("lifetime"), self.options.get("death_timeout")
         if now >= self._beat_at:
@@ -757,6 +745,7 @@ class Supervisor:
             _stderr.write(f"waiting for a server at {minipool.format_address(*self.peer.address)}: {trouble}\n")
         if patience and lost_at and now >= lost_at + patience:
             trouble = minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
+        # a refusal is the end only before the first welcome: later it may be forged, or a mistake being mended
         elif self._instance or not isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
             return      # a refusal ends it only at first: after a welcome it may be forged, or a mistake being mended
         self.failure, self._stop_at = self.failure or trouble, 0.0
@@ -788,22 +777,21 @@ class Supervisor:
 
     def _spawn(self, child: Child) -> None:
         """Start the worker of one slot. The mask is set before its interpreter starts, by what it inherits."""
-        place, slot = child.place, child.slot
         child.start_at, child.killed, child.rest = _NEVER, "", b""
         child.tail.clear()
         child.generation += 1
-        child.id = self.id + place.to_bytes(4, "big") + child.generation.to_bytes(4, "big")
+        child.id = self.id + child.place.to_bytes(4, "big") + child.generation.to_bytes(4, "big")
         child.cell = self._context.RawArray(ctypes.c_uint64, 2)
         life, child.life = self._context.Pipe(duplex=False)
         child.output, output = self._context.Pipe(duplex=False)
-        setup = {"id": child.id, "node": self.id, "node_name": self.name, "slot": place, "device": slot.device,
+        setup = {"id": child.id, "node": self.id, "node_name": self.name, "slot": child.place,
+                 "device": child.slot.device, "tags": self.options.get("tags") or [],
                  "address": self.peer.address, "key": self.secret.role_key("worker", self._instance, child.id),
-                 "tags": self.options.get("tags") or [], "max_tasks": self.options.get("max_tasks"),
-                 "sys_path": self.options.get("sys_path") or [], "tls": bool(self.options.get("tls")),
-                 "log_level": logging.getLogger().level}
+                 "tls": bool(self.options.get("tls")), "max_tasks": self.options.get("max_tasks"),
+                 "sys_path": self.options.get("sys_path") or [], "log_level": logging.getLogger().level}
         child.process = self._context.Process(target=_worker_main, args=(setup, child.cell, life, output),
-                                              name=f"minipool-worker-{place}", daemon=False)
-        for name, value in (self._environ | slot.env).items():      # multiprocessing has no env=
+                                              name=f"minipool-worker-{child.place}", daemon=False)
+        for name, value in (self._environ | child.slot.env).items():      # multiprocessing has no env=
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
