@@ -1228,12 +1228,12 @@ class Job:
         self.log = 0                # how much of the session's log must have run before
 
 
-class Queue:
+class Queue(NamedTuple):
     """The ready jobs of one session and one selection: a heap by (priority, arrival)."""
-
-    def __init__(self, session: Session, selection: Selection, soft: bool) -> None:
-        self.session, self.selection, self.soft = session, selection, soft
-        self.heap: list[tuple[float, int, Job]] = []    # with entries of jobs that are not ready any more
+    session: Session
+    selection: Selection
+    soft: bool
+    heap: list[tuple[float, int, Job]]          # with entries of jobs that are not ready any more
 
 
 Turn = tuple[float, int, int, Job, Queue]       # sorts by priority, load of the session, arrival
@@ -1578,7 +1578,7 @@ class Scheduler:
         if job.payload is not None:         # else it waits until its client has sent it
             key = job.session, job.on, job.soft
             if key not in self._queues:
-                self._queues[key] = Queue(job.session, self._select(job.on), job.soft)
+                self._queues[key] = Queue(job.session, self._select(job.on), job.soft, [])
             heapq.heappush(self._queues[key].heap, (-job.priority, job.sequence, job))
 
     def _fail(self, job: Job, status: str, evidence: dict[str, Any]) -> None:
@@ -1631,7 +1631,10 @@ class Scheduler:
                 self._forget(worker, token)
                 self._put_back(job, now)
                 return self._break(session, now) if session.tried.keys() <= session.unfit.keys() else None
-            self._learn(job, seconds)
+            old = job.session.estimates.pop(job.fn, seconds)
+            estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
+            if estimate < SHORT and seconds <= 2 * SHORT:       # one long sample ends the streaming of a function
+                job.session.estimates[job.fn] = estimate
             if status == RAISED and retry and (job.retries > 0 or job.payload is None):
                 job.retries -= 1
                 self._forget(worker, token)
@@ -1659,7 +1662,7 @@ class Scheduler:
             self._move(job, end)
         for ready in self._queues.values():
             if ready.session is session and len(ready.heap) > 64 + 2 * len(session.jobs):   # most of it is dead: sweep
-                ready.heap = [entry for entry in ready.heap if entry[2].state == State.READY]
+                ready.heap[:] = [entry for entry in ready.heap if entry[2].state == State.READY]
                 heapq.heapify(ready.heap)
 
     _delivered, _cancel = _release, functools.partialmethod(_release, state=State.CANCELLED)
@@ -1734,13 +1737,6 @@ class Scheduler:
         if job.deaths or not job.max_deaths:
             return LONG         # a suspect runs alone, so that no second charge can be wrong
         return job.session.estimates.get(job.fn, LONG)
-
-    def _learn(self, job: Job, seconds: float) -> None:
-        """Update the estimate of a function; one long sample ends its streaming."""
-        old = job.session.estimates.pop(job.fn, seconds)
-        estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
-        if estimate < SHORT and seconds <= 2 * SHORT:
-            job.session.estimates[job.fn] = estimate
 
     def _assign(self, job: Job, worker: Worker, now: float) -> None:
         """Begin an attempt: everything the worker lacks goes before the run, in the same frame."""
@@ -1912,8 +1908,6 @@ class Scheduler:
         if left and left <= session.unfit.keys():
             self._break(session, now)
 
-    # ---- endings ----
-
     def _bye(self, member: Session | Worker | Node, now: float, reason: str) -> None:
         """A planned end: nothing is waited for."""
         self._end(member, now, {"what": reason, "planned": True})
@@ -2054,8 +2048,6 @@ class Scheduler:
         for key in [key for key in owner.asked if name in (None, key[0])]:
             for peer in owner.asked.pop(key):
                 self._send(peer, ("gone", key[0]))
-
-    # ---- looking ----
 
     @staticmethod
     def _told(worker: Worker) -> dict[str, Any]:
@@ -2976,10 +2968,6 @@ def _input(place: int) -> Any:
     return _inputs.values[place]
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 # ---- both halves: values ----
 # A value as it travels is a pickle, or, when it has large buffers (arrays), a table and the pickle and the buffers,
 # each where it can be read without being copied: b"\0", the number of segments, their lengths, then the segments.
@@ -3368,8 +3356,9 @@ class Client:
             future.cancel()
             return
         except BaseException as error:      # that of a future, or its value cannot be pickled again
+            problem = error
             with self.lock:
-                return self._finish(future, DIED, functools.partial(_same, error))
+                return self._finish(future, DIED, lambda: problem)
         with self.lock:
             if future._call:                # else it was cancelled meanwhile
                 entry, message, _ = future._call
@@ -3615,12 +3604,6 @@ class Client:
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()       # those that are open
 
 
-def _finish_all() -> None:
-    """At interpreter exit: as in the standard library, pending work is waited for."""
-    for client in list(_clients):
-        client.close()
-
-
 def _forget_all() -> None:
     """In the child of a fork: the connections belong to the parent, and no thread of theirs is here."""
     for client in list(_clients):
@@ -3635,7 +3618,8 @@ def _forget_all() -> None:
     _clients.clear()
 
 
-getattr(threading, "_register_atexit", atexit.register)(_finish_all)
+# at interpreter exit pending work is waited for, as in the standard library
+getattr(threading, "_register_atexit", atexit.register)(lambda: [*map(Client.close, _clients)])
 os.register_at_fork(after_in_child=_forget_all)
 
 
@@ -3658,17 +3642,6 @@ def _check_numbers(**values: Any) -> None:
             raise TypeError(f"{name} must be {kind | None}, not {value!r}")
         if value is not None and not least <= value < BIGGEST:      # NaN is no place in an order
             raise ValueError(f"{name} must be {words}, not {value}")
-
-
-def _several(name: str, value: Any) -> tuple[Any, ...]:
-    """Return the names or exception types that an option gives, be it one or a list of them."""
-    values = (value,) if isinstance(value, str | type) else tuple(value)
-    if name == "retry_on":
-        if not all(isinstance(v, type) and issubclass(v, BaseException) for v in values):
-            raise TypeError("retry_on= takes an exception type, or a list of them")
-    elif not values or not all(isinstance(v, str) for v in values):
-        raise TypeError(f"{name}= takes the name of a worker, node or tag, or a list of them")
-    return values
 
 
 def _call_each(fn: Callable[..., Any], *chunk: tuple[Any, ...]) -> list[Any]:
@@ -3810,9 +3783,15 @@ class Executor(concurrent.futures.Executor):
         if unknown:
             raise TypeError(f"options() got unknown {', '.join(unknown)}; known are {', '.join(sorted(_OPTIONS))}")
         _check_numbers(**options)
-        for name in {"on", "prefer", "retry_on"} & set(options):                # these take one thing or several
-            if options[name] is not None:
-                options[name] = _several(name, options[name])
+        for name in [name for name in ("on", "prefer", "retry_on") if options.get(name) is not None]:
+            one_or_several = options[name]
+            values = (one_or_several,) if isinstance(one_or_several, str | type) else tuple(one_or_several)
+            if name == "retry_on":
+                if not all(isinstance(value, type) and issubclass(value, BaseException) for value in values):
+                    raise TypeError("retry_on= takes an exception type, or a list of them")
+            elif not values or not all(isinstance(value, str) for value in values):
+                raise TypeError(f"{name}= takes the name of a worker, node or tag, or a list of them")
+            options[name] = values
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view._options = {**self._options, **options}
@@ -3833,10 +3812,9 @@ class Executor(concurrent.futures.Executor):
             warnings.warn(f"{text}: such jobs wait until one joins", RuntimeWarning, stacklevel=3)
 
     def on_start(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
-        """Run fn(*args, **kwargs) on every worker, also on those to come, before its next job of this executor.
+        """Run fn(*args, **kwargs) once on every worker, late ones too, before jobs submitted from now on; in order.
 
-        In the order of the calls; between jobs, so what it stores is there for those submitted from now on. One that
-        raises breaks the executor, like an initializer.
+        One that raises breaks the executor, like an initializer.
         """
         self._client.add_to_log(fn, args, kwargs)
 
