@@ -3929,18 +3929,12 @@ def _status(options: argparse.Namespace) -> None:
     if options.json:
         return print(json.dumps(info, indent=2))
     workers, jobs = info["workers"], info["jobs"]
-    print(f"server {info['address']} (Python {info['python']}): {count(info['nodes'], 'node')}, "
-          f"{count(workers, 'worker')}")
+    print(f"server {info['address']} (Python {info['python']}), nodes: {len(info['nodes'])}, workers: {len(workers)}")
     print("jobs  ", ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered")))
     width = max((len(w["name"]) for w in workers), default=0)
     for w in workers:
         print(f"  {w['name']:{width}}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
               f"{w['finished']} finished  {', '.join(w['jobs'])}")
-
-
-def count(things: Sequence[Any], noun: str) -> str:
-    """Return "1 worker" or "2 workers"."""
-    return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
 
 
 def _versions(options: argparse.Namespace) -> None:

@@ -1038,7 +1038,7 @@ def _connect(options: argparse.Namespace) -> None:
                             vars(options))
     address, slots = minipool.format_address(*supervisor.peer.address), supervisor.slots
     supervisor.on_welcome = lambda: _stderr.write(
-        f"connected to {address} as {supervisor.name}: {minipool.count(slots, 'worker')}: "
+        f"connected to {address} as {supervisor.name}: {len(slots)} worker{'s' * (len(slots) > 1)}: "
         f"{', '.join(slot.label for slot in slots)}; Python {PYTHON}\n")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: supervisor.stop(DRAIN_SECONDS))

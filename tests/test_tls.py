@@ -89,7 +89,7 @@ class TestTheCommands:
         with minipool.Executor(address, secret=SECRET.text, tls=True) as ex:
             ex.submit(abs, 1).result(60)
         status = program(ROOT / "minipool.py", "status", "--address", address, "--tls", "--secret-file", secret)
-        assert status.code() == 0 and "1 node, 1 worker" in status.out
+        assert status.code() == 0 and "nodes: 1, workers: 1" in status.out
 
     def test_take_a_certificate_from_files(self, program, certificate, tmp_path):
         cert, key = certificate
