@@ -1889,8 +1889,6 @@ class Scheduler:
         worker.inbox.update(dict.fromkeys(lost))    # they keep the slot busy: the worker still has them
         worker.load = LONG
 
-    # ---- the session's log: initializers, and what else must have run before ----
-
     def _log(self, session: Session, now: float, _session: bytes, position: int, name: Name) -> None:
         if position == len(session.log):
             session.log.append(name)
