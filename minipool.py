@@ -2947,11 +2947,15 @@ class LinkedCall:
     """A call and the values of the futures in it, all as bytes: opened, it is the call."""
 
     def __init__(self, call: bytes, buffers: list[Any], values: list[Any]) -> None:
-        self.call, self.parts = call, (buffers, values)
+        self.call, self.buffers, self.values = call, buffers, values
 
-    def __reduce__(self) -> Any:
-        return _open_linked, (self.call, *([pickle.PickleBuffer(memoryview(part).toreadonly()) for part in parts]
-                                           for parts in self.parts))
+    def __reduce__(self) -> Any:            # with stand-ins for what rides beside the pickle: writable, as that is
+        return _open_linked, (self.call, *([pickle.PickleBuffer(bytearray(1)) for _ in parts]
+                                           for parts in (self.buffers, self.values)))
+
+    def pack(self) -> bytes | Blob:
+        """Return it as it travels."""
+        return pack(pickle.dumps(self, 5, buffer_callback=lambda _: None), [*self.buffers, *self.values])
 
 
 def _open_linked(call: bytes, buffers: list[Any], values: list[Any]) -> Any:
@@ -3348,11 +3352,10 @@ class Client:
         if place < len(inputs):
             return inputs[place].add_done_callback(lambda _: self._link(future, call, buffers, inputs, place))
         try:
-            packed = encode_value(LinkedCall(call, buffers, [given.travelling() for given in inputs]))
+            packed = LinkedCall(call, buffers, [given.travelling() for given in inputs]).pack()
             check_size(packed, self.max_value, "arguments", future)
         except concurrent.futures.CancelledError:
-            future.cancel()
-            return
+            return self.later(future.cancel)        # not here: a chain may be long
         except BaseException as error:      # that of a future, or its value cannot be pickled again
             problem = error
             with self.lock:
@@ -3617,7 +3620,7 @@ def _forget_all() -> None:
 
 
 # at interpreter exit pending work is waited for, as in the standard library
-getattr(threading, "_register_atexit", atexit.register)(lambda: [*map(Client.close, _clients)])
+getattr(threading, "_register_atexit", atexit.register)(lambda: [*map(Client.close, list(_clients))])
 os.register_at_fork(after_in_child=_forget_all)
 
 

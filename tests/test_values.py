@@ -18,11 +18,11 @@ import cloudpickle
 import pytest
 
 import minipool
-import minipool_worker
 
 WORKER = """
 import pickle, struct, sys
 import minipool
+import minipool_worker
 source, sink = sys.stdin.buffer, sys.stdout.buffer
 sys.stdout = sys.stderr
 while head := source.read(8):
@@ -49,7 +49,8 @@ class Worker:
     def __init__(self, folder):
         lib = folder / "lib"
         lib.mkdir()
-        shutil.copy(minipool.__file__, lib)
+        for module in ("minipool.py", "minipool_worker.py"):
+            shutil.copy(os.path.join(os.path.dirname(minipool.__file__), module), lib)
         path = f"{lib}{os.pathsep}{os.path.dirname(os.path.dirname(cloudpickle.__file__))}"
         self.process = subprocess.Popen([sys.executable, "-c", WORKER], cwd=folder, stdin=-1, stdout=-1,
                                         env={**os.environ, "PYTHONPATH": path})
@@ -78,7 +79,7 @@ class Session(minipool.Functions):
         self.worker = worker
 
     def run(self, fn, *args, **kwargs):
-        return self.worker.ask(self.function(fn).blob, as_bytes(minipool.pack(*self.dumps_call(fn, args, kwargs))))
+        return self.worker.ask(self.function(fn).blob, as_bytes(minipool.pack(*self.dumps_call(fn, args, kwargs)[:2])))
 
 
 @pytest.fixture
@@ -407,17 +408,17 @@ class TestByValue:
 class TestValues:
     def test_atoms_take_the_plain_pickler(self, session):
         call = session.dumps_call(max, (1, "a", None), {"k": 2.5})
-        assert call == (pickle.dumps(((1, "a", None), {"k": 2.5}), 5), [])
+        assert call == (pickle.dumps(((1, "a", None), {"k": 2.5}), 5), [], [])
 
     def test_a_writable_buffer_is_a_snapshot(self, session):
         data = bytearray(100_000)
-        blob, buffers = session.dumps_call(max, (pickle.PickleBuffer(data),), {})
+        blob, buffers, _ = session.dumps_call(max, (pickle.PickleBuffer(data),), {})
         data[0] = 1
         assert len(blob) < 1000 and type(buffers[0]) is bytes and buffers[0][0] == 0
 
     def test_a_read_only_buffer_stays_where_it_lies(self, session):
         data = bytes(100_000)
-        _, buffers = session.dumps_call(max, (pickle.PickleBuffer(data),), {})
+        _, buffers, _ = session.dumps_call(max, (pickle.PickleBuffer(data),), {})
         assert buffers[0].obj is data
 
     def test_a_small_buffer_stays_in_the_pickle(self, session):
@@ -439,7 +440,7 @@ class TestValues:
         assert minipool.decode_value(as_bytes(large)) == "a" * minipool.INLINE
 
     def test_more_than_the_call_may_ride_with_it(self, session):
-        data, _ = session.dumps_call(max, (1,), {}, (ValueError,))
+        data, _, _ = session.dumps_call(max, (1,), {}, (ValueError,))
         assert minipool.decode_value(data) == ((1,), {}, (ValueError,))
 
     def test_an_exception_comes_back_as_its_own_type(self, session, project):
