@@ -306,8 +306,8 @@ class Worker:
         self.peer.thread.start()
         while attempt := self._next():
             self._execute(attempt)
-            limits = [n for n in (self.setup.get("max_tasks"), attempt.options.get("max_tasks")) if n]
-            if limits and self._done_jobs >= min(limits) and not self._leaving:
+            limit = min(self.setup.get("max_tasks") or _NEVER, attempt.options.get("max_tasks") or _NEVER)
+            if self._done_jobs >= limit and not self._leaving:
                 # the one planned exit: take nothing new, hand back what has not begun, deliver every outcome
                 with self._lock:
                     self._leaving = "it has run as many jobs as it may"
@@ -317,7 +317,7 @@ class Worker:
     def _next(self) -> Attempt | None:
         """Wait for the attempt to begin next, and mark it begun; None: it is time to go."""
         self._catch_up()
-        with self._wake:
+        with self._lock:
             while not (self._has_ready() and self._welcomed and not self._leaving):
                 if self._dismissed:
                     return None
@@ -459,8 +459,10 @@ class Worker:
 
     def _on_run(self, token: int, job: Name, fn: Name, payload: Value, log: int,
                 options: dict[str, Any] | None) -> None:
-        state = self._sessions.setdefault(job[0], SessionState())
-        missing = {name for name in (fn, *state.log[state.applied:log]) if name not in self._objects}
+        state = self._sessions.get(job[0]) or self._sessions.setdefault(job[0], SessionState())
+        missing = set() if fn in self._objects else {fn}
+        if state.applied < log:
+            missing.update(name for name in state.log[state.applied:log] if name not in self._objects)
         attempt = self._inbox[token] = Attempt(token, job, fn, payload, log, options or {}, missing)
         if type(payload) is tuple:
             missing.add(payload[0])
