@@ -53,6 +53,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
@@ -2429,8 +2430,6 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    # ---- threads ----
-
     def _admit(self, sock: socket.socket, role: str, identity: bytes, keys: SessionKeys) -> None:
         """Give a peer that proved itself its thread; called by the doorkeeper."""
         if len(self._connections) >= PEERS:
@@ -3301,8 +3300,6 @@ class Client:
         self._patience = reconnect_timeout
         _clients.add(self)
 
-    # ---- jobs ----
-
     def submit(self, view: Executor, options: dict[str, Any], fn: Any, args: tuple[Any, ...],
                kwargs: dict[str, Any]) -> Future:
         """Take a snapshot of the call, and send it or queue it here."""
@@ -3899,6 +3896,7 @@ def _print_lines(server: Server, options: argparse.Namespace, source: str) -> No
 
 def _serve(options: argparse.Namespace) -> int:
     """Run a server until a signal ends it."""
+    gc.set_threshold(100_000)       # it makes many records, nearly all of which end without a collector
     secret = find_secret(path=options.secret_file, make=True)
     server = Server(options.host, options.port, secret=secret.text, max_value=int(options.max_value), tls=options.tls,
                     tls_cert=options.tls_cert, tls_key=options.tls_key, dead_after=options.dead_after)

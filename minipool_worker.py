@@ -29,6 +29,7 @@ import contextlib
 import ctypes
 import faulthandler
 import fcntl
+import gc
 import heapq
 import json
 import logging
@@ -1014,6 +1015,7 @@ def child_main(lifeline: socket.socket) -> int:
             job = json.loads(lifeline.makefile("rb").readline())    # an empty one, of a dead parent, is no JSON
             address = job.get("address")
             if job["serve"]:
+                gc.set_threshold(100_000)       # as `serve` does
                 server = minipool.Server(port=0, secret=job["secret"], embedded=True)
                 address = stack.enter_context(server).address
             supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), job["options"], lifeline)
