@@ -242,3 +242,63 @@ class TestFailure:
         lock = __import__("threading").Lock()
         with pytest.raises(Exception, match="captured variable 'lock'"):
             minipool.Executor("local", max_workers=1, initializer=lambda: lock)
+
+
+# ---- on_start: more of the same, at any time ----
+
+def shift(by):
+    global model
+    model = [model[0] + by]
+
+
+class TestOnStart:
+    def test_every_job_submitted_later_sees_it_and_in_order(self, own_pool):
+        ex = own_pool(2, initializer=load, initargs=(1,))
+        assert set(ex.map(use, [0] * 20)) == {1}
+        ex.on_start(shift, 10)
+        ex.on_start(shift, by=100)
+        assert set(ex.map(use, [0] * 20)) == {111}
+
+    def test_it_runs_once_in_each_worker(self, own_pool, tmp_path):
+        ex = own_pool(2)
+        ex.on_start(load, 5, tmp_path / "ran")
+        assert list(ex.map(use, range(50))) == list(range(5, 55))
+        pids = (tmp_path / "ran").read_text().split()
+        assert len(pids) == len(set(pids)) <= 2
+
+    def test_a_worker_that_comes_later_catches_up_in_order_before_its_first_job(self, own_pool):
+        ex = own_pool(1)
+        ex.on_start(load, 1)
+        for step in range(20):
+            ex.on_start(shift, step)
+        assert ex.submit(use).result(SOON) == 191
+        os.kill(ex.submit(os.getpid).result(SOON), signal.SIGKILL)
+        assert ex.submit(use).result(SOON) == 191
+
+    def test_a_job_that_was_submitted_before_does_not_wait_for_it(self, own_pool, tmp_path):
+        ex = own_pool(1)
+        first, waiting = ex.submit(pid_after, 0.2), ex.submit(pid_after, 0)
+        ex.on_start(load, 7)
+        last = ex.submit(use)
+        assert (first.result(SOON)[1], waiting.result(SOON)[1], last.result(SOON)) == (None, None, 7)
+
+    def test_one_that_raises_breaks_the_executor(self, own_pool):
+        ex = own_pool(1)
+        assert ex.submit(abs, -1).result(SOON) == 1
+        ex.on_start(refuse)
+        with pytest.raises(concurrent.futures.BrokenExecutor) as caught:
+            ex.submit(abs, -1).result(SOON)
+        assert type(caught.value.__cause__) is LookupError
+
+
+class TestWaitForWorkers:
+    def test_returns_once_they_are_there(self, own_pool):
+        ex = own_pool(2)
+        ex.wait_for_workers(2, timeout=SOON)
+        assert len(ex.info()["workers"]) == 2
+
+    def test_says_how_many_there_are_if_they_do_not_come_in_time(self, own_pool):
+        ex = own_pool(1)
+        ex.wait_for_workers(1, timeout=SOON)
+        with pytest.raises(TimeoutError, match="1 of 3 workers"):
+            ex.wait_for_workers(3, timeout=0.1)
