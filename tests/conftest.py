@@ -1,5 +1,6 @@
 """What the process tests share: a pool per module, gates for jobs to wait at, scripts, and a check for leaks."""
 
+import contextlib
 import os
 import pathlib
 import secrets
@@ -106,6 +107,16 @@ def our_processes():
     return found
 
 
+def lineage(pid):
+    """Return a process, its parent, and so on."""
+    found = []
+    with contextlib.suppress(OSError):          # it ended meanwhile
+        while pid > 1:
+            found.append(pid)
+            pid = int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return found
+
+
 def our_descriptors():
     """Return {number: what it is} of this process's open descriptors."""
     found = {}
@@ -124,12 +135,12 @@ def our_threads():
 KINDS = {"threads": our_threads, "processes": our_processes, "descriptors": our_descriptors}
 
 
-def wait_until_nothing_is_left(before, is_left):
+def wait_until_nothing_is_left(before, is_left, kinds=KINDS):
     """Fail if something of `before`'s kinds stays behind by what is_left(old, new) says; name what is new."""
     give_up = time.monotonic() + 20
-    while any(is_left(old, KINDS[kind]()) for kind, old in before.items()):
+    while any(is_left(old, kinds[kind]()) for kind, old in before.items()):
         if time.monotonic() > give_up:
-            new = {kind: {k: v for k, v in KINDS[kind]().items() if old.get(k) != v} for kind, old in before.items()}
+            new = {kind: {k: v for k, v in kinds[kind]().items() if old.get(k) != v} for kind, old in before.items()}
             pytest.fail("\n".join(f"leaked {kind}: {found}" for kind, found in new.items() if found))
         time.sleep(0.02)
 
@@ -146,11 +157,13 @@ def no_leaks():
 def nothing_is_left(request):
     """After each test with a pool there are no more threads, processes and descriptors than before.
 
-    Counts, as a module's own pool may have renewed its connection; its processes are left out, as one of them may have
-    been on its way back when the test began.
+    Counts, as a module's own pool may have renewed its connection. What a process that was there has started since is
+    left out: a worker of the module's own pool may have been on its way back when the test began.
     """
     pools = {"cluster", "embedded", "own_pool", "own_mark", "pool", "program", "server"} & set(request.fixturenames)
-    kinds = {kind: look for kind, look in KINDS.items() if kind != "processes" or "pool" not in pools} if pools else {}
+    there = set(our_processes()) if pools else set()
+    kinds = {**KINDS, "processes": lambda: {pid: words for pid, words in our_processes().items()
+                                            if there.isdisjoint(lineage(pid))}} if pools else {}
     before = {kind: look() for kind, look in kinds.items()}
     yield
-    wait_until_nothing_is_left(before, lambda old, new: len(new) > len(old))
+    wait_until_nothing_is_left(before, lambda old, new: len(new) > len(old), kinds)

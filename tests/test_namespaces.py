@@ -104,7 +104,7 @@ for host in ("left", "right"):
     assert set(places) == {"left", "right"} and len({here, *places.values()}) == 3
     status = network.run("server", ROOT / "minipool.py", "status", "--address", HOSTS["server"])
     assert status.code() == 0, status.err
-    assert "2 nodes, 2 workers" in status.out
+    assert "nodes: 2, workers: 2" in status.out
 
 
 def test_the_second_node_of_one_name_gets_a_suffix(pool):
