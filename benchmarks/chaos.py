@@ -87,14 +87,15 @@ class Pool:
                           str(self.secret), "--gpus", "", "--cpu-workers", str(self.workers))
 
     def stop(self) -> None:
-        for process in [*self.nodes, self.server]:
-            process.terminate()
-        for process in [*self.nodes, self.server]:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for processes in (self.nodes, [self.server]):      # a node leaves at once if the server is there to let it go
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
         self.output.close()
 
 

@@ -92,8 +92,9 @@ def describe() -> str:
 
 def pipe(source: socket.socket, target: socket.socket) -> None:
     """Pass on what comes until no more comes."""
-    while data := source.recv(CHUNK):
-        target.sendall(data)
+    with contextlib.suppress(OSError):
+        while data := source.recv(CHUNK):
+            target.sendall(data)
 
 
 def answer(port: int) -> None:

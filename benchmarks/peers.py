@@ -45,7 +45,7 @@ class Peer:
 
     name = title = ""
     package = ""        # the distribution to install; empty: nothing is missing
-    first = ""          # a whole program that prints a result of a new pool of two; arguments: those of first_arguments()
+    first = ""          # a whole program that prints a result of a new pool of two; first_arguments() are its arguments
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -350,7 +350,7 @@ with Executor(2) as pool:
         self.pool.shutdown()
 
     def servers(self) -> list[int]:
-        return [pid for pid in machine.children(os.getpid()) if "minipool_worker.py _child" in machine.command_line(pid)]
+        return [pid for pid in machine.children(os.getpid()) if "worker.py _child" in machine.command_line(pid)]
 
 
 PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (

@@ -29,6 +29,7 @@ from peers import OURS, PEERS, Peer
 MB = 1_000_000
 START_LIMIT = 120.0     # seconds for all workers to answer; 32 of a pool of heavy ones need most of a minute on 2 cores
 WARM_UP = 500           # jobs: code imported, estimates of the job's length made, buffers grown
+QUEUED = 10, 100, 1000, 10_000
 PATIENCE = 15.0         # seconds beyond the undisturbed time after which a job counts as lost
 
 Sizes = dict[str, Any]
@@ -260,50 +261,34 @@ def idle_memory(peer: Peer, sizes: Sizes) -> Figures:
 
 
 def growth(peer: Peer, sizes: Sizes) -> Figures:
-    """Two ways to have jobs queued, each with more and more of them.
+    """Jobs per second with more and more jobs out, each that ends replaced by the next.
 
-    Behind: so many jobs of a lower priority stand in the queue while others pass them, always the same number of
-    those at a time. That is how a queue's length alone is paid for. Ahead: so many jobs are out at any time, and each
-    that ends makes room for the next. With few of them the workers wait for messages, in any pool.
+    Queued: beside those that the workers have before them, so that only the queue's length differs. Alone: nothing
+    beside them; few of them leave the workers waiting for messages, whatever the queue costs.
     """
     warm_up(peer)
-    behind: dict[int, list[float]] = collections.defaultdict(list)
-    ahead: dict[int, list[float]] = collections.defaultdict(list)
+    rates: dict[str, list[float]] = collections.defaultdict(list)
     for turn in range(sizes["turns"]):      # up and down, so that a machine that changes favours no end
         for queued in sizes["queued"][::-1 if turn % 2 else 1]:
-            behind[queued].append(rate_before_a_queue(peer, queued, sizes))
-            ahead[queued].append(steady_rate(peer.submit, peer, queued, max(sizes["jobs"], 2 * queued)))
-    figures = {f"behind_{queued}": statistics.median(rates) for queued, rates in behind.items()}
-    figures["change"] = 1 - min(figures.values()) / max(figures.values())
-    return figures | {f"ahead_{queued}": statistics.median(rates) for queued, rates in ahead.items()}
+            rates[f"queued_{queued}"].append(steady_rate(peer, sizes["beside"] + queued, sizes["jobs"]))
+            rates[f"alone_{queued}"].append(steady_rate(peer, queued, sizes["jobs"]))
+    figures = {key: statistics.median(values) for key, values in rates.items()}
+    shortest, *longer = (figures[f"queued_{queued}"] for queued in sizes["queued"])
+    return figures | {"slower": 1 - min(longer) / shortest}
 
 
-def rate_before_a_queue(peer: Peer, queued: int, sizes: Sizes) -> float:
-    urgent = peer.pool.options(priority=1)
-    with tempfile.TemporaryDirectory() as folder:       # the queue is to stand before the workers see any of it
-        gate, began = Path(folder, "gate"), [Path(folder, f"began-{number}") for number in range(peer.workers)]
-        held = [urgent.submit(wait_for_gate, str(gate), str(path)) for path in began]
-        wait_for(began)
-        standing = [peer.submit(same, number) for number in range(queued)]
-        first = [urgent.submit(same, number) for number in range(sizes["window"])]
-        gate.touch()
-        rate = steady_rate(urgent.submit, peer, sizes["window"], sizes["jobs"], first)
-        print(f"{sum(handle.done() for handle in standing)} of {queued} did not keep standing", file=sys.stderr)
-        check(peer.gather(standing), range(queued))
-        peer.gather(held)
-    return rate
-
-
-def steady_rate(submit: Callable[..., Any], peer: Peer, window: int, jobs: int, first: Sequence[Any] = ()) -> float:
-    """Jobs per second while `window` of them are out at any time."""
-    out = collections.deque(first or [submit(same, number) for number in range(window)])
-    begin = time.perf_counter()
-    for number in range(jobs):
+def steady_rate(peer: Peer, window: int, jobs: int) -> float:
+    """Jobs per second while `window` of them are out at any time, after the first so many have been replaced."""
+    out = collections.deque(peer.submit(same, number) for number in range(window))
+    begin = 0.0
+    for number in range(window + jobs):
+        if number == window:
+            begin = time.perf_counter()
         check([peer.result(out.popleft())], [number])
-        out.append(submit(same, number + window))
-    seconds = time.perf_counter() - begin
-    peer.gather(list(out))
-    return jobs / seconds
+        out.append(peer.submit(same, number + window))
+    rate = jobs / (time.perf_counter() - begin)
+    check(peer.gather(list(out)), range(window + jobs, window + jobs + window))
+    return rate
 
 
 # ---- the table of them ----
@@ -402,8 +387,8 @@ WORKLOADS = {workload.name: workload for workload in (
         peers=(*OURS, "processpool", "mppool", "dask", "ray"), opens=False),
     Workload(
         "W8", "A worker killed under 200 jobs of 20 ms",
-        "By SIGKILL after a quarter of the undisturbed time. Overhead is what that adds; there is none to compare where "
-        "results are missing.",
+        "By SIGKILL after a quarter of the undisturbed time. Overhead is what that adds; where results are missing "
+        "there is none to compare.",
         worker_killed, (Figure("overhead", "overhead, s", "{:.2f}"), Figure("right", "right of 200", more=True)),
         (Gate("right", least=200), Gate("overhead", "ray", most=0.5)),
         {"jobs": 200, "seconds": 0.02}, {"jobs": 50, "seconds": 0.02}),
@@ -413,16 +398,16 @@ WORKLOADS = {workload.name: workload for workload in (
         idle_memory, (Figure("pss", "MiB"), Figure("processes", "processes")), (Gate("pss", "dask", most=0.4),),
         {"seconds": 3}, {"seconds": 0.5}),
     Workload(
-        "W10", "Jobs per second beside a queue",
-        "*Behind*: so many jobs stand in the queue while others of a higher priority pass them, 2,000 at a time; the "
-        "change is that from the best to the worst of these. *Ahead*: so many jobs are out at any time; few of them "
-        "leave the workers waiting for messages.",
-        growth, (Figure("change", "change", "{:.2f}"),
-                 *(Figure(f"behind_{n}", f"behind: {n:,}", more=True) for n in (10, 100, 1000, 10_000)),
-                 *(Figure(f"ahead_{n}", f"ahead: {n:,}", more=True) for n in (10, 100, 1000, 10_000))),
-        (Gate("change", most=0.2),),
-        {"queued": [10, 100, 1000, 10_000], "window": 2000, "jobs": 20_000, "turns": 3},
-        {"queued": [10, 100], "window": 200, "jobs": 500, "turns": 1}, peers=OURS),
+        "W10", "Jobs per second and the length of the queue",
+        "Trivial jobs, each that ends replaced by the next. *Queued*: so many beside 1,000 that keep the workers busy; "
+        "*slower* is the share that the slowest of the longer queues loses on the shortest (below 0: none does). "
+        "*Alone*: so many and no others; few of them leave the workers waiting for messages.",
+        growth, (Figure("slower", "slower", "{:.2f}"),
+                 *(Figure(f"queued_{n}", f"{n:,} queued", more=True) for n in QUEUED),
+                 *(Figure(f"alone_{n}", f"{n:,} alone", more=True) for n in QUEUED)),
+        (Gate("slower", most=0.2),),
+        {"queued": QUEUED, "beside": 1000, "jobs": 10_000, "turns": 5},
+        {"queued": QUEUED[:2], "beside": 1000, "jobs": 1000, "turns": 1}, peers=OURS),
 )}
 
 
@@ -430,18 +415,18 @@ def main() -> int:
     """Measure once and leave: what a pool prints, or does at exit, is its own affair."""
     name, peer_name, sizes, answer = sys.argv[1:]
     workload, kind = WORKLOADS[name], PEERS[peer_name]
-    try:
-        if workload.opens:
-            with kind(2) as peer:
-                figures = workload.measure(peer, json.loads(sizes))
-                Path(answer).write_text(json.dumps(figures))       # before it closes: that may go wrong by itself
-        else:
-            figures = workload.measure(kind, json.loads(sizes))
-            Path(answer).write_text(json.dumps(figures))
-    except Exception as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise
+    if workload.opens:
+        with kind(2) as peer:
+            write(answer, workload.measure(peer, json.loads(sizes)))    # before it closes: that may go wrong by itself
+    else:
+        write(answer, workload.measure(kind, json.loads(sizes)))
     return 0
+
+
+def write(answer: str, figures: Figures) -> None:
+    """At once or not at all: suite.py waits for it."""
+    Path(answer + ".new").write_text(json.dumps(figures))
+    os.replace(answer + ".new", answer)
 
 
 if __name__ == "__main__":
