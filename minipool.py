@@ -3064,6 +3064,9 @@ ACKNOWLEDGE = 16            # outcomes that wait for a frame to ride on; a worke
 as_completed = concurrent.futures.as_completed
 wait = concurrent.futures.wait
 
+_PENDING, _RUNNING = concurrent.futures._base.PENDING, concurrent.futures._base.RUNNING
+_CANCELLED, _FINISHED = concurrent.futures._base.CANCELLED, concurrent.futures._base.FINISHED
+
 
 def gather(futures: Any, errors: str = "raise", timeout: float | None = None) -> Any:
     """Return the values of futures, in the nesting of lists, tuples, sets and dicts that they come in.
@@ -3086,9 +3089,6 @@ def gather(futures: Any, errors: str = "raise", timeout: float | None = None) ->
             return [type(item)(itertools.chain.from_iterable(map(gathered, item)))]
         return [item]
     return next(iter(gathered(list(futures) if isinstance(futures, Iterator) else futures)), None)
-
-_PENDING, _RUNNING = concurrent.futures._base.PENDING, concurrent.futures._base.RUNNING
-_CANCELLED, _FINISHED = concurrent.futures._base.CANCELLED, concurrent.futures._base.FINISHED
 
 
 class JobInfo(NamedTuple):
