@@ -1611,7 +1611,7 @@ class Scheduler:
         """A job has run for its job_timeout, unless that attempt is over."""
         worker, token = attempt
         job = worker.inbox.get(token)
-        if job is not None and job.state == State.RUNNING:
+        if job is not None and job.limit is not None and job.state == State.RUNNING:
             job.killed = TIMED_OUT, f"it ran longer than its job_timeout of {job.limit:g} s"
             self._kill_attempt(attempt, now)
 

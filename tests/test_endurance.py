@@ -335,7 +335,7 @@ class TestASilentHost:
         cluster.node(cpu_workers=2)
         workers = wait_for_workers(client, 2)
         futures = [client.submit(hold_the_gil, seconds) for _ in workers]
-        assert all(future.result(250) > seconds * 0.8 for future in futures)
+        assert all(future.result(250) > seconds * 0.5 for future in futures)      # longer than it takes to be dead
         assert all(future.attempts == 1 for future in futures)
         assert wait_for_workers(client, 2) == workers
 
