@@ -2561,7 +2561,6 @@ _OWN = frozenset({*_HEADER, "__doc__", "__builtins__", "__spec__", "__loader__",
 
 def _cloudpickle() -> Any:
     import cloudpickle.cloudpickle
-
     return cloudpickle.cloudpickle
 
 
@@ -2602,6 +2601,7 @@ def _set_class(cls: type, state: tuple[Any, Any, int]) -> None:
 
 @functools.cache  # files do not move while a program runs
 def _is_users(name: str, module: types.ModuleType) -> bool:
+    import sysconfig
     if name.partition(".")[0] in _NEVER:
         return False
     file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
@@ -2610,7 +2610,7 @@ def _is_users(name: str, module: types.ModuleType) -> bool:
     main = getattr(sys.modules.get("__main__"), "__file__", None)
     homes = [os.getcwd(), *([os.path.dirname(os.path.realpath(main))] if main else [])]
     home, system = (tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
-                    for folders in (homes, (sys.prefix, sys.base_prefix)))
+                    for folders in (homes, (sys.prefix, sys.base_prefix, *sysconfig.get_paths().values())))
     path = os.path.realpath(file)
     return (path.startswith(home) and not path.startswith(system) and not path.endswith((".so", ".pyd"))
             and not {"site-packages", "dist-packages"} & set(path.split(os.sep)))

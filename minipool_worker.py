@@ -748,7 +748,6 @@ class Supervisor:
             _stderr.write(f"waiting for a server at {minipool.format_address(*self.peer.address)}: {trouble}\n")
         if patience and lost_at and now >= lost_at + patience:
             trouble = minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
-        # a refusal is the end only before the first welcome: later it may be forged, or a mistake being mended
         elif self._instance or not isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
             return      # a refusal ends it only at first: after a welcome it may be forged, or a mistake being mended
         self.failure, self._stop_at = self.failure or trouble, 0.0
