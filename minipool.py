@@ -2668,6 +2668,8 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
         self.last, kind = obj, type(obj)
         if issubclass(kind, type):
             return self._reduce_class(obj)
+        if kind is types.CodeType:      # cloudpickle 3.1.3 takes its file's name away: remote tracebacks need it
+            return _make_code, (obj.co_filename, *_cloudpickle()._code_reduce(obj)[1])
         if self.owner is None:
             return super().reducer_override(obj)
         if isinstance(obj, concurrent.futures.Future):
@@ -2918,6 +2920,10 @@ def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any]) -> typ
     module = types.ModuleType(key[0])
     vars(module).update(header, __builtins__=__builtins__, __minipool__={})
     return _shared_modules.setdefault(session, {}).setdefault(key, module)  # atomic: jobs may load in several threads
+
+
+def _make_code(filename: str, *rest: Any) -> types.CodeType:
+    return types.CodeType(*rest).replace(co_filename=filename)
 
 
 def _make_function(module: types.ModuleType, code: types.CodeType, *rest: Any) -> types.FunctionType:
