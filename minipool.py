@@ -184,9 +184,9 @@ class Malformed(MinipoolError):
 # 2 messages
 #
 # Everything that may cross the wire. A message is a tuple of builtins, its kind first; a frame carries a list of
-# them. Each arriving message is checked once against this table (who may send it, how many fields, of which types,
-# numbers finite and in range) before anybody looks at it; a misfit ends the connection. From these lines alone a
-# stranger could write a client.
+# them. Each arriving message is checked once against this table (who may send it, how many fields, and at the server
+# also of which types, numbers finite and in range) before anybody looks at it; a misfit ends the connection. From
+# these lines alone a stranger could write a client.
 #
 # A Name is (creator, number): whoever makes a job, function or value names it, so that the name survives a restart
 # of the server. A client's creator id is its session, a worker's its identity (node, slot, generation). A token is
@@ -219,6 +219,16 @@ def _is_name(field: Any) -> bool:
             and _is_number(field[1]))
 
 
+def _are_options(field: Any) -> bool:
+    if type(field) is not dict:
+        return field is None
+    for name in field:          # few: a loop over what may be there would cost more than the rest of a submission
+        is_good = _OPTIONS_READ.get(name)
+        if is_good and not is_good(field[name]):
+            return False
+    return True
+
+
 def _one_of(*accepted: type) -> Check:
     return lambda field: type(field) in accepted
 
@@ -234,8 +244,7 @@ _CHECKS: dict[Any, Check] = {
     "name": _is_name,
     "value": lambda field: type(field) is bytes or (
         type(field) is tuple and len(field) == 2 and _is_name(field[0]) and _is_number(field[1])),
-    "options": lambda field: field is None or (type(field) is dict and all(
-        is_good(field[name]) for name, is_good in _OPTIONS_READ.items() if name in field)),
+    "options": _are_options,
     "int?": _one_of(int, type(None)), "bytes?": _one_of(bytes, type(None)), "dict?": _one_of(dict, type(None)),
     "numbers": _list_of(_is_number), "names": _list_of(_is_name), "texts": _list_of(_one_of(str)),
     "attempts": _list_of(lambda item: type(item) is tuple and len(item) == 3 and _is_name(item[1])
@@ -250,6 +259,7 @@ _CHECKS: dict[Any, Check] = {
 }
 
 CATALOGUE: dict[str, tuple[frozenset[str], dict[str, Check]]] = {}     # by kind: who sends it, what each field may be
+_UNKNOWN: tuple[frozenset[str], dict[str, Check]] = frozenset(), {}
 
 
 def _fields(**kinds: Any) -> dict[str, Check]:
@@ -328,14 +338,20 @@ _message("answer", "server", "its answer", number=int, value="any")
 
 
 def check_message(message: Any, sender: str) -> None:
-    """Raise Malformed unless `message` is one that a peer of role `sender` may send."""
+    """Raise Malformed unless `message` is one that a peer of role `sender` may send.
+
+    Of the server's the fields are not looked at: it proved that it has the secret, and who has that gives workers
+    their code and clients their pickles anyway.
+    """
     if type(message) is not tuple or not message or type(message[0]) is not str:
         raise Malformed("a message is a tuple that begins with its kind")
-    senders, fields = CATALOGUE.get(message[0], ((), {}))
+    senders, fields = CATALOGUE.get(message[0], _UNKNOWN)
     if sender not in senders:
         raise Malformed(f"a {sender} sends no {message[0]!r}")
     if len(message) - 1 != len(fields):
         raise Malformed(f"{message[0]!r} has {len(fields)} fields, not {len(message) - 1}")
+    if sender == "server":
+        return
     for (name, is_good), field in zip(fields.items(), message[1:], strict=False):
         if not is_good(field):
             raise Malformed(f"{message[0]!r}: {name} is out of range or not what it should be")
@@ -387,6 +403,9 @@ BATCH_BYTES = 256 * 1024
 BORROWED_FRAMES = 4             # then a borrowed thread passes the writer role on, to get back to its own work
 PULLS_IN_FLIGHT = 2             # ranges asked for, over all pulls of a connection: bounds the server's memory
 HANDSHAKE_SECONDS = 5.0         # absolute, for the whole handshake
+LEAD_SECONDS = 0.05             # until a thread that waits, and reads, sees what it waits for ended by another thread
+LEAD_PAUSE = 0.002              # s that the I/O thread leaves the socket alone where such a thread has just read
+FOREVER = float("inf")          # a time that never comes
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
@@ -633,6 +652,13 @@ def server_tls(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
     return context, hashlib.sha256(base64.b64decode(first)).digest()
 
 
+def _tag(key: hmac.HMAC, number: int, header: bytes, control: bytes) -> bytes:
+    """Return the tag of a connection's frame of this number."""
+    tag = key.copy()
+    tag.update(_SEQUENCE.pack(number) + header + control)
+    return tag.digest()
+
+
 class Connection:
     """Framed, authenticated messages over one socket.
 
@@ -658,12 +684,12 @@ class Connection:
         self._writer: threading.Thread | None = None
         self._handed: queue.SimpleQueue[bool] = queue.SimpleQueue()     # True: the role, to the writer; False: the end
         # only for the holder of the writer role
-        self._send_key = send_key
+        self._send_key = hmac.new(send_key, digestmod="sha256")     # a copy of it costs less than a key prepared anew
         self._send_number = 0
         self._rest: list[memoryview] = []       # of a frame of which a part was written
         self._fit = BATCH_MESSAGES              # messages that lately filled BATCH_BYTES
         # only for the receiving thread
-        self._receive_key = receive_key
+        self._receive_key = hmac.new(receive_key, digestmod="sha256")
         self._receive_number = 0
         self._scratch = memoryview(bytearray(4096))     # grows while it is filled: thousands of idle peers have little
         self._pending = bytearray()             # received and not yet consumed
@@ -752,7 +778,7 @@ class Connection:
         if not body:
             self._fit = max(1, min(BATCH_MESSAGES, len(batch) * BATCH_BYTES // len(control)))
         header = _FRAME.pack(len(control), len(body))
-        tag = _hmac(self._send_key, _SEQUENCE.pack(self._send_number) + header + control)
+        tag = _tag(self._send_key, self._send_number, header, control)
         self._send_number += 1
         self._rest = [memoryview(header + tag + control), *([memoryview(body).cast("B")] if len(body) else ())]
 
@@ -781,7 +807,7 @@ class Connection:
         if not 0 < control_size <= MAX_CONTROL or body_size > RANGE:
             raise Malformed("a frame's lengths are out of range")
         control = self._take(control_size)
-        expected = _hmac(self._receive_key, _SEQUENCE.pack(self._receive_number) + header + control)
+        expected = _tag(self._receive_key, self._receive_number, header, control)
         if not hmac.compare_digest(tag, expected):
             raise Malformed("a frame's tag does not verify")
         self._receive_number += 1
@@ -916,6 +942,8 @@ class Peer:
         self._announce, self._on_batch, self._on_lost, self._on_idle = announce, on_batch, on_lost, on_idle
         self._pulls: dict[Name, Pull] = {}                  # guarded by lock, as is
         self._asked: dict[tuple[Name, int], memoryview] = {}    # ranges on their way, (name, offset): where they belong
+        self._reading = threading.Lock()                    # held by the thread that reads the socket
+        self._leads = 0                                     # how often a thread that waits took that over
         self._stopping = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"minipool-{name or role}-io", daemon=True)
 
@@ -939,6 +967,52 @@ class Peer:
             connection.post(messages)
             connection.flush()
 
+    # ---- reading: by the I/O thread, or by a thread that has nothing else to do ----
+
+    def lead(self, is_over: Callable[[], bool], give_up: float = FOREVER) -> None:
+        """Read the socket in the calling thread, which waits for something: an answer then costs no hand-over.
+
+        Returns once is_over(), at the time `give_up`, when the connection is lost, and at once if another thread
+        reads or there is no connection: then the caller waits for the thread that does.
+        """
+        connection = self.connection
+        if connection is None or not self._reading.acquire(blocking=False):
+            return
+        try:
+            self._leads += 1
+            while not (is_over() or connection.closed or (left := give_up - time.monotonic()) <= 0):
+                if self._await_input(connection, min(left, LEAD_SECONDS)):
+                    self._hear(connection)
+        finally:
+            self._reading.release()
+
+    def _await_input(self, connection: Connection, seconds: float) -> bool:
+        # the owner may hold small words back to ride on the next frame; after a quiet moment they go alone
+        while self._on_idle() and not connection.has_input(0.02):
+            connection.flush()
+        return connection.has_input(seconds)
+
+    def _hear(self, connection: Connection) -> None:
+        """Read one frame and act on it; the caller holds `_reading`.
+
+        Whatever goes wrong, Ctrl-C half-way in a thread that waits too, ends the connection: over the next one both
+        sides settle what they hold, so nothing is lost with it.
+        """
+        try:
+            rest = [message for message in connection.receive() if not self._handle_range(connection, message)]
+            self._failures = 0
+            if rest:
+                self._on_batch(rest)
+        except BaseException as error:
+            if not isinstance(error, EOFError):     # else it may have said why
+                self.trouble = error
+            connection.close()
+            if isinstance(error, OSError | EOFError | MinipoolError):
+                return
+            if not isinstance(error, Exception):
+                raise
+            log.exception("minipool: the %s stumbled over what it heard", self.role)    # a bug of ours: dial again
+
     # ---- the I/O thread ----
 
     def _run(self) -> None:
@@ -946,7 +1020,6 @@ class Peer:
             self._failures += 1                         # until the server has said something
             try:
                 self._serve(self._dial())
-            except EOFError:            # it may have said why
                 self.trouble = self.trouble or ConnectionError("the server closed the connection")
             except Exception as error:
                 self.trouble = error
@@ -973,7 +1046,7 @@ class Peer:
         return connection
 
     def _serve(self, connection: Connection) -> None:
-        """Announce, then hear until the connection is lost, which raises."""
+        """Announce, then hear until the connection is lost."""
         try:
             with self.lock:
                 if self._stopping.is_set():
@@ -982,21 +1055,24 @@ class Peer:
                 self.connection, self.trouble, self.lost_at = connection, None, None
                 self._ask_more()            # what was wanted while there was no connection
             connection.flush()
-            while True:
-                # the owner may hold small words back to ride on the next frame; after a quiet moment they go alone
-                while self._on_idle() and not connection.has_input(0.02):
-                    connection.flush()
-                rest = [message for message in connection.receive() if not self._handle_range(connection, message)]
-                self._failures = 0
-                if rest:
-                    self._on_batch(rest)
+            leads = self._leads
+            while not connection.closed:
+                if leads != self._leads:            # threads that wait come and go: to wake beside them costs them time
+                    leads = self._leads
+                    time.sleep(LEAD_PAUSE)
+                elif self._await_input(connection, 60):
+                    with self._reading:
+                        if connection.has_input(0):         # else a thread that waits was faster
+                            self._hear(connection)
         finally:
             with self.lock:
                 self.connection, self.lost_at = None, time.monotonic()
                 for name, offset in self._asked:        # to be asked for again
                     self._pulls[name].wanted.appendleft(offset)
                 self._asked.clear()
-            connection.dispose()
+            connection.close()
+            with self._reading:             # nobody else reads from the descriptor any more
+                connection.dispose()
 
     # ---- large values ----
 
@@ -1115,7 +1191,6 @@ T_STALL = 0.05          # seconds without a finished job after which a window is
 SHORT = 0.02            # s; shorter jobs are streamed (at 0.005, 10 ms jobs kept workers busy for 0.85 of the time)
 WINDOW_SECONDS = 0.02   # of estimated work that may lie in a worker's inbox
 WINDOW_JOBS = 256       # at most; so no job is estimated shorter than WINDOW_SECONDS / WINDOW_JOBS
-FOREVER = float("inf")  # a time that never comes
 LONG = 1e9              # the estimate of a function not known to be short: nothing else fits beside it
 UNACKNOWLEDGED = 16 << 20   # bytes of outcomes on their way to a client; with more, it does not read: its jobs wait
 MOURNED = 10_000        # slots whose dead are remembered: a dead worker's words may be read after its death
@@ -3187,7 +3262,9 @@ class Future(concurrent.futures.Future[Any]):
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return the job's exception, None if it has a value; TimeoutError after `timeout` seconds."""
         if self._state != _FINISHED:
-            super().exception(timeout)
+            give_up = FOREVER if timeout is None else time.monotonic() + timeout
+            self._client.peer.lead(lambda: self._state not in (_PENDING, _RUNNING), give_up)
+            super().exception(timeout and max(0.0, give_up - time.monotonic()))
         # wait(FIRST_EXCEPTION) asks, which holds the conditions of all its futures: no user code under them
         if self._raw and not (self._watched and self._condition._is_owned()):       # type: ignore[attr-defined]
             self._decode()
@@ -3530,9 +3607,10 @@ class Client:
     def _finish(self, future: Future, status: str, value: Any) -> None:
         """End a future, unless it has, with an outcome to be decoded; waiters wake, callbacks go to their thread."""
         if future._call:
+            if future._state != _FINISHED:      # else Ctrl-C came between these two, in a thread that waits
+                future._settle(status, value)
             if self.retire(future):
                 self._delivered.append(future._number)
-            future._settle(status, value)
 
     def retire(self, future: Future) -> bool:
         """Forget a job that has ended: nothing is kept that it alone needed. True if the server has it."""

@@ -318,14 +318,19 @@ class Worker:
     def _next(self) -> Attempt | None:
         """Wait for the attempt to begin next, and mark it begun; None: it is time to go."""
         self._catch_up()
+        self.peer.lead(self._may_go_on)
         with self._lock:
-            while not (self._has_ready() and self._welcomed and not self._leaving):
-                if self._dismissed:
-                    return None
+            while not self._may_go_on():
                 self._wake.wait()
+            if self._dismissed:
+                return None
             attempt = self._begun = self._inbox.pop(heapq.heappop(self._ready)[1])
             self._cell[0] = attempt.token
             return attempt
+
+    def _may_go_on(self) -> bool:
+        with self._lock:
+            return self._dismissed or (self._has_ready() and self._welcomed and not self._leaving)
 
     def _has_ready(self) -> bool:
         while self._ready and self._ready[0][1] not in self._inbox:

@@ -278,7 +278,7 @@ def microseconds(step, count=2000):
 def show_steps(size):
     import socket
 
-    session, worker_id, key = os.urandom(16), os.urandom(20), os.urandom(32)
+    session, worker_id, key = os.urandom(16), os.urandom(20), minipool.hmac.new(os.urandom(32), digestmod="sha256")
     functions = minipool.Functions(session, itertools.count(1).__next__)
     functions.function(same)
     call = functions.dumps_call(same, (7,), {})[0]
@@ -312,8 +312,8 @@ def show_steps(size):
             "unpickle, builtins only": lambda b, p={}: minipool._BuiltinsOnly(minipool.io.BytesIO(
                 p.setdefault(len(b), minipool.pickle.dumps(b, 5)))).load(),
             "check": lambda b, role=role: [minipool.check_message(m, role) for m in b],
-            "HMAC, twice": lambda b, p={}: [minipool._hmac(key, p.setdefault(len(b), minipool.pickle.dumps(b, 5)))
-                                            for _ in "12"],
+            "HMAC, twice": lambda b, p={}: [
+                minipool._tag(key, 0, b"", p.setdefault(len(b), minipool.pickle.dumps(b, 5))) for _ in "12"],
         }.items():
             times = [microseconds(partial(step, batch), 50) / size, microseconds(partial(step, batch[:1]))]
             total = [t + more for t, more in zip(total, times)]

@@ -670,7 +670,7 @@ class Membership:
         """Bytes that no pickler of ours would write, in a frame with a good tag."""
         connection = self.connection
         header = minipool._FRAME.pack(len(control), len(body))
-        tag = minipool._hmac(connection._send_key, minipool._SEQUENCE.pack(connection._send_number) + header + control)
+        tag = minipool._tag(connection._send_key, connection._send_number, header, control)
         connection._send_number += 1
         connection._seam.sock.sendall(header + tag + control + body)
 
