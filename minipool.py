@@ -2626,6 +2626,7 @@ ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})  # nothin
 OUT_OF_BAND = 32 * 1024  # bytes; below, copying into the pickle is cheaper than a buffer of its own
 KEPT, KEPT_BYTES = 1000, 32 << 20  # of what was pickled last, so that it need not be again; more than a program has
 _MISSING: Any = object()
+_PLACE = pickle.PickleBuffer(bytearray(1))  # where a future's value will be: writable, as that is
 # One name to be set in a module at the worker. A soft one, met while a module is filled, may be left out.
 _Slot = collections.namedtuple("_Slot", "module name value version soft")
 _NEVER = ("minipool", "minipool_worker", "cloudpickle")  # there on every worker, though often under the cwd
@@ -2725,12 +2726,14 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
     It collects in `seen` what the validity of the pickle depends on, and keeps in `path` the slots it is inside of.
     """
 
-    def __init__(self, buffers: list[Any] | None = None, owner: Any = None, root: Any = None) -> None:
+    def __init__(self, owner: Any = None, root: Any = None) -> None:
         self.file = io.BytesIO()
-        super().__init__(self.file, 5, buffer_callback=functools.partial(_keep_large, buffers))
+        # What rides beside the pickle: large buffers, and futures in the place of their values' bytes. A function
+        # (then it is the root) has none: its bytes tell whether it is known.
+        self.buffers = list[Any]() if root is None else None
+        super().__init__(self.file, 5, buffer_callback=functools.partial(_keep_large, self.buffers))
         self.owner, self.root, self.path, self.filled = owner, root, list[_Slot](), set[int]()
         self.seen: dict[Any, _Seen] = {}
-        self.inputs = list[Any]()  # futures that were met; each becomes its place in this list
         self.last: Any = _MISSING  # what is being reduced: the culprit if that fails
 
     def saw(self, get: Callable[..., Any], *args: Any) -> Any:
@@ -2748,8 +2751,10 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
         if self.owner is None:
             return super().reducer_override(obj)
         if isinstance(obj, concurrent.futures.Future):
-            self.inputs.append(obj)
-            return _input, (len(self.inputs) - 1,)
+            if self.buffers is None:
+                raise pickle.PicklingError("give it as an argument, for its value")
+            self.buffers.append(obj)
+            return decode_value, (_PLACE,)
         if kind is _Module:
             return obj.reduced
         if kind is _Slot:
@@ -2758,16 +2763,20 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
                 return int, ()
             self.path.append(obj)
             return _set_name, (obj.module, obj.name, obj.version, obj.value, obj)
-        if isinstance(obj, types.ModuleType):
-            return self._reduce_module(self.owner.module(vars(obj)))
+        if isinstance(obj, types.ModuleType) and not (module := self.owner.module(vars(obj))).importable:
+            self.saw(lambda space, size: len(space) == size, module.space, len(module.space))
+            slots = self._slots(module, list(module.space), soft=True)
+            self.filled.add(id(module))  # they bring all its names; so the depth does not grow with the call graph
+            return *module.reduced, slots, None, None, operator.is_  # a setter that does nothing
         if kind is types.FunctionType and obj.__module__ and travels_by_value(obj.__module__):
             return self._dynamic_function_reduce(obj)
         if kind in _BY_NAME and travels_by_value(obj.__module__):
             if kind is TypeVar:
                 return _cloudpickle()._make_typevar, _cloudpickle()._decompose_typevar(obj)
             return functools.lru_cache(**obj.cache_parameters()), (obj.__wrapped__,)
-        bound = None if kind is types.FunctionType else self.owner.bound.get(id(obj))
-        return super().reducer_override(obj) if bound is None else self._reduce_bound(obj, *bound)
+        if kind is object and id(obj) in self.owner.sentinels:
+            return _sentinel, (self.owner.session, id(obj))
+        return super().reducer_override(obj)
 
     def _reduce_class(self, cls: type) -> Any:
         by_value = self.owner and isinstance(cls.__module__, str) and travels_by_value(cls.__module__)
@@ -2783,44 +2792,32 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
             self.saw(getattr, seen, name)
         for cell in fn.__closure__ or ():
             self.saw(_contents, cell)
-        _, (code, _, *new), (attributes, slots), *_ = reduced = super()._dynamic_function_reduce(fn)
+        _, (code, _, *new), (attributes, state), *rest = reduced = super()._dynamic_function_reduce(fn)
         if self.owner is None:
             return reduced
-        module = self.owner.module(fn.__globals__)
-        soft, names = bool(self.path and self.path[-1].soft), _cloudpickle()._extract_code_globals(code)
-        named = () if module.importable else self._slots(module, names, soft)
-        slots["__globals__"] = {}  # the named slots ride where cloudpickle has what is to be loaded and thrown away
-        slots["_cloudpickle_submodules"] = slots["_cloudpickle_submodules"], named
-        return _make_function, (module, code, *new), (attributes, slots), None, None, _cloudpickle()._function_setstate
+        module, soft = self.owner.module(fn.__globals__), bool(self.path and self.path[-1].soft)
+        slots = self._slots(module, _cloudpickle()._extract_code_globals(code), soft)
+        state["__globals__"] = {}  # the slots ride where cloudpickle has what is to be loaded and thrown away
+        state["_cloudpickle_submodules"] = state["_cloudpickle_submodules"], slots
+        return _make_function, (module, code, *new), (attributes, state), *rest
 
-    def _slots(self, module: _Module, names: Any, soft: bool) -> list[_Slot]:
+    def _slots(self, module: _Module, names: Iterable[str], soft: bool) -> list[_Slot]:
+        """Return what sets `names` in a worker; the version of each is raised if it binds another object by now."""
         slots = list[_Slot]()
-        if soft and id(module) in self.filled:
-            return slots
-        for name in names:
-            if name not in _OWN:
-                self.saw(module.space.get, name, _MISSING)
-                value, version = self.owner.binding(module, name)
-                if value is not _MISSING and not (soft and module.left_out.get(name, _MISSING) is value):
-                    slots.append(_Slot(module, name, value, version, soft))
+        for name in () if module.importable or soft and id(module) in self.filled else names:
+            if name in _OWN:
+                continue
+            with self.owner.lock:  # of two threads, the one that saw the newer object comes last
+                value = self.saw(module.space.get, name, _MISSING)
+                old, version = module.names.get(name, (_MISSING, 0))
+                if value is not _MISSING and value is not old:
+                    version += 1
+                    module.names[name] = value, version
+                    if type(value) is object:
+                        self.owner.sentinels[id(value)] = value
+            if value is not _MISSING and not (soft and module.left_out.get(name, _MISSING) is value):
+                slots.append(_Slot(module, name, value, version, soft))
         return slots
-
-    def _reduce_module(self, module: _Module) -> Any:
-        if module.importable:
-            return module.reduced
-        self.saw(lambda space, size: len(space) == size, module.space, len(module.space))
-        slots = self._slots(module, list(module.space), soft=True)
-        self.filled.add(id(module))  # they bring all its names; so the depth does not grow with the call graph
-        return *module.reduced, slots, None, None, operator.is_  # a setter that does nothing
-
-    def _reduce_bound(self, obj: Any, module: _Module, name: str) -> Any:
-        """Keep `def f(x=MISSING): return x is MISSING` true: a global without state is one object per worker."""
-        value, version = module.names[name]
-        cls: Any = type(obj)
-        plain = cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__
-        if value is obj and plain and cls not in self.dispatch_table and not any((new := obj.__reduce_ex__(5))[2:]):
-            return _sentinel, (module, name, version, *new[:2])
-        return super().reducer_override(obj)
 
 
 @functools.cache
@@ -2830,6 +2827,8 @@ def _pickler() -> Any:
 
 def _keep_large(buffers: list[Any] | None, buffer: pickle.PickleBuffer) -> bool:
     """Take a large buffer out of a pickle, a writable one as a copy: a payload is a snapshot."""
+    if buffer is _PLACE:
+        return False
     view = buffer.raw()
     if buffers is not None and view.nbytes >= OUT_OF_BAND:
         buffers.append(view if view.readonly else bytes(view))
@@ -2853,58 +2852,17 @@ def name_of(fn: Any) -> str:
     return getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None) or type(fn).__name__
 
 
-def _parts(value: Any) -> Iterable[tuple[str, Any]]:
-    """Return what pickling `value` would descend into, each with the words that follow the path so far."""
-    if isinstance(value, types.FunctionType):
-        captured = zip(value.__code__.co_freevars, map(_contents, value.__closure__ or ()), strict=False)
-        names = _cloudpickle()._extract_code_globals(value.__code__)
-        return [*((f" captured variable '{name}'", part) for name, part in captured),
-                *((f" global '{name}'", value.__globals__.get(name)) for name in names),
-                *((f" default {i}", part) for i, part in enumerate(value.__defaults__ or ()))]
-    if isinstance(value, (list, tuple, set, frozenset)):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        return ((f"[{key!r:.40}]", part) for key, part in value.items())
-    names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ()), "__self__"]
-    return ((f".{name}", getattr(value, name, None)) for name in names)
-
-
-def _explain(fn: Any, value: Any, culprit: Any, error: Exception) -> pickle.PicklingError:
-    """Return an error that says where `culprit` is, the object at which pickling `fn` or a call of it ended."""
-    what = f"{'function' if value is fn else 'the arguments of'} {name_of(fn)}()"
-    if isinstance(error.__cause__ or error, RecursionError):
-        return pickle.PicklingError(f"cannot pickle {what}: its objects are nested too deeply")
-    found, met = [(f"function {name_of(fn)}():", "", fn)], set[int]()
-    if value is not fn:
-        named = {**dict(enumerate(value[0])), **value[1]}
-        with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
-            import inspect
-            named = inspect.signature(fn).bind(*value[0], **value[1]).arguments
-        found += [(f"argument {label!r} of {name_of(fn)}():", "", part) for label, part in named.items()]
-    for root, path, part in found:  # it grows at its end, so the shortest path is found first
-        if part is culprit:
-            where = f"{root} {path.strip() or 'it'}"
-            break
-        if id(part) not in met and len(found) < 10_000:
-            met.add(id(part))
-            with contextlib.suppress(Exception):  # attributes may be users' code
-                found += [(root, path + step, inner) for step, inner in itertools.islice(_parts(part), 1000)]
-    else:
-        where = f"{what}: something in it"
-    kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}".removeprefix("builtins.")
-    return pickle.PicklingError(f"cannot pickle {where} is a {kind} ({error})")
-
-
 class Functions:
     """The pickles of one session, made and kept by the client; every method may be called by any thread."""
 
     def __init__(self, session: bytes, next_number: Callable[[], int]) -> None:
         self.session = session
         self.gone: list[int] = []  # numbers of entries that nobody will ask for again
-        self.bound: dict[int, tuple[_Module, str]] = {}  # id of an object -> the first global name it was sent under
+        # Globals that are a bare object(), by id: one object in all pickles, so `x is MISSING` stays true in a worker.
+        self.sentinels: dict[int, object] = {}
         self._next_number = next_number
         # Reentrant: a finalizer that submits may run inside. It guards all below; hot reads go without.
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._modules: dict[int, _Module] = {}
         self._known: weakref.WeakKeyDictionary[Any, tuple[Entry, list[_Seen]]] = weakref.WeakKeyDictionary()
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()  # by their bytes
@@ -2920,11 +2878,9 @@ class Functions:
         known = self._known.get(fn) if keep else None
         if known and all(get(*args) is value for get, args, value in known[1]):
             return known[0]
-        pickler = self._dump(fn, fn)
+        pickler = self._dump("function", fn, fn)
         blob, seen = pickler.file.getvalue(), list(pickler.seen.values())
-        if pickler.inputs:
-            raise pickle.PicklingError(f"{name_of(fn)}() refers to a future: give it as an argument, for its value")
-        with self._lock:
+        with self.lock:
             entry = self._entries.get(blob) or Entry(self._next_number(), blob, self.gone)
             self._entries[blob] = entry
             if keep:
@@ -2937,64 +2893,63 @@ class Functions:
 
     def dumps_call(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
                    *more: Any) -> tuple[bytes, list[Any], list[Any]]:
-        """Return the pickle of (args, kwargs, *more), its large buffers, the futures in it; `fn` is for the error."""
+        """Return the pickle of (args, kwargs, *more), what rides beside it, the futures in that; `fn` is for errors."""
         if not more and all(type(a) in ATOMS for a in args) and all(type(a) in ATOMS for a in kwargs.values()):
             return pickle.dumps((args, kwargs), 5), [], []  # a seventh of the price
-        buffers: list[Any] = []
-        pickler = self._dump(fn, (args, kwargs, *more), buffers)
-        return pickler.file.getvalue(), buffers, pickler.inputs
+        try:
+            pickler = self._dump("a call of", fn, (args, kwargs, *more))
+        except pickle.PicklingError:
+            named: Any = {**dict(enumerate(args)), **kwargs}
+            with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
+                import inspect
+                named = inspect.signature(fn).bind(*args, **kwargs).arguments
+            for name, part in named.items():
+                self._dump(f"argument {name!r} of", fn, part)  # one of them fails again, and says where
+            raise
+        inputs = [part for part in pickler.buffers if isinstance(part, concurrent.futures.Future)]
+        return pickler.file.getvalue(), pickler.buffers, inputs
 
     def module(self, space: dict[str, Any]) -> _Module:
         """Return the record of a globals dictionary; kept for good, since its names' versions must never fall."""
-        with self._lock:
+        with self.lock:
             if id(space) not in self._modules:
                 self._modules[id(space)] = _Module(self.session, space, len(self._modules))
             return self._modules[id(space)]
 
-    def binding(self, module: _Module, name: str) -> tuple[Any, int]:
-        """Return object and version of a global name, the version raised if it binds another object by now."""
-        with self._lock:
-            value = module.space.get(name, _MISSING)
-            old, version = module.names.get(name, (_MISSING, 0))
-            if value is not _MISSING and value is not old:
-                if self.bound.get(id(old)) == (module, name):
-                    del self.bound[id(old)]
-                self.bound.setdefault(id(value), (module, name))
-                version += 1
-                module.names[name] = value, version
-            return value, version
-
-    def _dump(self, fn: Any, value: Any, buffers: list[Any] | None = None) -> Any:
-        """Return a pickler that has pickled `value`, be it `fn` or what a call of it takes."""
+    def _dump(self, what: str, fn: Any, value: Any) -> Any:
+        """Return a pickler that has pickled `value`: `fn`, or something of a call; an error says `what` it is."""
         while True:  # each turn leaves one more unpicklable name out of a module
-            pickler = _pickler()(buffers, self, value)
+            pickler = _pickler()(self, fn if value is fn else None)
             try:
                 pickler.dump(value)
                 return pickler
             except Exception as error:
                 slot = pickler.path[-1] if pickler.path else None
-                if slot is None or not slot.soft or isinstance(error.__cause__ or error, RecursionError):
-                    raise _explain(fn, value, pickler.last, error) from error
-                slot.module.left_out[slot.name] = slot.value
-                if buffers:
-                    buffers.clear()
+                is_deep = isinstance(error.__cause__ or error, RecursionError)
+                if slot and slot.soft and not is_deep:
+                    slot.module.left_out[slot.name] = slot.value
+                    continue
+                path = "" if is_deep else "".join(f", global {slot.name!r}" for slot in pickler.path)
+                why = f"it is or holds an object of {type(pickler.last)} ({error})"
+                why = "its objects are nested too deeply" if is_deep else why
+                raise pickle.PicklingError(f"cannot pickle {what} {name_of(fn)}(){path}: {why}") from error
 
 
 # ---- worker half: what the pickles call ----
 
 # By session and key; the worker drops those of a session that is over.
-_shared_modules: dict[bytes, dict[tuple[str, int], types.ModuleType]] = {}
+_shared_objects: dict[bytes, dict[Any, Any]] = {}
 _names_lock = threading.RLock()  # reentrant: the value that a name loses may have a finalizer
 
 
-def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any]) -> types.ModuleType:
+def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any]) -> Any:
     """Return this process's object for a client module; its __dict__ is the functions' globals.
 
-    Its `__minipool__` holds the version of each name that was set, and by name and version the sentinels.
+    Its `__minipool__` holds the version of each name that was set.
     """
     module = types.ModuleType(key[0])
     vars(module).update(header, __builtins__=__builtins__, __minipool__={})
-    return _shared_modules.setdefault(session, {}).setdefault(key, module)  # atomic: jobs may load in several threads
+    return _shared_objects.setdefault(session, {}).setdefault(key, module)  # atomic: jobs may load in several threads
 
 
 def _make_code(filename: str, *rest: Any) -> types.CodeType:
@@ -3013,41 +2968,8 @@ def _set_name(module: types.ModuleType, name: str, version: int, value: Any, end
             space[name] = value
 
 
-def _sentinel(module: types.ModuleType, name: str, version: int, make: Any, args: Any) -> Any:
-    return vars(module)["__minipool__"].setdefault((name, version), make(*args))
-
-
-# ---- both halves: futures among the arguments ----
-# The pickle of a call has places where futures were; it travels with their values, as they came, once all are done.
-
-_inputs = threading.local()  # .values, while a call is opened
-
-
-class LinkedCall:
-    """A call and the values of the futures in it, all as bytes: opened, it is the call."""
-
-    def __init__(self, call: bytes, buffers: list[Any], values: list[Any]) -> None:
-        self.call, self.buffers, self.values = call, buffers, values
-
-    def __reduce__(self) -> Any:            # with stand-ins for what rides beside the pickle: writable, as that is
-        return _open_linked, (self.call, *([pickle.PickleBuffer(bytearray(1)) for _ in parts]
-                                           for parts in (self.buffers, self.values)))
-
-    def pack(self) -> bytes | Blob:
-        """Return it as it travels."""
-        return pack(pickle.dumps(self, 5, buffer_callback=lambda _: None), [*self.buffers, *self.values])
-
-
-def _open_linked(call: bytes, buffers: list[Any], values: list[Any]) -> Any:
-    _inputs.values = [decode_value(value) for value in values]
-    try:
-        return pickle.loads(call, buffers=buffers)
-    finally:
-        del _inputs.values
-
-
-def _input(place: int) -> Any:
-    return _inputs.values[place]
+def _sentinel(session: bytes, key: int) -> object:
+    return _shared_objects.setdefault(session, {}).setdefault(key, object())
 
 
 # ---- both halves: values ----
@@ -3093,19 +3015,16 @@ def encode_value(value: Any) -> bytes | Blob:
     """Return a job's result as it travels. Raises pickle.PicklingError naming the type."""
     if type(value) in ATOMS:
         return pack(pickle.dumps(value, 5))
-    pickler = _pickler()(buffers := list[Any]())
+    pickler = _pickler()()
     try:
         pickler.dump(value)
-        return pack(pickler.file.getvalue(), buffers)
+        return pack(pickler.file.getvalue(), pickler.buffers)
     except Exception as error:
         raise pickle.PicklingError(f"cannot pickle the result, a {type(value).__qualname__}: {error}") from error
 
 
 class _RemoteTraceback(Exception):
     """The remote traceback, as the cause of a job's exception."""
-
-    def __str__(self) -> str:
-        return f'\n"""\n{self.args[0]}"""'
 
 
 def decode_failure(status: str, value: Any) -> BaseException:
@@ -3125,7 +3044,7 @@ def decode_failure(status: str, value: Any) -> BaseException:
     error = RemoteError(type_name, words, text)
     with contextlib.suppress(BaseException):        # its class may not be here
         error = decode_value(bytearray(pickled)) if pickled else error
-    error.__cause__ = _RemoteTraceback(text)
+    error.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')
     error.add_note(f"raised by {where}")
     return error
 
@@ -3195,8 +3114,9 @@ def job_id(name: Name) -> str:
     return f"{name[0][:4].hex()}-{name[1]}"
 
 
-# What it takes to send a job, and to send it again: its function, the message "submit", how many bytes ride inside it.
-_Call = tuple[Entry, Message, int]
+# What it takes to send a job, and to send it again: its function as messages say it (the entry, its name, options), its
+# arguments (none yet while they wait for futures), how long the log was.
+_Call = tuple[tuple[Entry, Name, dict[str, Any]], bytes | Blob, int]
 # What only a future needs that is waited for or has callbacks; most are looked at when they have ended.
 _MADE_LATE: dict[str, Callable[[], Any]] = {
     "_condition": threading.Condition, "_waiters": list, "_done_callbacks": list}
@@ -3218,7 +3138,7 @@ class Future(concurrent.futures.Future[Any]):
     def __init__(self, client: Client, number: int, view: Executor, call: _Call) -> None:
         self._client, self._number, self._view = client, number, view
         self._call: _Call | None = call         # dropped with the outcome
-        self.name: str = call[1][-1]["name"]
+        self.name: str = call[0][2]["name"]
 
     def __getattr__(self, name: str) -> Any:
         if name not in _MADE_LATE:
@@ -3238,7 +3158,7 @@ class Future(concurrent.futures.Future[Any]):
         With `options(cancel_running=True)` a job that runs is cancelled too, and its worker's process ended.
         """
         with self._client.lock, self._condition:        # in the order in which outcomes take them
-            by_force = self._call is not None and self._call[1][-1].get("cancel_running")
+            by_force = self._call is not None and self._call[0][2].get("cancel_running")
             if self._state != _PENDING and not (by_force and self._state == _RUNNING):
                 return self.cancelled()
             self._state = _CANCELLED
@@ -3396,7 +3316,6 @@ class Client:
         packed = b"" if inputs else pack(call, buffers)
         check_size(entry.blob, self.max_value, "pickle", fn)
         check_size(packed, self.max_value, "arguments", fn)
-        inline = 0 if isinstance(packed, Blob) else len(packed)
         wired = view._wired
         if wired[0] is not entry:           # the same objects for the next call: then a batch holds them once
             wire = {name: options[name] for name in _WIRE_OPTIONS if options.get(name) is not None}
@@ -3404,35 +3323,30 @@ class Client:
             if where := options.get("on") or options.get("prefer"):
                 wire.update(on=list(where), soft=not options.get("on"))
             view._wired = wired = entry, (self.session, entry.number), wire
-        _, name, wire = wired
         with self.lock:
             if self.broken is not None:
                 raise self.broken()
             if self.closing or view._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             number = next(self.numbers)
-            payload = packed if inline else self._share(number, packed)
-            message = ("submit", number, name, payload, len(self._log), wire)
-            future = Future(self, number, view, (entry, message, inline))
-            self.unfinished[number] = future
+            self.unfinished[number] = future = Future(self, number, view, (wired, packed, len(self._log)))
             if not inputs:
-                heapq.heappush(self._backlog, (-wire.get("priority", 0), number))
+                heapq.heappush(self._backlog, (-wired[2].get("priority", 0), number))
                 self._send_backlog()
             connection, busy = self.peer.connection, len(self._sent) > 2 * len(self.workers)
         if connection:      # few jobs out: go now; many: go on submitting while the writer makes batches
             connection.flush(0 if busy else BORROWED_FRAMES)
         if inputs:
-            self._link(future, call, buffers, inputs)
+            self._link(future, call, buffers, iter(inputs))
         return future
 
-    def _link(self, future: Future, call: bytes, buffers: list[Any], inputs: list[Future], place: int = 0) -> None:
+    def _link(self, future: Future, call: bytes, buffers: list[Any], inputs: Iterator[Future]) -> None:
         """Send a job once the futures in its arguments are done; one that has no value ends it in the same way."""
-        while place < len(inputs) and inputs[place].done():
-            place += 1
-        if place < len(inputs):
-            return inputs[place].add_done_callback(lambda _: self._link(future, call, buffers, inputs, place))
+        for given in inputs:
+            if not given.done():
+                return given.add_done_callback(lambda _: self._link(future, call, buffers, inputs))
         try:
-            packed = LinkedCall(call, buffers, [given.travelling() for given in inputs]).pack()
+            packed = pack(call, [part.travelling() if isinstance(part, Future) else part for part in buffers])
             check_size(packed, self.max_value, "arguments", future)
         except concurrent.futures.CancelledError:
             return self.later(future.cancel)        # not here: a chain may be long
@@ -3442,11 +3356,9 @@ class Client:
                 return self._finish(future, DIED, lambda: problem)
         with self.lock:
             if future._call:                # else it was cancelled meanwhile
-                entry, message, _ = future._call
-                payload = self._share(future._number, packed)
-                message = (*message[:3], payload, *message[4:])
-                future._call = entry, message, len(packed) if isinstance(packed, bytes) else 0
-                heapq.heappush(self._backlog, (-message[-1].get("priority", 0), future._number))
+                wired, _, log = future._call
+                future._call = wired, packed, log
+                heapq.heappush(self._backlog, (-wired[2].get("priority", 0), future._number))
                 self._send_backlog()
         self.peer.send()
 
@@ -3464,15 +3376,15 @@ class Client:
     def _post_job(self, future: Future) -> None:
         """Post one job, with its function if this server has not got it."""
         assert future._call
-        entry, message, inline = future._call
+        (entry, name, options), packed, log = future._call
         if future._number in self._sent:
-            message = (*message[:-1], {**message[-1], "again": True, "attempts": future.attempts})
+            options = {**options, "again": True, "attempts": future.attempts}
         else:
             self._sent[future._number] = future
-            self._sent_bytes += inline
+            self._sent_bytes += len(packed) if isinstance(packed, bytes) else 0
         if entry.number not in self._known_objects:
             self._put(entry.number, entry.blob)
-        self._post(message)
+        self._post(("submit", future._number, name, self._share(future._number, packed), log, options))
 
     def _put(self, number: int, data: bytes | Blob) -> None:
         """Make an object known to the server, unless it is."""
@@ -3617,10 +3529,10 @@ class Client:
         number, call, future._call = future._number, future._call, None
         self.unfinished.pop(number, None)
         sent = self._sent.pop(number, None) is not None
-        if call and sent:
-            self._sent_bytes -= call[2]
-        if call and not call[2]:            # a large payload
+        if call and isinstance(call[1], Blob):
             self.peer.values.pop((self.session, number), None)
+        elif call and sent:
+            self._sent_bytes -= len(call[1])    # type: ignore[arg-type]
         if self.closing and not self.unfinished:
             self.later(self._end)
         return sent

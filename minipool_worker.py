@@ -533,7 +533,7 @@ class Worker:
     def _on_leave(self, session: bytes) -> None:
         self._sessions.pop(session, None)
         self._on_drop([name for name in self._objects if name[0] == session])
-        minipool._shared_modules.pop(session, None)
+        minipool._shared_objects.pop(session, None)
 
     def _on_bye(self, reason: str) -> None:
         self._dismissed = True
