@@ -2308,9 +2308,8 @@ def check_announcement(message: Message, role: str, identity: bytes) -> None:
     if message[0] != role:
         raise Malformed(f"a {role} begins with its announcement")
     info = message[1]
-    for field, is_good in ANNOUNCED[role].items():
-        if not is_good(info.get(field)):
-            raise Malformed(f"a {role}'s announcement has no good {field!r}")
+    if bad := [field for field, is_good in ANNOUNCED[role].items() if not is_good(info.get(field))]:
+        raise Malformed(f"a {role}'s announcement has no good {bad}")
     if role == "worker" and info["id"] != identity:
         raise Malformed("a worker announces another worker's identity")
     if info["python"] != PYTHON:
@@ -3854,9 +3853,9 @@ def _print_lines(server: Server, options: argparse.Namespace, source: str) -> No
     """Print the exact lines to paste for workers and clients."""
     address = server.address
     on_terminal = sys.stdout is not None and sys.stdout.isatty()        # None: it was closed
-    prefix = "" if server.is_local else f"MINIPOOL_SECRET={server.secret if on_terminal else '...'} "
-    if server.is_local and options.secret_file:
-        prefix = f"MINIPOOL_SECRET_FILE={options.secret_file} "
+    prefix = f"MINIPOOL_SECRET={server.secret if on_terminal else '...'} "
+    if server.is_local:
+        prefix = f"MINIPOOL_SECRET_FILE={options.secret_file} " if options.secret_file else ""
     tls = " --tls" * server.tls
     worker = "minipool-worker" if "site-packages" in os.path.abspath(__file__) else "python minipool_worker.py"
     lines = [f"minipool {__version__} server on {address} (Python {PYTHON}); the secret is from {source}",
