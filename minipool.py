@@ -605,19 +605,15 @@ class Tls(Plain):
         return bool(here) or super().poll(event, seconds)
 
 
-def tls_context(files: tuple[str, str] | None = None) -> ssl.SSLContext:
-    """Return the context of a server with this certificate and key (paths of PEM files), or of who dials one."""
+def tls_context(is_server: bool = False) -> ssl.SSLContext:
+    """Return the context of who dials, or of a server that has no certificate yet."""
     import ssl  # late: slow to import, and few need it
     Tls.would_block = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
     if sys.version_info[:3] == (3, 13, 6):
         raise ValueError("Python 3.13.6 has a deadlock in its TLS (mended in 3.13.7): use another version, or no TLS")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if files else ssl.PROTOCOL_TLS_CLIENT)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    if files:
-        context.num_tickets = 0         # nobody resumes a session
-        context.load_cert_chain(*files, password=str)       # "": else OpenSSL asks at the terminal
-    else:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE      # the handshake does it: see Tls
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE      # the handshake does it: see Tls
     return context
 
 
@@ -634,16 +630,18 @@ def dial_tls(sock: socket.socket, context: ssl.SSLContext) -> tuple[ssl.SSLSocke
 
 def server_tls(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
     """Return a server's context and the digest of its certificate; without files, one for this life of the server."""
-    import tempfile  # late, as are these
+    import tempfile  # late, as is ssl
+    context = tls_context(is_server=True)
+    context.num_tickets = 0             # nobody resumes a session
     source = " and ".join(str(path) for path in (certificate, key) if path) or "`openssl`"
     with tempfile.TemporaryDirectory(prefix="minipool-") as folder:
         try:
             if not (certificate or key):
-                certificate, key = os.path.join(folder, "certificate"), os.path.join(folder, "key")
-                command = ["openssl", "req", "-x509", "-nodes", "-subj", "/CN=minipool", "-days", "3650",
-                           "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-                subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-            context = tls_context((certificate, key))
+                certificate = key = os.path.join(folder, "both.pem")
+                subprocess.run(["openssl", "req", "-x509", "-nodes", "-subj", "/CN=minipool", "-days", "3650",
+                                "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+                                "-keyout", key, "-out", certificate], check=True, capture_output=True)
+            context.load_cert_chain(certificate, key, password=str)     # "": else OpenSSL asks at the terminal
         except (OSError, subprocess.CalledProcessError) as error:
             raise ValueError(f"no certificate and its key in PEM from {source} ({error}): "
                              "give --tls-cert and --tls-key, two files") from None
@@ -728,8 +726,12 @@ class Connection:
             while frames:
                 if not (self._rest or self._next_frame()):
                     return
-                if self._push():
-                    frames -= 1
+                if sent := self._seam.send(self._rest):
+                    while self._rest and sent >= len(self._rest[0]):
+                        sent -= len(self._rest.pop(0))
+                    if sent:
+                        self._rest[0] = self._rest[0][sent:]
+                    frames -= not self._rest
                 elif threading.current_thread() is self._writer:
                     self._seam.poll(select.POLLOUT, 60)
                 else:
@@ -781,18 +783,6 @@ class Connection:
         tag = _tag(self._send_key, self._send_number, header, control)
         self._send_number += 1
         self._rest = [memoryview(header + tag + control), *([memoryview(body).cast("B")] if len(body) else ())]
-
-    def _push(self) -> bool:
-        """Send the rest of a frame; False if the kernel takes no more now."""
-        while self._rest:
-            sent = self._seam.send(self._rest)
-            if not sent:
-                return False
-            while self._rest and sent >= len(self._rest[0]):
-                sent -= len(self._rest.pop(0))
-            if sent:
-                self._rest[0] = self._rest[0][sent:]
-        return True
 
     def receive(self) -> list[Message]:
         """Block for the next frame; return its messages.
@@ -2247,8 +2237,7 @@ def find_secret(secret: str | None = None, path: str | None = None, *, make: boo
             import tempfile  # late: slow to import, and needed once per user
             os.makedirs(folder, mode=0o700, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=folder) as draft:     # nobody else can read it
-                draft.write(Secret.new().text + "\n")
-                draft.flush()
+                print(Secret.new().text, file=draft, flush=True)
                 with contextlib.suppress(FileExistsError):      # another process of ours was faster
                     os.link(draft.name, path)                   # appears whole or not at all
         elif not os.path.lexists(path):
@@ -2280,7 +2269,7 @@ class Doorkeeper:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._stopping = False
-        self._spare = os.open(os.devnull, os.O_RDONLY)      # given up for a moment to turn somebody away
+        self._spare = socket.socket()               # its descriptor is given up for a moment to turn somebody away
         listener.setblocking(False)
         self._spoken: dict[str, float] = {}         # when a source was last written of in the log
         self._thread = threading.Thread(target=self._run, name="minipool-doorkeeper", daemon=True)
@@ -2295,37 +2284,33 @@ class Doorkeeper:
 
     def _run(self) -> None:
         while not self._stopping:
-            ready = self._selector.select(0.2)              # also how soon a deadline is noticed
-            for key, _ in sorted(ready, key=lambda event: event[0].fileobj is self._listener):  # newcomers come last
-                if key.fileobj is self._listener:
-                    self._welcome_guests()
-                elif key.fileobj in self._guests:           # else it was dismissed a moment ago, to make room
-                    self._hear(self._guests[key.fileobj])
+            ready = {key.fileobj for key, _ in self._selector.select(0.2)}  # also how soon a deadline is noticed
+            for sock in self._guests.keys() & ready:
+                self._hear(self._guests[sock])
+            if self._listener in ready:                     # newcomers come last, as they may need room
+                self._welcome_guests()
             now = time.monotonic()
-            for guest in [g for g in self._guests.values() if g.deadline < now]:
+            for guest in [guest for guest in self._guests.values() if guest.deadline < now]:
                 self._dismiss(guest, "was silent")
         for guest in list(self._guests.values()):
             self._dismiss(guest)
-        self._selector.close()
-        self._listener.close()
-        with contextlib.suppress(OSError):
-            os.close(self._spare)
+        for closing in (self._selector, self._listener, self._spare):
+            closing.close()
 
     def _welcome_guests(self) -> None:
         for _ in range(64):
             try:
-                sock, source = self._listener.accept()
+                sock, (source, *_) = self._listener.accept()
             except OSError as error:
                 if isinstance(error, BlockingIOError) or self._stopping:
                     return
                 # out of descriptors: nobody is left to wait for an answer that will not come; who is in does not notice
+                self._spare.close()
                 with contextlib.suppress(OSError):
-                    os.close(self._spare)
-                    self._spare = -1
                     self._listener.accept()[0].close()
                     log.warning("somebody was turned away: %s (`ulimit -n` sets how many descriptors there are)", error)
                 with contextlib.suppress(OSError):
-                    self._spare = os.open(os.devnull, os.O_RDONLY)
+                    self._spare = socket.socket()
                 return time.sleep(0.05)     # they may be given back; and the log is not flooded
             sock.setblocking(False)
             if self._tls:               # its handshake is a part of what is received
@@ -2333,14 +2318,13 @@ class Doorkeeper:
                     sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
                 except OSError:         # gone already
                     continue
-            guest = _Guest(sock, source[0])
-            if len(self._guests) >= GUESTS:
-                self._dismiss(next(iter(self._guests.values())), "made room")   # the oldest: the honest are quick
-            same = sum(g.source == guest.source for g in self._guests.values())
-            if same >= GUESTS_PER_SOURCE and not guest.source.startswith(("127.", "::1")):
+            same = sum(guest.source == source for guest in self._guests.values())
+            if same >= GUESTS_PER_SOURCE and not source.startswith(("127.", "::1")):
                 sock.close()
                 continue
-            self._guests[sock] = guest
+            if len(self._guests) >= GUESTS:
+                self._dismiss(next(iter(self._guests.values())), "made room")   # the oldest: the honest are quick
+            self._guests[sock] = _Guest(sock, source)
             self._selector.register(sock, selectors.EVENT_READ)
 
     def _hear(self, guest: _Guest) -> None:
@@ -2399,9 +2383,8 @@ def check_announcement(message: Message, role: str, identity: bytes) -> None:
     if message[0] != role:
         raise Malformed(f"a {role} begins with its announcement")
     info = message[1]
-    for field, is_good in ANNOUNCED[role].items():
-        if not is_good(info.get(field)):
-            raise Malformed(f"a {role}'s announcement has no good {field!r}")
+    if bad := [field for field, is_good in ANNOUNCED[role].items() if not is_good(info.get(field))]:
+        raise Malformed(f"a {role}'s announcement has no good {bad}")
     if role == "worker" and info["id"] != identity:
         raise Malformed("a worker announces another worker's identity")
     if info["python"] != PYTHON:
@@ -2438,8 +2421,7 @@ class Server:
         self._lock = threading.Lock()
         self._clock = threading.Condition(self._lock)   # wakes the ticker when a deadline comes nearer
         self._planned = 0.0                             # until when the ticker sleeps; guarded by _lock
-        self._connections: dict[int, Connection] = {}   # by peer; guarded by _lock
-        self._peer_numbers = itertools.count(1)
+        self._connections: set[Connection] = set()      # each is a peer to the scheduler; guarded by _lock
         self._stopping = threading.Event()
         self._scheduler: Scheduler                      # made by start()
         self._doorkeeper: Doorkeeper | None = None
@@ -2480,9 +2462,8 @@ class Server:
         self._doorkeeper.stop()
         with self._lock:
             self._clock.notify_all()
-            connections = list(self._connections.values())
-        for connection in connections:
-            connection.close()
+            for connection in self._connections:
+                connection.close()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(2)
@@ -2511,26 +2492,26 @@ class Server:
             log.warning("%d peers are connected, which is the limit: one more was turned away", PEERS)
             return sock.close()
         connection = Connection((Tls if self.tls else Plain)(sock), keys.down, keys.up, role)
-        peer = next(self._peer_numbers)
         with self._lock:
-            self._connections[peer] = connection
-        thread = threading.Thread(target=self._serve_peer, args=(peer, connection, identity),
-                                  name=f"minipool-peer-{peer}", daemon=True)
+            self._connections.add(connection)
+        thread = threading.Thread(target=self._serve_peer, args=(connection, identity),
+                                  name=f"minipool-{role}-{sock.fileno()}", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:   # out of threads: this peer has to come again, the others do not notice
             log.warning("a %s was turned away: %s", role, error)
-            return self._forget_peer(peer, connection)
+            return self._forget_peer(connection)
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]
 
-    def _serve_peer(self, peer: int, connection: Connection, identity: bytes) -> None:
+    def _serve_peer(self, connection: Connection, identity: bytes) -> None:
+        who = threading.current_thread().name
         try:
             messages = connection.receive()
             check_announcement(messages[0], connection.remote, identity)
-            while peer in self._connections:        # else it said goodbye, or was superseded
+            while connection in self._connections:  # else it said goodbye, or was superseded
                 if log.isEnabledFor(logging.DEBUG):
-                    log.debug("< %d %s", peer, ", ".join(map(brief, messages)))
-                self._perform(Scheduler.receive, peer, messages)
+                    log.debug("< %s %s", who, ", ".join(map(brief, messages)))
+                self._perform(Scheduler.receive, connection, messages)
                 messages = connection.receive()
         except (OSError, EOFError):
             pass
@@ -2538,35 +2519,33 @@ class Server:
             connection.post([("refuse", "VersionMismatch", str(error))])
             connection.flush()
         except Malformed as error:
-            log.warning("%s %d sent what no honest peer sends (%s): closed", connection.remote, peer, error)
+            log.warning("%s sent what no honest peer sends (%s): closed", who, error)
         except Exception:
             self._stumbled()
         finally:
-            self._forget_peer(peer, connection)
+            self._forget_peer(connection)
 
-    def _forget_peer(self, peer: int, connection: Connection) -> None:
+    def _forget_peer(self, connection: Connection) -> None:
         with self._lock:
-            self._connections.pop(peer, None)
+            self._connections.discard(connection)
         connection.dispose()
         with contextlib.suppress(Exception):
-            self._perform(Scheduler.disconnected, peer)
+            self._perform(Scheduler.disconnected, connection)
 
     def _perform(self, step: Callable[..., Actions], *arguments: Any) -> None:
         """Feed the scheduler and do what it asks: append under the lock, write outside it."""
-        touched: list[Connection] = []
         with self._lock:
             actions = step(self._scheduler, *arguments, time.monotonic())
-            for peer, messages in actions.sends.items():
-                if connection := self._connections.get(peer):
-                    connection.post(messages)
-                    touched.append(connection)
-            closing = [self._connections.pop(p) for p in actions.closes if p in self._connections]
+            touched = [connection for connection in actions.sends if connection in self._connections]
+            for connection in touched:
+                connection.post(actions.sends[connection])
+            self._connections.difference_update(actions.closes)
             deadline = self._scheduler.deadline
             if deadline is not None and deadline < self._planned:
                 self._clock.notify()
         for connection in touched:
             connection.flush()
-        for connection in closing:
+        for connection in actions.closes:
             connection.close()
 
     def _tick(self) -> None:
@@ -2576,7 +2555,6 @@ class Server:
                 self._planned = now + 60 if deadline is None else deadline
                 if self._planned > now and not self._stopping.is_set():
                     self._clock.wait(min(60, self._planned - now))
-                    self._planned = 0.0
                     continue            # the deadline may have moved meanwhile
             try:
                 self._perform(Scheduler.tick)
@@ -3871,9 +3849,9 @@ def _print_lines(server: Server, options: argparse.Namespace, source: str) -> No
     """Print the exact lines to paste for workers and clients."""
     address = server.address
     on_terminal = sys.stdout is not None and sys.stdout.isatty()        # None: it was closed
-    prefix = "" if server.is_local else f"MINIPOOL_SECRET={server.secret if on_terminal else '...'} "
-    if server.is_local and options.secret_file:
-        prefix = f"MINIPOOL_SECRET_FILE={options.secret_file} "
+    prefix = f"MINIPOOL_SECRET={server.secret if on_terminal else '...'} "
+    if server.is_local:
+        prefix = f"MINIPOOL_SECRET_FILE={options.secret_file} " if options.secret_file else ""
     tls = " --tls" * server.tls
     worker = "minipool-worker" if "site-packages" in os.path.abspath(__file__) else "python minipool_worker.py"
     lines = [f"minipool {__version__} server on {address} (Python {PYTHON}); the secret is from {source}",
@@ -3891,7 +3869,6 @@ def _print_lines(server: Server, options: argparse.Namespace, source: str) -> No
 
 
 def _serve(options: argparse.Namespace) -> int:
-    """Run a server until a signal ends it."""
     gc.set_threshold(100_000)       # it makes many records, nearly all of which end without a collector
     secret = find_secret(path=options.secret_file, make=True)
     server = Server(options.host, options.port, secret=secret.text, max_value=int(options.max_value), tls=options.tls,
@@ -3916,7 +3893,6 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> None:
-    """Print one snapshot of the pool."""
     with contextlib.closing(Client(parse_address(options.address), find_secret(path=options.secret_file),
                                    name="minipool status", tls=options.tls, connect_timeout=5,
                                    reconnect_timeout=5)) as client:
@@ -3933,7 +3909,6 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _versions(options: argparse.Namespace) -> None:
-    """Print the versions that must agree between the members of a pool."""
     from importlib import metadata  # late: slow to import, and nothing else needs it
     print(f"minipool      {__version__}\nprotocol      {PROTOCOL}\npython        {sys.version.split()[0]}")
     for package in ("cloudpickle", "nvidia-ml-py"):

@@ -725,7 +725,7 @@ class Behind:
         guest.connection._seam.sock.settimeout(10)
         try:
             guest.connection._encode_frame([self.nonsense.announcement(role, identity)], b"")
-            guest.connection._push()
+            guest.connection._seam.send(guest.connection._rest)
             self.outcomes["over sockets"] += 1
             for _ in range(self.rng.choice((0, 1, 3, 10))):
                 self.outcomes["over sockets"] += 1
@@ -733,7 +733,7 @@ class Behind:
                     guest.say_raw(self.raw(), self.rng.choice((b"", b"", b"body")))
                 else:
                     guest.connection._encode_frame([self.nonsense.message(role)], b"")
-                    guest.connection._push()
+                    guest.connection._seam.send(guest.connection._rest)
         except (OSError, RecursionError):           # it was thrown out; or we cannot say this ourselves
             pass
         finally:

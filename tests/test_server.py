@@ -305,7 +305,7 @@ class TestMembers:
         member = join("client")
         member.hear("welcome")
         member.connection._encode_frame([], b"")
-        member.connection._push()
+        member.connection._seam.send(member.connection._rest)
         assert member.is_closed()
         assert "stumbled" not in caplog.text
 

@@ -1,6 +1,7 @@
 """What crosses the wire: who may come in, what a frame may be, and that no message is lost, doubled or reordered."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
@@ -248,6 +249,7 @@ class Guarded(Connection):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.role, self.held_twice = threading.RLock(), 0
+        self._seam.send = functools.partial(self._as_the_only_one, self._seam.send)
 
     def _as_the_only_one(self, step, *arguments):
         if not self.role.acquire(blocking=False):
@@ -260,9 +262,6 @@ class Guarded(Connection):
 
     def _encode_frame(self, batch, body):
         return self._as_the_only_one(super()._encode_frame, batch, body)
-
-    def _push(self):
-        return self._as_the_only_one(super()._push)
 
 
 class Chopped(Plain):
@@ -444,7 +443,7 @@ class TestFrames:
     def test_only_a_range_has_a_body(self, pair):
         client, server = pair
         client._encode_frame([note(1)], b"body")
-        client._push()
+        client._seam.send(client._rest)
         with pytest.raises(Malformed, match="only a range"):
             server.receive()
 
