@@ -3080,8 +3080,10 @@ def gather(futures: Any, errors: str = "raise", timeout: float | None = None) ->
     def gathered(item: Any) -> list[Any]:
         if isinstance(item, concurrent.futures.Future):
             left = None if give_up is None else max(0.0, give_up - time.monotonic())
+            if errors == "raise":
+                return [item.result(left)]
             concurrent.futures.wait([item], left)
-            is_bad = errors == "skip" and item.done() and (item.cancelled() or item.exception() is not None)
+            is_bad = item.done() and (item.cancelled() or item.exception() is not None)
             return [] if is_bad else [item.result(0)]
         if isinstance(item, dict):
             return [{key: part for key, value in item.items() for part in gathered(value)}]
