@@ -3376,7 +3376,7 @@ class Client:
                 self._post_job(future)
 
     def _post_job(self, future: Future) -> None:
-        """Post one job, with its function if this server has not got it."""
+        """Leave a job for the next flush, and its function if this server has not got it. Under the lock."""
         assert future._call
         entry, message, inline = future._call
         if future._number in self._sent:
@@ -3384,10 +3384,12 @@ class Client:
         else:
             self._sent[future._number] = future
             self._sent_bytes += inline
+        messages = [message]
         if entry.number not in self._known_objects:
             self._known_objects.add(entry.number)
-            self._post(self._put(entry.number, pack(entry.blob)))
-        self._post(message)
+            messages = [self._put(entry.number, pack(entry.blob)), message]
+        if self.peer.connection:        # else the next announcement says it
+            self.peer.connection.post(messages)
 
     def _put(self, number: int, data: bytes | Blob) -> Message:
         """Return the message that makes an object known to the server."""
@@ -3400,11 +3402,6 @@ class Client:
             return data
         self.peer.values[self.session, number] = data
         return (self.session, number), data.size
-
-    def _post(self, message: Message) -> None:
-        """Leave a message for the next flush, or for the next announcement. The caller holds the lock."""
-        if self.peer.connection:
-            self.peer.connection.post((message,))
 
     def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Append a call that every worker must have made before it begins a job submitted from now on."""
