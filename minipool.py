@@ -82,6 +82,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import as_completed, wait
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
@@ -3060,9 +3061,6 @@ def decode_failure(status: str, value: Any) -> BaseException:
 
 CREDIT_BYTES = 32 << 20     # of inline payloads that a client may have at the server
 ACKNOWLEDGE = 16            # outcomes that wait for a frame to ride on; a worker that dies with more has them run again
-
-as_completed = concurrent.futures.as_completed
-wait = concurrent.futures.wait
 
 _base: Any = concurrent.futures._base
 _PENDING, _RUNNING, _CANCELLED, _FINISHED = _base.PENDING, _base.RUNNING, _base.CANCELLED, _base.FINISHED
