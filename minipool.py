@@ -82,6 +82,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import as_completed, wait
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
@@ -3039,11 +3040,8 @@ def decode_failure(status: str, value: Any) -> BaseException:
 CREDIT_BYTES = 32 << 20     # of inline payloads that a client may have at the server
 ACKNOWLEDGE = 16            # outcomes that wait for a frame to ride on; a worker that dies with more has them run again
 
-as_completed = concurrent.futures.as_completed
-wait = concurrent.futures.wait
-
-_PENDING, _RUNNING = concurrent.futures._base.PENDING, concurrent.futures._base.RUNNING
-_CANCELLED, _FINISHED = concurrent.futures._base.CANCELLED, concurrent.futures._base.FINISHED
+_base: Any = concurrent.futures._base
+_PENDING, _RUNNING, _CANCELLED, _FINISHED = _base.PENDING, _base.RUNNING, _base.CANCELLED, _base.FINISHED
 
 
 def gather(futures: Any, errors: str = "raise", timeout: float | None = None) -> Any:
@@ -3058,8 +3056,10 @@ def gather(futures: Any, errors: str = "raise", timeout: float | None = None) ->
     def gathered(item: Any) -> list[Any]:
         if isinstance(item, concurrent.futures.Future):
             left = None if give_up is None else max(0.0, give_up - time.monotonic())
+            if errors == "raise":
+                return [item.result(left)]
             concurrent.futures.wait([item], left)
-            is_bad = errors == "skip" and item.done() and (item.cancelled() or item.exception() is not None)
+            is_bad = item.done() and (item.cancelled() or item.exception() is not None)
             return [] if is_bad else [item.result(0)]
         if isinstance(item, dict):
             return [{key: part for key, value in item.items() for part in gathered(value)}]
@@ -3095,9 +3095,6 @@ def job_id(name: Name) -> str:
 # What it takes to send a job, and to send it again: its function as messages say it (the entry, its name, options), its
 # arguments (none yet while they wait for futures), how long the log was.
 _Call = tuple[tuple[Entry, Name, dict[str, Any]], bytes | Blob, int]
-# What only a future needs that is waited for or has callbacks; most are looked at when they have ended.
-_MADE_LATE: dict[str, Callable[[], Any]] = {
-    "_condition": threading.Condition, "_waiters": list, "_done_callbacks": list}
 _publishing = threading.Lock()      # held for a moment where a future's state and its being watched must agree
 
 
@@ -3119,11 +3116,15 @@ class Future(concurrent.futures.Future[Any]):
         self.name: str = call[0][2]["name"]
 
     def __getattr__(self, name: str) -> Any:
-        if name not in _MADE_LATE:
+        """Make what a future needs only if it is waited for or has callbacks; most are read when they have ended."""
+        if name not in ("_condition", "_waiters", "_done_callbacks"):
             raise AttributeError(f"a Future has no {name!r}", name=name, obj=self)
-        with _publishing:
-            self._watched = True
-            return self.__dict__.setdefault(name, _MADE_LATE[name]())   # of two threads that ask, both get the first
+        with _publishing:           # of two threads that ask, both get the first
+            if not self._watched:
+                self._condition, self._waiters = threading.Condition(), []
+                self._done_callbacks: list[Callable[[Future], object]] = []
+                self._watched = True
+        return self.__dict__[name]
 
     @property
     def id(self) -> str:
@@ -3136,8 +3137,7 @@ class Future(concurrent.futures.Future[Any]):
         With `options(cancel_running=True)` a job that runs is cancelled too, and its worker's process ended.
         """
         with self._client.lock, self._condition:        # in the order in which outcomes take them
-            by_force = self._call is not None and self._call[0][2].get("cancel_running")
-            if self._state != _PENDING and not (by_force and self._state == _RUNNING):
+            if self._call is None or (self._state == _RUNNING and not self._call[0][2].get("cancel_running")):
                 return self.cancelled()
             self._state = _CANCELLED
             self.set_running_or_notify_cancel()         # wait() and as_completed() hear of it
@@ -3205,18 +3205,15 @@ class Future(concurrent.futures.Future[Any]):
     def _settle(self, status: str, value: Any) -> None:
         """End the future with an outcome to be decoded; waiters wake, callbacks go to their thread. For the client."""
         self._raw = status, value
-        if status != OK:
-            self._exception = RemoteError("not decoded yet")
+        error = None if status == OK else RemoteError("not decoded yet")
         with _publishing:           # who watches from now on sees that it has ended
             if not self._watched:
-                self._state = _FINISHED
+                self._exception, self._state = error, _FINISHED
                 return
-        with self._condition:
-            self._state = _FINISHED
-            for waiter in self._waiters:
-                (waiter.add_result if status == OK else waiter.add_exception)(self)
-            self._condition.notify_all()
-        self._invoke_callbacks()
+        if error is None:
+            self.set_result(None)
+        else:
+            self.set_exception(error)
 
     def _invoke_callbacks(self) -> None:
         invoke = super()._invoke_callbacks                  # type: ignore[misc]
@@ -3240,7 +3237,7 @@ class Client:
         self.functions = Functions(self.session, lambda: next(self.numbers))
         self.workers: list[dict[str, Any]] = []
         self.max_value = 64 << 30
-        self._name, self._max_workers = name, max_workers
+        self._info = {"session": self.session, "name": name, "python": PYTHON, "max_workers": max_workers}
         self._patience = float("inf")                   # seconds of an outage that are ridden out
         # all below is guarded by lock
         self._changed = threading.Condition(self.lock)  # a worker came or went, an answer came
@@ -3281,12 +3278,11 @@ class Client:
         self._patience = reconnect_timeout
         _clients.add(self)
 
-    def submit(self, view: Executor, options: dict[str, Any], fn: Any, args: tuple[Any, ...],
-               kwargs: dict[str, Any]) -> Future:
+    def submit(self, view: Executor, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future:
         """Take a snapshot of the call, and send it or queue it here."""
         if not callable(fn):
             raise TypeError(f"submit() needs something callable, not {type(fn).__name__}")
-        entry = self.functions.function(fn)
+        entry, options = self.functions.function(fn), view._options
         retry_on = options.get("retry_on", (Exception,)) if options.get("retries") else ()
         call, buffers, inputs = self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ()))
         if any(getattr(given, "_client", None) is not self for given in inputs):
@@ -3344,15 +3340,14 @@ class Client:
         """Send what the credit allows, most urgent first. Holds the lock; somebody flushes."""
         while self._backlog and self._welcomed:
             future = self.unfinished.get(self._backlog[0][1])       # None: cancelled here
-            full = len(self._sent) >= self._credit or self._sent_bytes >= CREDIT_BYTES
-            if future and self._sent and full:
+            if future and (len(self._sent) >= self._credit or self._sent_bytes >= CREDIT_BYTES):
                 break
             heapq.heappop(self._backlog)
             if future:
                 self._post_job(future)
 
     def _post_job(self, future: Future) -> None:
-        """Post one job, with its function if this server has not got it."""
+        """Leave a job for the next flush, and its function if this server has not got it. Under the lock."""
         assert future._call
         (entry, name, options), packed, log = future._call
         if future._number in self._sent:
@@ -3360,17 +3355,18 @@ class Client:
         else:
             self._sent[future._number] = future
             self._sent_bytes += len(packed) if isinstance(packed, bytes) else 0
+        messages: list[Message] = [
+            ("submit", future._number, name, self._share(future._number, packed), log, options)]
         if entry.number not in self._known_objects:
-            self._put(entry.number, entry.blob)
-        self._post(("submit", future._number, name, self._share(future._number, packed), log, options))
+            self._known_objects.add(entry.number)
+            messages.insert(0, self._put(entry.number, pack(entry.blob)))
+        if self.peer.connection:        # else the next announcement says it
+            self.peer.connection.post(messages)
 
-    def _put(self, number: int, data: bytes | Blob) -> None:
-        """Make an object known to the server, unless it is."""
-        if number not in self._known_objects:
-            self._known_objects.add(number)
-            value = self._share(number, pack(data) if isinstance(data, bytes) else data)
-            put = (*value, None) if isinstance(value, tuple) else ((self.session, number), len(value), value)
-            self._post(("put", *put))
+    def _put(self, number: int, data: bytes | Blob) -> Message:
+        """Return the message that makes an object known to the server."""
+        value = self._share(number, data)
+        return "put", *((*value, None) if isinstance(value, tuple) else ((self.session, number), len(value), value))
 
     def _share(self, number: int, data: bytes | Blob) -> Value:
         """Return what a message says of some data: itself if small, else name and size, to be pulled from here."""
@@ -3378,11 +3374,6 @@ class Client:
             return data
         self.peer.values[self.session, number] = data
         return (self.session, number), data.size
-
-    def _post(self, message: Message) -> None:
-        """Leave a message for the next flush, or for the next announcement. The caller holds the lock."""
-        if self.peer.connection:
-            self.peer.connection.post((message,))
 
     def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Append a call that every worker must have made before it begins a job submitted from now on."""
@@ -3398,9 +3389,7 @@ class Client:
 
     def _send_log(self, known: int) -> None:
         for position, (number, data) in enumerate(self._log[known:], known):
-            self._put(number, data)
-            self._post(("log", self.session, position, (self.session, number)))
-        self.peer.send()
+            self.peer.send(self._put(number, data), ("log", self.session, position, (self.session, number)))
 
     def kill(self, futures: Sequence[Future], reason: str) -> None:
         """End running jobs by force; those that have not begun fail with JobKilled too."""
@@ -3416,9 +3405,7 @@ class Client:
 
     def _announce(self) -> list[Message]:
         self._known_objects.clear()     # a put may have been lost with the old connection: each is sent again at need
-        info = {"session": self.session, "name": self._name, "python": PYTHON, "max_workers": self._max_workers,
-                "workers_seen": len(self.workers)}
-        return [("client", info, list(self._sent))]
+        return [("client", {**self._info, "workers_seen": len(self.workers)}, list(self._sent))]
 
     def _on_lost(self) -> None:
         with self._changed:
@@ -3447,17 +3434,19 @@ class Client:
         """Post the acknowledgements that wait; True if there were some."""
         with self.lock:
             connection, numbers = self.peer.connection, self._delivered
-            if connection and numbers:
+            if connection is None:
+                return False
+            if numbers:
                 self._delivered = []
-                self._post(("delivered", numbers))
+                connection.post([("delivered", numbers)])
             # after that, for a job whose result is not known to be here may run again; so many as fit in a frame
-            gone = [self.functions.gone.pop() for _ in self.functions.gone[:1000]] if connection else []
-            for number in gone:
-                self.peer.values.pop((self.session, number), None)
-                self._known_objects.discard(number)
+            gone = [(self.session, self.functions.gone.pop()) for _ in self.functions.gone[:1000]]
+            for name in gone:
+                self.peer.values.pop(name, None)
+                self._known_objects.discard(name[1])
             if gone:
-                self._post(("drop", [(self.session, number) for number in gone]))
-            return bool(connection and connection.waiting)
+                connection.post([("drop", gone)])
+            return bool(connection.waiting)
 
     def _on_welcome(self, info: dict[str, Any]) -> None:
         self._welcomed = True
@@ -3476,9 +3465,7 @@ class Client:
 
     def _on_began(self, number: int, worker: str, attempts: int) -> None:
         if future := self._sent.get(number):
-            future.worker, future.attempts = worker, attempts
-            if future._state == _PENDING:
-                future._state = _RUNNING
+            future.worker, future.attempts, future._state = worker, attempts, _RUNNING
 
     def _on_done(self, number: int, status: str, value: Any, worker: str, attempts: int) -> None:
         future = self._sent.get(number)
@@ -3532,18 +3519,15 @@ class Client:
     def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
         self.workers, self._credit = workers, credit
 
-    def ask(self, what: str, timeout: float | None = None) -> Any:
+    def ask(self, what: str, timeout: float) -> Any:
         """Ask the server a question; return its answer, or raise TimeoutError."""
-        give_up = float("inf") if timeout is None else time.monotonic() + timeout
+        number, give_up = next(self.numbers), time.monotonic() + timeout
         with self._changed:
-            number = next(self.numbers)
-            while number not in self._answers:
+            while (left := give_up - time.monotonic()) > 0 and self._callback_thread.is_alive():
                 self.peer.send(("ask", number, what))       # again after a second: it may have been lost
-                left = min(1.0, give_up - time.monotonic())
-                if left <= 0 or not self._callback_thread.is_alive():
-                    raise TimeoutError(f"the server did not answer {what!r} in time")
-                self._changed.wait_for(lambda: number in self._answers, left)
-            return self._answers.pop(number)
+                if self._changed.wait_for(lambda: number in self._answers, min(1.0, left)):
+                    return self._answers.pop(number)
+        raise TimeoutError(f"the server did not answer {what!r} in time")
 
     def _run_callbacks(self) -> None:
         """Run callbacks, and after the last one end all that this client started: nobody waits for it in vain."""
@@ -3663,8 +3647,7 @@ class Executor(concurrent.futures.Executor):
                               max_workers=limit, connect_timeout=connect_timeout, reconnect_timeout=patience,
                               tls=tls and child is None, child=child, initializer=initializer, initargs=initargs)
         # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
-        end = functools.partial(self._client.close, wait=False)
-        weakref.finalize(self, self._client.later, end).atexit = False      # a collector takes no lock
+        weakref.finalize(self, self._client.later, self._client.close).atexit = False   # a collector takes no lock
         if address is None and child and not _said:
             _said.append(True)
             self._say_embedded(collections.Counter(child.answer["devices"]))
@@ -3689,7 +3672,7 @@ class Executor(concurrent.futures.Executor):
         """
         if "timeout" in self._options:
             raise TypeError("options(timeout=) is for calls that wait; a limit on a job's run time is job_timeout")
-        return self._client.submit(self, self._options, fn, args, kwargs)
+        return self._client.submit(self, fn, args, kwargs)
 
     def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None,
             chunksize: int = 1, buffersize: int | None = None) -> Iterator[Any]:
@@ -3713,8 +3696,7 @@ class Executor(concurrent.futures.Executor):
                     futures.extend(itertools.islice(jobs, 1))
                     left = None if deadline is None else deadline - time.monotonic()
                     # it cancels a future that is late, and keeps no value in this frame
-                    yield concurrent.futures._base._result_or_cancel(       # type: ignore[attr-defined]
-                        futures.popleft(), left)
+                    yield _base._result_or_cancel(futures.popleft(), left)
             finally:
                 for future in futures:
                     future.cancel()
@@ -3768,20 +3750,17 @@ class Executor(concurrent.futures.Executor):
         view.__dict__.update(self.__dict__)
         view._options = {**self._options, **options}
         view._parent, view._closed, view._wired = self, False, (None, None, None)
-        if view._options.get("on"):
-            self._check_on(view._options["on"])
-        return view
-
-    def _check_on(self, on: tuple[str, ...]) -> None:
-        """A name of no worker is an error in an embedded pool, which cannot grow, and a warning elsewhere."""
-        with self._client._changed:
-            self._client._changed.wait_for(lambda: len(self._client.workers) >= self.size, 10)
-            known = {tag for worker in self._client.workers for tag in worker["tags"]}
-        if known.isdisjoint(on):
-            text = f"on={sorted(on)} names no worker, node or tag; there are {', '.join(sorted(known)) or 'none yet'}"
+        if on := options.get("on"):
             if self._client.child:
-                raise ValueError(text)
-            warnings.warn(f"{text}: such jobs wait until one joins", RuntimeWarning, stacklevel=3)
+                with contextlib.suppress(TimeoutError):     # one that does not come is in nobody's way here
+                    self.wait_for_workers(self.size, 10)
+            known = {tag for worker in self._client.workers for tag in worker["tags"]}
+            if known.isdisjoint(on):
+                text = f"on={list(on)} names no worker, node or tag; there are {', '.join(sorted(known)) or 'none yet'}"
+                if self._client.child:
+                    raise ValueError(text)          # for an embedded pool cannot grow
+                warnings.warn(f"{text}: such jobs wait until one joins", RuntimeWarning, stacklevel=2)
+        return view
 
     def on_start(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
         """Run fn(*args, **kwargs) once on every worker, late ones too, before jobs submitted from now on; in order.
@@ -3805,7 +3784,8 @@ class Executor(concurrent.futures.Executor):
 
     def info(self) -> dict[str, Any]:
         """Return one snapshot of the pool: what `minipool status --json` prints."""
-        return dict(self._client.ask("info", timeout=self._options.get("timeout", 30)))
+        timeout = self._options.get("timeout")
+        return dict(self._client.ask("info", 30 if timeout is None else timeout))
 
     @property
     def size(self) -> int:
