@@ -273,7 +273,7 @@ def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
 
 # what the scheduler reads of a job's options; the rest is for the worker
 _OPTIONS_READ: dict[str, Check] = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int,
-                                          job_timeout=float, max_tasks=int, on="tags")
+                                          job_timeout=float, max_tasks=int, on="tags", beside=bool)
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
 _message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
@@ -1230,6 +1230,7 @@ class Worker(Member):
         self.pid = self.finished = 0
         self.tags: frozenset[str] = frozenset()     # all that `on` can name: worker, node, tags
         self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: one that nobody wants
+        self.beside: dict[int, Job] = {}            # attempts beside the inbox: they take no room
         self.delivering: dict[int, Job] = {}        # outcomes it keeps for clients
         self.load = 0.0                             # estimated seconds of work in the inbox
         self.moved_at = 0.0                         # when it last finished something
@@ -1275,6 +1276,7 @@ class Job:
     limit: float | None = None      # seconds that it may run
     cancel_running = False          # who cancels it wants its worker's process ended
     max_tasks = 0                   # jobs after which its worker is renewed; 0: never
+    beside = False                  # it runs on the worker named by `on`, at once, whatever else runs there
     # where it stands
     state = State.WAITING
     token = 0                       # of the current attempt; 0: none yet
@@ -1537,7 +1539,7 @@ class Scheduler:
 
     def _reconcile(self, worker: Worker, listed: dict[int, tuple[Name, str]], now: float) -> None:
         """Settle what a worker holds: assigned but unlisted goes back, listed but unassigned is adopted or dropped."""
-        held = {**worker.inbox, **worker.delivering}
+        held = {**worker.inbox, **worker.beside, **worker.delivering}
         self._take_back(worker, [token for token, job in held.items() if token not in listed or (
             job is not None and listed[token][0] != (job.session.id, job.number))], now)
         resend, forget = [], []
@@ -1549,6 +1551,7 @@ class Scheduler:
                 job = self._new_job(session, name[1])       # its client is not back yet
             if kind != "inbox" and job is not None and job.state == State.WAITING:
                 self._unassign(worker, token)       # as an attempt that nobody wanted
+                job.beside = kind == "beside"
                 self._place(job, worker, token, LONG)       # it survived the server: the job is not run again
                 self._started(worker, now, token)
                 if job.killed:
@@ -1610,6 +1613,7 @@ class Scheduler:
             job.on, job.soft = frozenset(options["on"]) if options.get("on") else None, bool(options.get("soft"))
             job.limit, job.cancel_running = options.get("job_timeout"), bool(options.get("cancel_running"))
             job.max_tasks, job.earlier = options.get("max_tasks", 0), options.get("attempts", 0)
+            job.beside = bool(options.get("beside"))
             job.deaths = min(job.deaths, job.max_deaths + 1)
         if job.begun and job.worker:
             self._started(job.worker, now, job.token)       # its limit was not known then
@@ -1640,8 +1644,13 @@ class Scheduler:
             return self._fail(job, status, {**(cause or {}), "reason": reason})
         if charged and job.deaths > job.max_deaths:
             return self._fail(job, DIED, cause or {})
+        there = next((w for w in self.workers.values() if w.name in (job.on or ())), None) if job.beside else None
+        if job.beside and (there is None or job.worker not in (None, there)):
+            return self._fail(job, DIED, cause or {"what": "is not there"})
         job.worker, job.delivering, job.begun = None, False, False
         self._move(job, State.READY if job.payload is not None else State.WAITING)
+        if there:
+            return self._assign(job, there, now)
         if job.payload is not None:         # else it waits until its client has sent it
             key = job.session, job.on, job.soft
             if key not in self._queues:
@@ -1662,7 +1671,7 @@ class Scheduler:
     @staticmethod
     def _current(worker: Worker, token: int) -> Job | None:
         """The fence: return the job of a worker's attempt if that is the one that counts; every other is stale."""
-        job = worker.inbox.get(token) or worker.delivering.get(token)
+        job = worker.inbox.get(token) or worker.delivering.get(token) or worker.beside.get(token)
         return job if job is not None and job.state == State.RUNNING else None
 
     def _started(self, worker: Worker, now: float, token: int) -> None:
@@ -1687,6 +1696,7 @@ class Scheduler:
         job = self._current(worker, token)
         if token in worker.inbox:
             worker.moved_at = now
+        if token in worker.inbox or token in worker.beside:
             worker.finished += 1
             self._unassign(worker, token)
         if job is None:
@@ -1749,7 +1759,7 @@ class Scheduler:
 
     def _dispatch(self, now: float) -> None:
         """Hand out ready jobs while there is room for them; let those go that wait to go."""
-        for idler in [w for w in self._leaving if not (w.inbox or w.delivering)]:
+        for idler in [w for w in self._leaving if not (w.inbox or w.beside or w.delivering)]:
             self._send(idler.peer, ("bye", "nothing is left to do or to deliver"))
             self._end(idler, now, {"what": "left", "planned": True})
         everybody = self._everybody
@@ -1822,6 +1832,8 @@ class Scheduler:
             options["priority"] = job.priority
         if job.max_tasks:
             options["max_tasks"] = job.max_tasks
+        if job.beside:
+            options["beside"] = True
         if job.estimate >= LONG or job.limit is not None:
             options["say"] = True           # tell when it begins; a short one is over before anybody asks
         self._send(worker.peer, ("run", job.token, (job.session.id, job.number), job.fn, job.payload, job.log,
@@ -1849,6 +1861,9 @@ class Scheduler:
         self._move(job, State.RUNNING)
         job.token, job.worker, job.estimate = token, worker, estimate
         job.attempts += 1
+        if job.beside:
+            worker.beside[token] = job
+            return
         worker.inbox[token] = job
         worker.load += estimate
         session = job.session
@@ -1856,7 +1871,8 @@ class Scheduler:
         session.workers[worker] = session.workers.pop(worker, 0) + 1    # at the end, so that they are used in turn
 
     def _unassign(self, worker: Worker, token: int) -> None:
-        """Take an attempt out of a worker's inbox or shelf."""
+        """Take an attempt out of a worker's inbox or shelf, or from beside them."""
+        worker.beside.pop(token, None)
         if token in worker.inbox:
             job = worker.inbox.pop(token)
             worker.load = worker.load - (job.estimate if job else LONG) if worker.inbox else 0.0
@@ -2028,7 +2044,7 @@ class Scheduler:
             selection.members.remove(worker)
         if token is None and not cause.get("planned"):
             token = next(iter(worker.inbox), 0)
-        for attempt in [*worker.inbox, *worker.delivering]:
+        for attempt in [*worker.inbox, *worker.beside, *worker.delivering]:
             job = self._current(worker, attempt)
             self._unassign(worker, attempt)
             if job is not None:
@@ -2170,7 +2186,7 @@ class Scheduler:
                 assert job.deaths <= job.max_deaths + 1, story
                 assert job.state != State.READY or queued[job] == 1, f"{story}: queued {queued[job]} times"
                 holders = [w for w in self.workers.values()
-                           if w.inbox.get(job.token) is job or w.delivering.get(job.token) is job]
+                           if job in (w.inbox.get(job.token), w.beside.get(job.token), w.delivering.get(job.token))]
                 names = [worker.name for worker in holders]
                 assert holders == ([job.worker] if job.state == State.RUNNING else []), f"{story}: held by {names}"
             load = sum(job is not None and job.session is session for w in self.workers.values()
@@ -2475,7 +2491,7 @@ class Server:
         self._scheduler.is_paused = busy = True
         while busy and time.monotonic() < give_up and not hurry.wait(0.05):
             with self._lock:
-                busy = any(worker.inbox or worker.delivering for worker in self._scheduler.workers.values())
+                busy = any(w.inbox or w.beside or w.delivering for w in self._scheduler.workers.values())
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the server is stopped; False if `timeout` seconds passed first."""
@@ -3015,10 +3031,10 @@ def decode_failure(status: str, value: Any) -> BaseException:
         job, deaths, tail = value.get("job") or "the job", value.get("deaths"), value.get("stderr")
         if status in (KILLED, TIMED_OUT):
             return (JobKilled if status == KILLED else JobTimeout)(f"{job} was ended: {value.get('reason')}")
-        return WorkerDied(
-            f"{job} took down {deaths} worker{'s' * (deaths != 1)} in {value.get('attempts')} attempts; the last, "
-            f"{value.get('worker')} on {value.get('device')}, {value.get('what')}"
-            + (f"; it printed last:\n{tail}" if tail else ""), **value)
+        toll = f"took down {deaths} worker{'s' * (deaths != 1)} in {value.get('attempts')} attempts; the last"
+        who = f"{value['worker']} on {value.get('device')}," if "worker" in value else "its worker"
+        return WorkerDied(f"{job} {toll if deaths else 'is lost'}, {who} {value.get('what')}"
+                          + (f"; it printed last:\n{tail}" if tail else ""), **value)
     pickled, type_name, words, text, where = decode_value(value)
     error = RemoteError(type_name, words, text)
     with contextlib.suppress(BaseException):        # its class may not be here
@@ -3302,8 +3318,8 @@ class Client:
                 raise self.broken()
             if self.closing or view._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            number = next(self.numbers)
-            self.unfinished[number] = future = Future(self, number, view, (wired, packed, len(self._log)))
+            number, log = next(self.numbers), 0 if options.get("beside") else len(self._log)
+            self.unfinished[number] = future = Future(self, number, view, (wired, packed, log))
             if not inputs:
                 heapq.heappush(self._backlog, (-wired[2].get("priority", 0), number))
                 self._send_backlog()
@@ -3579,8 +3595,9 @@ getattr(threading, "_register_atexit", atexit.register)(lambda: [*map(Client.clo
 os.register_at_fork(after_in_child=_forget_all)
 
 
-_WIRE_OPTIONS = {"retries", "priority", "max_deaths", "job_timeout", "cancel_running", "max_tasks"}     # for the server
-_OPTIONS = (_WIRE_OPTIONS | {"retry_on", "on", "prefer", "name", "timeout"}) - {"max_tasks"}
+# what the server reads, and what options() takes
+_WIRE_OPTIONS = {"retries", "priority", "max_deaths", "job_timeout", "cancel_running", "max_tasks", "beside"}
+_OPTIONS = (_WIRE_OPTIONS | {"retry_on", "on", "prefer", "name", "timeout"}) - {"max_tasks", "beside"}
 _said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
 # numbers among arguments and options: type, the smallest, in the standard library's words where it has some
@@ -3781,6 +3798,25 @@ class Executor(concurrent.futures.Executor):
         if not isinstance(target, Future) or target._client is not self._client:
             raise TypeError(f"kill() takes a future of this executor, not {target!r}")
         self._client.kill([target], "kill() was called")
+
+    def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Call fn(*args, **kwargs) now on every worker, on busy ones beside their job; return {worker name: value}.
+
+        With `options(on=)` only there. Each call has a thread of its own, and does not wait for initializers. Raises
+        the first exception once all have answered, and TimeoutError after `options(timeout=)` seconds.
+        """
+        if self._client.child:          # of an embedded pool all that were asked for
+            self.wait_for_workers(self.size, 10)
+        on, futures = self._options.get("on"), dict[str, Future]()
+        for worker in self._client.workers:
+            if not (on and set(on).isdisjoint(worker["tags"])):
+                view = self.options()
+                view._options.update(on=(worker["name"],), beside=True)
+                futures[worker["name"]] = self._client.submit(view, fn, args, kwargs)
+        late = concurrent.futures.wait(futures.values(), self._options.get("timeout")).not_done
+        if late:
+            raise TimeoutError(f"{len(late)} of {len(futures)} workers have not answered in time")
+        return {name: future.result() for name, future in futures.items()}
 
     def info(self) -> dict[str, Any]:
         """Return one snapshot of the pool: what `minipool status --json` prints."""

@@ -287,6 +287,7 @@ class Worker:
         self._inbox: dict[int, Attempt] = {}            # attempts that have not begun, by token
         self._ready: list[tuple[float, int]] = []       # of those with nothing missing; a heap in the order of the
         self._begun: Attempt | None = None              # server's queue, which may still name some that were recalled
+        self._beside: dict[int, Attempt] = {}           # those that run in threads of their own, whatever else does
         self._outcomes: dict[int, tuple[Name, Message]] = {}    # by token: job, and the message that tells it
         self._objects: dict[Name, Any] = {}             # small or pulled objects, as bytes
         self._functions: dict[Name, Any] = {}           # those that were opened; for the main thread
@@ -358,13 +359,14 @@ class Worker:
         began = time.perf_counter()
         retry, retry_on = False, None
         try:
-            if error_of_log := self._apply_log(attempt):
+            if attempt.log and (error_of_log := self._apply_log(attempt)):
                 return self._finish(attempt, UNFIT, error_of_log, 0.0, False)
             fn = self._functions.get(attempt.fn)
             if fn is None:
                 fn = self._functions[attempt.fn] = minipool.decode_value(self._objects[attempt.fn])
             args, kwargs, retry_on = self._open_payload(attempt)
-            os.environ["MINIPOOL_JOB"] = minipool.job_id(attempt.job)
+            if attempt is self._begun:
+                os.environ["MINIPOOL_JOB"] = minipool.job_id(attempt.job)
             minipool._running.job = lambda: self._describe(attempt)
             status, value = OK, minipool.encode_value(fn(*args, **kwargs))
             minipool.check_size(value, self._max_value, "result", fn)
@@ -388,10 +390,11 @@ class Worker:
                 self.peer.values[self.id, attempt.token] = value
             message = ("finished", attempt.token, status, told, seconds, retry)
             self._outcomes[attempt.token] = (attempt.job, message)
-            self._begun = None
-            self._cell[0] = 0
-            self._cell[1] += 1
-            self._done_jobs += 1
+            if self._beside.pop(attempt.token, None) is None:
+                self._begun = None
+                self._cell[0] = 0
+                self._cell[1] += 1
+                self._done_jobs += 1
             more = self._has_ready()
             connection = self.peer.connection
             if connection:
@@ -431,6 +434,7 @@ class Worker:
         """Return the announcement: this is all I hold."""
         attempts = [(token, job, "outcome") for token, (job, _) in self._outcomes.items()]
         attempts += [(a.token, a.job, "inbox") for a in self._inbox.values()]
+        attempts += [(a.token, a.job, "beside") for a in self._beside.values()]
         if self._begun:
             attempts.append((self._begun.token, self._begun.job, "begun"))
         info = {key: self.setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
@@ -476,7 +480,10 @@ class Worker:
         self._check_ready(attempt)
 
     def _check_ready(self, attempt: Attempt) -> None:
-        if not attempt.missing:
+        if attempt.options.get("beside") and not attempt.missing:
+            self._beside[attempt.token] = self._inbox.pop(attempt.token)
+            threading.Thread(target=self._execute, args=(attempt,), name="minipool-run", daemon=True).start()
+        elif not attempt.missing:
             heapq.heappush(self._ready, (-attempt.options.get("priority", 0), attempt.token))
 
     def _on_put(self, name: Name, size: int, data: bytes | None) -> None:

@@ -27,6 +27,7 @@ Where the invariants are checked (I1 to I20: the design's list of what must hold
     I18            the same events give the same actions            replay(), and two runs of one seed
     I19            time may leap                                    World.pass_time
     R14 R25        no job waits unbegun where it need not           World.judge_windows
+    run            beside the inbox, on its worker or nowhere       World.judge_run
     I20            a new server finds its way back                  World.restart_server, then all of the above
 """
 
@@ -105,7 +106,7 @@ class Client(Actor):
         self.functions = [(self.session, i) for i in range(3)]      # number % 3 says how long it takes
         self.log = []
         self.announced, self.acks, self.pulling = set(), [], {}
-        self.seen, self.broken = 0, False
+        self.seen, self.names, self.broken = 0, [], False
         self.limit = world.rng.choice([None, None, None, 1, 2])
         self.uses_on = world.rng.random() < 0.5         # then its entries never raise: nobody may be left
 
@@ -123,7 +124,7 @@ class Client(Actor):
             elif message[0] == "began" and message[1] in self.pending:
                 self.pending[message[1]].attempts = message[3]
             elif message[0] == "workers":
-                self.seen = len(message[1])
+                self.seen, self.names = len(message[1]), [worker["name"] for worker in message[1]]
             elif message[0] == "range":
                 self.got_range(message[1], message[4])
             elif message[0] == "gone":
@@ -159,8 +160,10 @@ class Client(Actor):
                 options[option] = value
         if "on" in options and rng.random() < 0.5:
             options["soft"] = True
+        if self.names and rng.random() < 0.1:
+            options = {"on": [rng.choice(self.names)], "beside": True}
         fn = rng.choices(self.functions, self.world.mix)[0]
-        record = Record(next(self.numbers), fn, len(self.log), options)
+        record = Record(next(self.numbers), fn, 0 if "beside" in options else len(self.log), options)
         self.jobs[record.number] = self.pending[record.number] = record
         if self.is_in:
             twice = [self.submission(record)] * (2 if rng.random() < 0.02 else 1)
@@ -221,6 +224,8 @@ class Client(Actor):
             assert said == status.encode() and int(number) == record.number, f"a wrong value: {value!r}"
             if status == RAISED and self.world.wanted_retry.get(value):
                 assert record.raises > record.options.get("retries", 0), "not retried, though retries were left"
+        elif status == DIED and "beside" in record.options:
+            assert value["what"], "lost without a reason"
         elif status == DIED:
             assert value["deaths"] == record.options.get("max_deaths", 3) + 1, value
         elif status == TIMED_OUT:
@@ -249,11 +254,13 @@ class Worker(Actor):
         self.id = node.id + b"%04d" % slot + generation.to_bytes(8, "big")
         self.inbox, self.running, self.ends_at, self.cell = [], None, 0.0, 0
         self.outcomes, self.has, self.logs, self.applied, self.unfit = {}, set(), {}, {}, {}
+        self.beside = {}                    # runs that take no room
         self.deaf_until, self.read_at, self.is_retiring = 0.0, world.now, False
 
     def announcement(self):
         attempts = [(run[1], run[2], "inbox") for run in self.inbox]
         attempts += [(self.running[1], self.running[2], "begun")] if self.running else []
+        attempts += [(run[1], run[2], "beside") for run in self.beside.values()]
         attempts += [(token, outcome[0], "outcome") for token, outcome in self.outcomes.items()]
         info = {"id": self.id, "node": self.node.id, "node_name": self.node.name, "slot": self.slot, "device": "cpu",
                 "pid": 1, "tags": ["odd" if self.slot % 2 else "even"], "has": list(self.has),
@@ -273,7 +280,8 @@ class Worker(Actor):
 
     def on_bye(self, reason):
         """Leave as planned: nothing of this process is needed any more."""
-        assert self.is_retiring and not self.running and not self.outcomes, "sent away with something in hand"
+        in_hand = self.running or self.beside or self.outcomes
+        assert self.is_retiring and not in_hand, "sent away with something in hand"
         self.world.crash(self)
 
     def on_refuse(self, error, text):
@@ -294,7 +302,11 @@ class Worker(Actor):
         assert fn in self.has, "a run came before its function"
         assert len(self.logs.setdefault(job[0], [])) >= log, "a run came before the log entries it needs"
         assert not any(run[1] == token for run in self.inbox), "the same attempt twice"
-        self.inbox.append(("run", token, job, fn, payload, log, options or {}))
+        run = ("run", token, job, fn, payload, log, options or {})
+        if options and options.get("beside"):
+            self.beside[token] = run
+        else:
+            self.inbox.append(run)
 
     def on_forget(self, tokens):
         for token in tokens:
@@ -351,8 +363,13 @@ class Worker(Actor):
         return (SHORT, MEDIUM, LONG)[run[3][1] % 3]
 
     def finish(self):
-        """End the running job. Its value names the attempt, so that everybody can tell whose it is."""
-        rng, (_, token, job, *_) = self.world.rng, self.running
+        """End the running job."""
+        run, self.running, self.cell = self.running, None, 0
+        self.conclude(run)
+
+    def conclude(self, run):
+        """End a job. Its value names the attempt, so that everybody can tell whose it is."""
+        rng, (_, token, job, *_) = self.world.rng, run
         status = RAISED if rng.random() < 0.15 else OK
         body = b"%s:%d:%d" % (status.encode(), job[1], token)
         retry = status == RAISED and rng.random() < 0.5
@@ -361,9 +378,8 @@ class Worker(Actor):
         if retry and client:
             client.jobs[job[1]].raises += 1
         value = ((self.id, token), len(body)) if rng.random() < 0.1 else body
-        finished = ("finished", token, status, value, self.seconds(self.running), retry)
+        finished = ("finished", token, status, value, self.seconds(run), retry)
         self.outcomes[token] = (job, finished, body)
-        self.running, self.cell = None, 0
         self.say(finished)
 
 
@@ -470,6 +486,9 @@ class World:
         assert token > self.last_token and token not in self.tokens, "a token was used before"
         self.tokens.add(token)
         assert name not in self.cancelled, "a cancelled job was handed out"
+        job = self.find(name)
+        if job is not None and job.beside:
+            assert job.worker.name in job.on and job.token in job.worker.beside, "a run takes room"
         session = self.scheduler.sessions.get(name[0])
         if session is not None and session.limit is not None and self.life == 1:
             assert len(session.workers) <= session.limit, "more workers than the session may use"
@@ -619,6 +638,8 @@ class World:
             self.dial(self.rng.choice(absent))
 
     def worker_acts(self, worker):
+        if worker.alive and worker.beside:
+            worker.conclude(worker.beside.popitem()[1])
         if worker.alive and worker.running:
             if worker.ends_at <= self.now:
                 worker.finish()
@@ -812,11 +833,11 @@ class World:
         assert not gone & set(self.scheduler.sessions), "a session outlived its lease"
         assert not self.scheduler._queues, "queues outlived their jobs"
         for worker in self.scheduler.workers.values():
-            assert not worker.inbox and not worker.delivering, f"{worker.name} is thought to be busy"
+            assert not worker.inbox and not worker.beside and not worker.delivering, f"{worker.name} seems busy"
         living = [w for node in self.nodes for w in node.workers]
         assert {w.id for w in living} == set(self.scheduler.workers), "the server knows other workers than live"
         for worker in living:
-            assert not worker.inbox and not worker.outcomes, "a worker keeps what nobody wants"
+            assert not worker.inbox and not worker.beside and not worker.outcomes, "a worker keeps what nobody wants"
             assert not gone & set(worker.logs), "a worker keeps the globals of a session that is gone"
 
 

@@ -58,6 +58,24 @@ class NoFence(Scheduler):
             self._send(job.session.peer, ("done", job.number, status, value, worker.name, job.attempts))
 
 
+class RunsTakeRoom(Scheduler):
+    """Lets what is to run beside a job wait for its end."""
+
+    def _place(self, job, worker, token, estimate):
+        job.beside, beside = False, job.beside
+        super()._place(job, worker, token, estimate)
+        job.beside = beside
+
+
+class RunsElsewhere(Scheduler):
+    """Begins a run on another worker when its own is lost."""
+
+    def _put_back(self, job, now, charged=False, cause=None):
+        if job.beside and self.workers:
+            job.on, job.worker = frozenset([next(iter(self.workers.values())).name, *job.on]), None
+        super()._put_back(job, now, charged, cause)
+
+
 class BlamesAll(Scheduler):
     """Charges all that a dead worker had."""
 
@@ -170,7 +188,8 @@ class BlamesSomebodyForAnIdleDeath(Scheduler):
         super()._died(node, now, worker_id, token or None, cause)
 
 
-PLANTED = [NoFence, BlamesAll, BlamesNobody, BlamesTheOldest, KeepsSessionsForEver, QueuesTheFinishedAgain,
+PLANTED = [NoFence, RunsTakeRoom, RunsElsewhere,
+           BlamesAll, BlamesNobody, BlamesTheOldest, KeepsSessionsForEver, QueuesTheFinishedAgain,
            ForgetsTheAnswerToARecall, WaitsForTheAnswerToARecall, IgnoresWhatIsUnlisted,
            AcknowledgesTooEarly, NeverClosesAWindow, BelievesTheDead, RunsTheCancelled, SendsNoLog, ReusesTokens,
            ForgetsTheTimeLimit, BlamesSomebodyForAnIdleDeath]
