@@ -1212,7 +1212,7 @@ class Job:
     state = State.WAITING
     token = 0                       # of the current attempt; 0: none yet
     worker: Worker | None = None    # who runs it, or holds its outcome
-    estimate = LONG                 # seconds that the current attempt was taken for
+    estimate = LONG                 # seconds that it is taken for; LONG unless its function measures short
     deaths = 0
     delivering = False              # finished, and its client has not said that it has the outcome
     size = 0                        # of the outcome, as far as it rides in messages
@@ -1254,8 +1254,8 @@ class Scheduler:
         self._order = itertools.count()                 # of arrival: it breaks ties of jobs, and of timers
         # ready jobs: heaps by priority and arrival, with entries of jobs that are not ready any more
         self._queues: dict[Key, list[tuple[float, int, Job]]] = {}
-        self._selections: dict[frozenset[str] | None, Selection] = {}
-        self._everybody = self._select(None)
+        self._everybody = Selection()
+        self._selections: dict[frozenset[str] | None, Selection] = {None: self._everybody}      # by `on`
         self._adopting = adopting
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
         self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
@@ -1343,10 +1343,8 @@ class Scheduler:
             self._sends[peer].append(message)
 
     def _arm(self, when: float, step: Callable[[Any, float], None], about: Any) -> None:
-        """Call step(about, now) at `when`; a step checks for itself whether it still has a reason.
-
-        It compares `now` with the very sum it was armed with: (a + b) - a can be less than b.
-        """
+        """Call step(about, now) at `when`; a step checks for itself whether it still has a reason."""
+        # it compares `now` with the very sum it was armed with: (a + b) - a can be less than b
         heapq.heappush(self._timers, (when, next(self._order), step, about))
 
     def _move(self, job: Job, state: str) -> None:
@@ -1420,10 +1418,10 @@ class Scheduler:
             for older in [id for id in node.workers if id[:16] == slot and id < info["id"]]:
                 self._died(node, now, older, None, {"what": "was replaced by a newer process"})
             worker = self.workers[info["id"]] = node.workers[info["id"]] = Worker(node, info)
-            for on, selection in self._selections.items():
-                self._enlist(worker, on, selection)
-        worker.has, worker.positions = set(info["has"]), dict(info["positions"])
-        worker.recalled, worker.acks = [], []
+            self._enlist(worker)
+        worker.has, worker.recalled, worker.acks = set(info["has"]), [], []
+        # of a session that it does not list it may have functions all the same: it is told when that one leaves
+        worker.positions = {**dict.fromkeys(worker.positions, 0), **info["positions"]}
         for session_id in worker.positions:
             self._session(session_id, now)
         self._admit(worker, peer, {"name": worker.name, "node_name": node.name, "max_value": self.max_value})
@@ -1462,7 +1460,7 @@ class Scheduler:
         held = {**worker.inbox, **worker.delivering}
         self._take_back(worker, [token for token, job in held.items() if token not in listed or (
             job is not None and listed[token][0] != (job.session.id, job.number))], now)
-        resend, forget = [], []
+        resend = []
         for token, (name, kind) in listed.items():
             self._token = max(self._token, token)
             session = self._session(name[0], now)
@@ -1472,7 +1470,8 @@ class Scheduler:
             if kind != "inbox" and job is not None and job.state == State.WAITING:
                 self._unassign(worker, token)       # as an attempt that nobody wanted
                 job.attempts = max(1, job.attempts)         # its client may have counted this one
-                self._place(job, worker, token, LONG)       # it survived the server: the job is not run again
+                job.estimate = LONG
+                self._place(job, worker, token)     # it survived the server: the job is not run again
                 self._started(worker, now, token)
                 if job.killed:
                     self._kill_attempt((worker, token), now)
@@ -1482,12 +1481,12 @@ class Scheduler:
                     worker.inbox[token] = None
                     self._kill_attempt((worker, token), now)
                 else:
-                    forget.append(token)
+                    worker.acks.append(token)
             elif kind == "outcome":
                 resend.append(token)        # it comes by the usual way: it may be one that wants a retry
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
         self._send(worker.peer, ("resend", resend))
-        self._send(worker.peer, ("forget", forget))
+        self._send_acks(worker)
 
     def _end_adoption(self, is_due: bool, now: float) -> None:
         """Once all workers are back that clients knew, or it is due: jobs sent again that none claims run anew."""
@@ -1559,11 +1558,13 @@ class Scheduler:
         job.worker, job.delivering, job.begun = None, False, False
         self._move(job, State.READY if job.payload is not None else State.WAITING)
         if job.payload is not None:         # else it waits until its client has sent it
-            key = job.session, job.on, job.soft
-            if key not in self._queues:
-                self._select(job.on)
-                self._queues[key] = []
-            heapq.heappush(self._queues[key], (-job.priority, job.sequence, job))
+            if job.on not in self._selections:
+                self._selections[job.on] = Selection()
+                for worker in self.workers.values():
+                    self._enlist(worker)
+                    self._refresh(worker)
+            heap = self._queues.setdefault((job.session, job.on, job.soft), [])
+            heapq.heappush(heap, (-job.priority, job.sequence, job))
 
     def _fail(self, job: Job, cause: dict[str, Any]) -> None:
         """End a job without a worker's word; the verdict is kept until its client has it."""
@@ -1607,30 +1608,28 @@ class Scheduler:
         if token in worker.inbox:
             worker.moved_at = now
             worker.finished += 1
-            self._unassign(worker, token)
-        if job is None:
+        if job is not None and status == UNFIT:     # the session's log raised there: it gets no more of that session
+            worker.unfit.setdefault(job.session.id, value)
+            self._take_back(worker, [token], now)
+            self._judge_fitness(job.session, now, [w for w in self.workers.values() if job.session.id in w.positions])
+        self._unassign(worker, token)
+        if job is None or status == UNFIT:
             return self._forget(worker, token)
-        if not job.delivering:
-            if status == UNFIT:             # the session's log raised there: it gets no more of that session
-                session, job.attempts = job.session, job.attempts - 1
-                worker.unfit.setdefault(session.id, value)
-                self._forget(worker, token)
-                self._put_back(job, now)
-                tried = [w for w in self.workers.values() if session.id in w.positions]
-                return self._judge_fitness(session, now, tried)
-            old = job.session.estimates.pop(job.fn, seconds)
+        session = job.session
+        if not job.delivering:              # else it was sent again
+            old = session.estimates.pop(job.fn, seconds)
             estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
             if estimate < SHORT and seconds <= 2 * SHORT:       # one long sample ends the streaming of a function
-                job.session.estimates[job.fn] = estimate
-            if status == RAISED and retry and (job.retries > 0 or job.payload is None):
-                job.retries -= 1
-                self._forget(worker, token)
-                return self._put_back(job, now)
-            job.delivering, job.size = True, len(value) if isinstance(value, bytes) else 0
-            job.session.unacknowledged += job.size
-            worker.delivering[token] = job
-            job.session.latest = worker
-        self._send(job.session.peer, ("done", job.number, status, value, worker.name, job.attempts))
+                session.estimates[job.fn] = estimate
+        if status == RAISED and retry and (job.retries > 0 or job.payload is None):
+            job.retries -= 1
+            self._forget(worker, token)
+            return self._put_back(job, now)
+        job.delivering, job.size = True, len(value) if isinstance(value, bytes) else 0
+        session.unacknowledged += job.size
+        session.latest = worker
+        worker.delivering[token] = job
+        self._send(session.peer, ("done", job.number, status, value, worker.name, job.attempts))
 
     def _release(self, session: Session, now: float, numbers: list[int], state: str = State.DONE) -> None:
         """Forget jobs: their client has the outcomes, or does not want them, or is no more."""
@@ -1702,13 +1701,15 @@ class Scheduler:
         return None
 
     def _room_for(self, job: Job) -> Worker | None:
-        """Return the worker that should take a job now; None if no eligible one has room."""
+        """Settle what a job is taken for, and return the worker that should take it now; None if none has room."""
         session, selection = job.session, self._selections[job.on]
         if self.is_paused or session.unacknowledged > UNACKNOWLEDGED:
             return None
         if job.soft and not selection.members:
             selection = self._everybody
-        roomy = selection.roomy if self._estimate(job) < LONG else {}
+        is_suspect = job.deaths or not job.max_deaths       # it runs alone, so that no second charge can be wrong
+        job.estimate = LONG if is_suspect else session.estimates.get(job.fn, LONG)
+        roomy = selection.roomy if job.estimate < LONG else {}
         candidates: Iterable[Worker] = itertools.chain(selection.idle, roomy)
         if session.limit is not None and len(session.workers) >= session.limit:
             candidates = (worker for worker in session.workers if worker in roomy)  # its own, of which none is idle
@@ -1719,19 +1720,13 @@ class Scheduler:
                 return worker
         return None
 
-    def _estimate(self, job: Job) -> float:
-        """Return the seconds a job is taken for: LONG unless its function measures short and it is unsuspected."""
-        if job.deaths or not job.max_deaths:
-            return LONG         # a suspect runs alone, so that no second charge can be wrong
-        return job.session.estimates.get(job.fn, LONG)
-
     def _assign(self, job: Job, worker: Worker, now: float) -> None:
         """Begin an attempt: everything the worker lacks goes before the run, in the same frame."""
         self._token += 1
         if not worker.inbox:
             worker.moved_at = now
         job.attempts += 1
-        self._place(job, worker, self._token, self._estimate(job))
+        self._place(job, worker, self._token)
         self._refresh(worker)
         self._equip(worker, job)
         self._send_acks(worker)
@@ -1763,12 +1758,12 @@ class Scheduler:
                 self._send(worker.peer, ("log", session.id, number, name))
         worker.positions[session.id] = position + len(entries)
 
-    def _place(self, job: Job, worker: Worker, token: int, estimate: float) -> None:
+    def _place(self, job: Job, worker: Worker, token: int) -> None:
         """Put an attempt into a worker's inbox."""
         self._move(job, State.RUNNING)
-        job.token, job.worker, job.estimate = token, worker, estimate
+        job.token, job.worker = token, worker
         worker.inbox[token] = job
-        worker.load += estimate
+        worker.load += job.estimate
         session = job.session
         session.load += 1
         session.workers[worker] = session.workers.pop(worker, 0) + 1    # at the end, so that they are used in turn
@@ -1792,19 +1787,10 @@ class Scheduler:
 
     # ---- room, windows, recall ----
 
-    def _select(self, on: frozenset[str] | None) -> Selection:
-        selection = self._selections.get(on)
-        if selection is None:
-            selection = self._selections[on] = Selection()
-            for worker in self.workers.values():
-                self._enlist(worker, on, selection)
-                self._refresh(worker)
-        return selection
-
-    @staticmethod
-    def _enlist(worker: Worker, on: frozenset[str] | None, selection: Selection) -> None:
-        if on is None or on & worker.tags:
-            selection.members.add(worker)
+    def _enlist(self, worker: Worker) -> None:
+        for on, selection in self._selections.items():
+            if on is None or on & worker.tags:
+                selection.members.add(worker)
 
     def _refresh(self, worker: Worker) -> None:
         """Sort a worker by its room; it moves to the end, so that equals are used in turn."""
@@ -1830,11 +1816,9 @@ class Scheduler:
             self._arm(since + T_STALL, self._watch_window, worker)
 
     def _watch_window(self, worker: Worker, now: float) -> None:
-        """A window that does not move holds a job that is not short: ask back what has not begun.
-
-        A lone job is asked about too if it was not to tell when it begins: the answer tells.
-        """
+        """A window that does not move holds a job that is not short: ask back what has not begun."""
         worker.watched = False
+        # a lone job is asked about too if it was not to tell when it begins: the answer tells
         quiet = [job for job in worker.inbox.values() if job is not None and job.estimate < LONG and not job.begun]
         if worker.recalled or not (quiet or len(worker.inbox) > 1):
             return
@@ -1879,18 +1863,13 @@ class Scheduler:
         if position == len(session.log):
             session.log.append(name)
 
-    def _judge_fitness(self, session: Session, now: float, judges: Iterable[Worker]) -> None:
-        """A session whose log raised on each of these workers is broken: its client fails all its futures."""
-        raised = [worker.unfit.get(session.id) for worker in judges]
+    def _judge_fitness(self, session: Session, now: float, judges: Iterable[Worker] | None = None) -> None:
+        """A session whose log raised on each of these workers, or of all, is broken: its client fails its futures."""
+        raised = [worker.unfit.get(session.id) for worker in judges or self.workers.values()]
         if raised and None not in raised and session.broken is None:
             session.broken = raised[-1]
             self._send(session.peer, ("broken", session.broken))
             self._cancel(session, now, list(session.jobs))
-
-    def _judge_all(self, _: None, now: float) -> None:
-        """Some time after a loss: if all who are left are unfit, nobody will ever run a session's jobs."""
-        for session in self.sessions.values():
-            self._judge_fitness(session, now, self.workers.values())
 
     def _bye(self, member: Member, now: float, reason: str) -> None:
         """A planned end: nothing is waited for."""
@@ -1919,8 +1898,8 @@ class Scheduler:
             del self.sessions[member.id]
             self._cancel(member, now, list(member.jobs))
             for worker in self.workers.values():
+                worker.unfit.pop(member.id, None)
                 if worker.positions.pop(member.id, None) is not None:
-                    worker.unfit.pop(member.id, None)
                     worker.has = {name for name in worker.has if name[0] != member.id}
                     self._send(worker.peer, ("leave", member.id))
 
@@ -1954,8 +1933,9 @@ class Scheduler:
                 # max_deaths=0 promises at most once: then what may have begun is charged, and so is what had finished
                 once = not job.max_deaths and (job.begun or job.delivering)
                 self._put_back(job, now, once or (attempt == token and not job.delivering), cause)
-        if any(left.unfit for left in self.workers.values()):
-            self._arm(now + T_DEAD, self._judge_all, None)      # time enough for who replaces it to come
+        # if all who are left are unfit, nobody will ever run its jobs; time enough for who replaces it to come
+        for session_id in dict.fromkeys(id for left in self.workers.values() for id in left.unfit):
+            self._arm(now + T_DEAD, self._judge_fitness, self.sessions[session_id])
         self._tell_workers(self.sessions.values())
 
     def _exchange_beats(self, node: Node, now: float) -> None:
@@ -1993,10 +1973,7 @@ class Scheduler:
                 self._put_back(job, now)
 
     def _kill_attempt(self, attempt: tuple[Worker, int], now: float) -> None:
-        """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has.
-
-        Either word may be lost, and it may begin just after both have looked: a kill is repeated until it is over.
-        """
+        """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has."""
         worker, token = attempt
         if token in worker.inbox:
             self._send(worker.peer, ("recall", [token]))
@@ -2004,11 +1981,12 @@ class Scheduler:
             if job is None or job.killed:
                 reason = job.killed[1] if job and job.killed else "its job is not wanted here any more"
                 self._send(worker.node.peer, ("kill", [token], reason))
+                # either word may be lost, and it may begin just after both have looked: repeated until it is over
                 self._arm(now + T_KILL_AGAIN, self._kill_attempt, attempt)
 
     # ---- ranges: relayed as they come, to whoever asked ----
 
-    def _pull(self, reader: Session | Worker, now: float, name: Name, offset: int, length: int) -> None:
+    def _pull(self, reader: Member, now: float, name: Name, offset: int, length: int) -> None:
         """Ask a value's creator for a range. Who else asks for it meanwhile shares the answer."""
         owner = self.sessions.get(name[0]) or self.workers.get(name[0])
         if owner is None:
@@ -2019,8 +1997,7 @@ class Scheduler:
         if len(readers) == 1:
             self._send(owner.peer, ("pull", name, offset, length))
 
-    def _range(self, owner: Session | Worker, now: float, name: Name, offset: int, digest: bytes,
-               body: Any = b"") -> None:
+    def _range(self, owner: Member, now: float, name: Name, offset: int, digest: bytes, body: Any = b"") -> None:
         for peer in owner.asked.pop((name, offset, len(body)), ()):
             self._send(peer, ("range", name, offset, digest, body))
 
