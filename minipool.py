@@ -1529,7 +1529,8 @@ class Scheduler:
                 setattr(job, option, setting)
         if job.on is not None:
             job.on = frozenset(job.on) or None
-        job.deaths = min(job.deaths, job.max_deaths + 1)        # it may have died before its client sent it
+        if job.deaths > job.max_deaths:         # it died before its client told how often it may
+            job.deaths = job.max_deaths + 1
         if job.begun and job.worker:
             self._started(job.worker, now, job.token)       # its limit was not known then
         if job.state == State.WAITING and not (self._adopting and options and options.get("again")):
@@ -1729,7 +1730,8 @@ class Scheduler:
         self._place(job, worker, self._token)
         self._refresh(worker)
         self._equip(worker, job)
-        self._send_acks(worker)
+        if worker.acks:
+            self._send_acks(worker)
         options: dict[str, Any] = {"name": job.name} if job.name else {}
         if job.attempts > 1:
             options["attempt"] = job.attempts
