@@ -271,9 +271,10 @@ def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
     CATALOGUE[kind] = frozenset(senders.split()), _fields(**kinds)
 
 
-# what the scheduler reads of a job's options; the rest is for the worker
+# what the scheduler reads of a job's options: each is a field of its Job
 _OPTIONS_READ: dict[str, Check] = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int,
-                                          job_timeout=float, max_tasks=int, on="tags", beside=bool)
+                                          job_timeout=float, max_tasks=int, on="tags", soft=bool, beside=bool,
+                                          cancel_running="any")
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
 _message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
@@ -1214,8 +1215,7 @@ class Node(Member):
 class Selection:
     """The workers that one `on` admits, sorted by room, so that dispatch finds one without a search."""
 
-    def __init__(self, on: frozenset[str] | None) -> None:
-        self.on = on
+    def __init__(self) -> None:
         self.members: set[Worker] = set()
         self.idle: dict[Worker, None] = {}      # nothing in the inbox
         self.roomy: dict[Worker, None] = {}     # room for another short job; used in turn
@@ -1224,20 +1224,20 @@ class Selection:
 class Worker(Member):
     """One process, one device."""
 
-    def __init__(self, id: bytes, node: Node) -> None:
-        super().__init__(id)
-        self.node, self.device = node, ""
-        self.pid = self.finished = 0
-        self.tags: frozenset[str] = frozenset()     # all that `on` can name: worker, node, tags
+    def __init__(self, node: Node, info: dict[str, Any]) -> None:
+        super().__init__(info["id"])
+        self.node, self.device, self.pid, self.name = node, info["device"], info["pid"], f"{node.name}-{info['slot']}"
+        self.tags = frozenset([self.name, node.name, *info["tags"]])    # all that `on` can name
+        self.finished = 0
         self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: one that nobody wants
         self.beside: dict[int, Job] = {}            # attempts beside the inbox: they take no room
         self.delivering: dict[int, Job] = {}        # outcomes it keeps for clients
         self.load = 0.0                             # estimated seconds of work in the inbox
         self.moved_at = 0.0                         # when it last finished something
         self.has: set[Name] = set()                 # objects it was sent
-        self.positions: dict[bytes, int] = {}       # how much of each session's log it was sent
+        self.positions: dict[bytes, int] = {}       # how much it was sent of the log of each session that it knows
+        self.unfit: dict[bytes, Value] = {}         # sessions whose log raised there, and what
         self.acks: list[int] = []                   # outcomes it may forget; they ride on the next run
-        self.selections: list[Selection] = []
         self.recalled: list[int] = []               # asked back, not answered yet
         self.recall_at = 0.0
         self.watched = False                        # a timer looks after its window
@@ -1257,8 +1257,6 @@ class Session(Member):
         self.load = 0                               # their sum
         self.latest: Worker | None = None           # who last finished something of it
         self.unacknowledged = 0                     # bytes of outcomes that it has not said to have
-        self.tried: dict[Worker, None] = {}         # workers that were sent something of it
-        self.unfit: dict[Worker, Value] = {}        # those on which its log raised, and what
         self.broken: Value | None = None            # the exception that broke it
         self.estimates: dict[Name, float] = {}      # seconds, of functions that measure short
 
@@ -1268,22 +1266,23 @@ class Job:
     # what to run; without a payload: a worker or an announcement told of this job, its client has still to send it
     fn: Name = (b"", 0)
     payload: Value | None = None
+    # its options
     name = ""
     priority: float = 0
     on: frozenset[str] | None = None
     soft = False                    # `on` is a preference
     retries, max_deaths = 0, 3
-    limit: float | None = None      # seconds that it may run
+    job_timeout: float | None = None    # seconds that it may run
     cancel_running = False          # who cancels it wants its worker's process ended
     max_tasks = 0                   # jobs after which its worker is renewed; 0: never
     beside = False                  # it runs on the worker named by `on`, at once, whatever else runs there
+    attempts = 0                    # at first those under an earlier server, as its client says
     # where it stands
     state = State.WAITING
     token = 0                       # of the current attempt; 0: none yet
     worker: Worker | None = None    # who runs it, or holds its outcome
-    estimate = LONG                 # seconds that the current attempt was taken for
-    attempts = deaths = 0
-    earlier = 0                     # attempts under an earlier server, as its client says
+    estimate = LONG                 # seconds that it is taken for; LONG unless its function measures short
+    deaths = 0
     delivering = False              # finished, and its client has not said that it has the outcome
     size = 0                        # of the outcome, as far as it rides in messages
     begun = False                   # the worker said that user code runs
@@ -1297,15 +1296,8 @@ class Job:
         self.log = 0                # how much of the session's log must have run before
 
 
-class Queue(NamedTuple):
-    """The ready jobs of one session and one selection: a heap by (priority, arrival)."""
-    session: Session
-    selection: Selection
-    soft: bool
-    heap: list[tuple[float, int, Job]]          # with entries of jobs that are not ready any more
-
-
-Turn = tuple[float, int, int, Job, Queue]       # sorts by priority, load of the session, arrival
+Key = tuple[Session, frozenset[str] | None, bool]   # what the jobs of a queue share: session, `on`, soft
+Turn = tuple[float, int, int, Key]                  # of a queue; sorts by priority, load of the session, arrival
 
 
 class Actions(NamedTuple):
@@ -1326,15 +1318,16 @@ class Scheduler:
         self.is_paused = False          # nothing is handed out: the server is about to stop
         self.about = about or {}        # what the shell knows: address and such, for the snapshot
         self.counters: collections.Counter[str] = collections.Counter()     # lifetime: accepted, delivered, ...
-        self._peers: dict[Any, Session | Worker | Node] = {}
+        self._peers: dict[Any, Member] = {}
         self._token = first_token       # the server's start in microseconds: later lives never repeat one
         self._order = itertools.count()                 # of arrival: it breaks ties of jobs, and of timers
-        self._queues: dict[tuple[Session, frozenset[str] | None, bool], Queue] = {}     # those with entries
-        self._selections: dict[frozenset[str] | None, Selection] = {}
-        self._everybody = self._select(None)
+        # ready jobs: heaps by priority and arrival, with entries of jobs that are not ready any more
+        self._queues: dict[Key, list[tuple[float, int, Job]]] = {}
+        self._everybody = Selection()
+        self._selections: dict[frozenset[str] | None, Selection] = {None: self._everybody}      # by `on`
         self._adopting = adopting
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
-        self._dead: dict[bytes, bytes] = {}             # newest generation of each slot that is known to be dead
+        self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
         self._expected_workers = 0                      # as many as any returning client last saw
         self._timers: list[tuple[float, int, Callable[[Any, float], None], Any]] = []
         self._entered_at = now
@@ -1351,8 +1344,6 @@ class Scheduler:
         """Advance on a batch of messages from one peer; return what the server must do."""
         self._enter(now)
         known = self._peers.get(peer)
-        if isinstance(known, Worker | Node):        # any byte from a host is its heartbeat
-            self._hear(known.node if isinstance(known, Worker) else known, now)
         for place, message in enumerate(messages):
             if known is None and (place or message[0] not in ANNOUNCED):
                 break                       # of a connection that was superseded, or whose owner was given up
@@ -1360,6 +1351,8 @@ class Scheduler:
                 raise Malformed("only the first message is an announcement")
             self._handlers[message[0]](known or peer, now, *message[1:])
             known = self._peers.get(peer)
+        if isinstance(known, Worker | Node):        # any byte from a host is its heartbeat
+            self._hear(known.node if isinstance(known, Worker) else known, now)
         if isinstance(known, Worker):       # once for all that it has finished
             self._refresh(known)
         return self._take_actions(now)
@@ -1419,10 +1412,8 @@ class Scheduler:
             self._sends[peer].append(message)
 
     def _arm(self, when: float, step: Callable[[Any, float], None], about: Any) -> None:
-        """Call step(about, now) at `when`; a step checks for itself whether it still has a reason.
-
-        It compares `now` with the very sum it was armed with: (a + b) - a can be less than b.
-        """
+        """Call step(about, now) at `when`; a step checks for itself whether it still has a reason."""
+        # it compares `now` with the very sum it was armed with: (a + b) - a can be less than b
         heapq.heappush(self._timers, (when, next(self._order), step, about))
 
     def _move(self, job: Job, state: str) -> None:
@@ -1472,7 +1463,6 @@ class Scheduler:
         """Admit a node; a name that another host has gets a suffix."""
         node = self.nodes.get(info["id"]) or self._new_node(info["id"], info["name"], now)
         node.info = {name: info[name] for name in ANNOUNCED["node"] if name in info}
-        self._hear(node, now)
         self._admit(node, peer, {"name": node.name, "beat": self.beat})
 
     def _new_node(self, id: bytes, name: str, now: float) -> Node:
@@ -1488,24 +1478,21 @@ class Scheduler:
         """Admit a worker, and reconcile its attempts with ours by set difference."""
         # after a restart of the server a worker may be back before its node
         node = self.nodes.get(info["node"]) or self._new_node(info["node"], info["node_name"], now)
-        self._hear(node, now)
         worker = self.workers.get(info["id"])
-        if worker is None and info["id"][16:] <= self._dead.get(info["id"][:16], b""):
+        slot = info["id"][:16]                      # what follows says which process of it: later ones are larger
+        if worker is None and info["id"] <= self._dead.get(slot, b""):
             self._send(peer, ("refuse", "ServerLost", "this process is dead to the pool"))
             return self._closes.append(peer)        # its last words, read after its death was told
         if worker is None:
-            slot, generation = info["id"][:16], info["id"][16:]
-            for older in [id for id in node.workers if id[:16] == slot and id[16:] < generation]:
+            for older in [id for id in node.workers if id[:16] == slot and id < info["id"]]:
                 self._died(node, now, older, None, {"what": "was replaced by a newer process"})
-            worker = self.workers[info["id"]] = node.workers[info["id"]] = Worker(info["id"], node)
-            worker.device, worker.pid, worker.name = info["device"], info["pid"], f"{node.name}-{info['slot']}"
-            worker.tags = frozenset([worker.name, node.name, *info["tags"]])
-            for selection in self._selections.values():
-                self._enlist(worker, selection)
-        worker.has, worker.positions = set(info["has"]), dict(info["positions"])
-        worker.recalled, worker.acks = [], []
+            worker = self.workers[info["id"]] = node.workers[info["id"]] = Worker(node, info)
+            self._enlist(worker)
+        worker.has, worker.recalled, worker.acks = set(info["has"]), [], []
+        # of a session that it does not list it may have functions all the same: it is told when that one leaves
+        worker.positions = {**dict.fromkeys(worker.positions, 0), **info["positions"]}
         for session_id in worker.positions:
-            self._session(session_id, now).tried[worker] = None
+            self._session(session_id, now)
         self._admit(worker, peer, {"name": worker.name, "node_name": node.name, "max_value": self.max_value})
         self._reconcile(worker, {token: (name, kind) for token, name, kind in attempts}, now)
         if node.is_leaving:
@@ -1515,7 +1502,7 @@ class Scheduler:
         self._tell_workers(self.sessions.values())
         self._end_adoption(False, now)
 
-    def _admit(self, member: Session | Worker | Node, peer: Any, welcome: dict[str, Any]) -> None:
+    def _admit(self, member: Member, peer: Any, welcome: dict[str, Any]) -> None:
         """Make `peer` the connection of `member`. What it was asked over an older one it is asked again."""
         self._detach(member)
         member.peer = peer
@@ -1532,7 +1519,7 @@ class Scheduler:
             self._closes.append(member.peer)
             member.peer = None
 
-    def _await(self, member: Session | Worker | Node, now: float) -> None:
+    def _await(self, member: Member, now: float) -> None:
         """Give a member without a connection its grace to come back."""
         member.lost_at = now
         self._arm(now + member.grace, self._give_up, member)
@@ -1542,7 +1529,7 @@ class Scheduler:
         held = {**worker.inbox, **worker.beside, **worker.delivering}
         self._take_back(worker, [token for token, job in held.items() if token not in listed or (
             job is not None and listed[token][0] != (job.session.id, job.number))], now)
-        resend, forget = [], []
+        resend = []
         for token, (name, kind) in listed.items():
             self._token = max(self._token, token)
             session = self._session(name[0], now)
@@ -1551,8 +1538,9 @@ class Scheduler:
                 job = self._new_job(session, name[1])       # its client is not back yet
             if kind != "inbox" and job is not None and job.state == State.WAITING:
                 self._unassign(worker, token)       # as an attempt that nobody wanted
-                job.beside = kind == "beside"
-                self._place(job, worker, token, LONG)       # it survived the server: the job is not run again
+                job.attempts = max(1, job.attempts)         # its client may have counted this one
+                job.estimate, job.beside = LONG, kind == "beside"
+                self._place(job, worker, token)     # it survived the server: the job is not run again
                 self._started(worker, now, token)
                 if job.killed:
                     self._kill_attempt((worker, token), now)
@@ -1562,12 +1550,12 @@ class Scheduler:
                     worker.inbox[token] = None
                     self._kill_attempt((worker, token), now)
                 else:
-                    forget.append(token)
+                    worker.acks.append(token)
             elif kind == "outcome":
                 resend.append(token)        # it comes by the usual way: it may be one that wants a retry
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
         self._send(worker.peer, ("resend", resend))
-        self._send(worker.peer, ("forget", forget))
+        self._send_acks(worker)
 
     def _end_adoption(self, is_due: bool, now: float) -> None:
         """Once all workers are back that clients knew, or it is due: jobs sent again that none claims run anew."""
@@ -1592,7 +1580,7 @@ class Scheduler:
         for name in names:
             session.objects.pop(name, None)
             session.estimates.pop(name, None)
-        for worker in session.tried:
+        for worker in self.workers.values():
             if had := [name for name in names if name in worker.has]:
                 worker.has.difference_update(had)
                 self._send(worker.peer, ("drop", had))
@@ -1605,16 +1593,13 @@ class Scheduler:
             return              # of a broken session the client was told, and fails its futures
         job = job or self._new_job(session, number)
         job.fn, job.payload, job.log = fn, payload, log
-        if options:
-            job.name = options.get("name", "")
-        if options and len(options) > ("name" in options):      # most have only that
-            job.priority, job.retries = options.get("priority", 0), options.get("retries", 0)
-            job.max_deaths = options.get("max_deaths", 3)
-            job.on, job.soft = frozenset(options["on"]) if options.get("on") else None, bool(options.get("soft"))
-            job.limit, job.cancel_running = options.get("job_timeout"), bool(options.get("cancel_running"))
-            job.max_tasks, job.earlier = options.get("max_tasks", 0), options.get("attempts", 0)
-            job.beside = bool(options.get("beside"))
-            job.deaths = min(job.deaths, job.max_deaths + 1)
+        for option, setting in (options or {}).items():
+            if option in _OPTIONS_READ:
+                setattr(job, option, setting)
+        if job.on is not None:
+            job.on = frozenset(job.on) or None
+        if job.deaths > job.max_deaths:         # it died before its client told how often it may
+            job.deaths = job.max_deaths + 1
         if job.begun and job.worker:
             self._started(job.worker, now, job.token)       # its limit was not known then
         if job.state == State.WAITING and not (self._adopting and options and options.get("again")):
@@ -1622,10 +1607,9 @@ class Scheduler:
 
     def _run_anew(self, job: Job, now: float) -> None:
         """No worker claims it: it is new, or was lost; what may begin only once does not begin a second time."""
-        job.attempts = job.earlier
-        too_often = job.deaths > job.max_deaths or (job.earlier > 0 and not job.max_deaths)
-        job.deaths = min(job.deaths, job.max_deaths)        # it died before its client told how often it may
-        self._put_back(job, now, too_often, {"what": "was lost while the server was away"})
+        if job.attempts and not job.max_deaths:
+            job.deaths = 1
+        self._put_back(job, now, cause={"what": "was lost while the server was away"})
 
     def _take_back(self, worker: Worker, tokens: Iterable[int], now: float) -> None:
         """Return attempts that a worker has not begun to the queue, uncharged."""
@@ -1639,30 +1623,30 @@ class Scheduler:
     def _put_back(self, job: Job, now: float, charged: bool = False, cause: dict[str, Any] | None = None) -> None:
         """Put a job into the queue, or back; a charge counts, and beyond max_deaths it is the end, as is a kill."""
         job.deaths += charged
-        if job.killed:
-            status, reason = job.killed
-            return self._fail(job, status, {**(cause or {}), "reason": reason})
-        if charged and job.deaths > job.max_deaths:
-            return self._fail(job, DIED, cause or {})
         there = next((w for w in self.workers.values() if w.name in (job.on or ())), None) if job.beside else None
-        if job.beside and (there is None or job.worker not in (None, there)):
-            return self._fail(job, DIED, cause or {"what": "is not there"})
+        if job.killed or job.deaths > job.max_deaths or (job.beside and (not there or job.worker not in (None, there))):
+            return self._fail(job, cause or {"what": "is not there"})
         job.worker, job.delivering, job.begun = None, False, False
         self._move(job, State.READY if job.payload is not None else State.WAITING)
         if there:
             return self._assign(job, there, now)
         if job.payload is not None:         # else it waits until its client has sent it
-            key = job.session, job.on, job.soft
-            if key not in self._queues:
-                self._queues[key] = Queue(job.session, self._select(job.on), job.soft, [])
-            heapq.heappush(self._queues[key].heap, (-job.priority, job.sequence, job))
+            if job.on not in self._selections:
+                self._selections[job.on] = Selection()
+                for worker in self.workers.values():
+                    self._enlist(worker)
+                    self._refresh(worker)
+            heap = self._queues.setdefault((job.session, job.on, job.soft), [])
+            heapq.heappush(heap, (-job.priority, job.sequence, job))
 
-    def _fail(self, job: Job, status: str, evidence: dict[str, Any]) -> None:
+    def _fail(self, job: Job, cause: dict[str, Any]) -> None:
         """End a job without a worker's word; the verdict is kept until its client has it."""
         self._move(job, State.FAILED)
         job.delivering = False
-        evidence = {**evidence, "job": job.name, "attempts": job.attempts, "deaths": job.deaths}
-        worker = job.worker
+        status, worker = DIED, job.worker
+        evidence = {**cause, "job": job.name, "attempts": job.attempts, "deaths": job.deaths}
+        if job.killed:
+            status, evidence["reason"] = job.killed
         if worker is not None:
             evidence.update(worker=worker.name, node=worker.node.name, device=worker.device)
         job.verdict = (status, evidence, worker.name if worker else "", job.attempts)
@@ -1679,16 +1663,16 @@ class Scheduler:
         if job is not None:
             job.begun = True
             self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
-            if job.limit is not None:
-                self._arm(now + job.limit, self._time_out, (worker, token))
+            if job.job_timeout is not None:
+                self._arm(now + job.job_timeout, self._time_out, (worker, token))
 
     def _time_out(self, attempt: tuple[Worker, int], now: float) -> None:
         """A job has run for its job_timeout, unless that attempt is over."""
         worker, token = attempt
-        job = worker.inbox.get(token)
-        if job is not None and job.limit is not None and job.state == State.RUNNING:
-            job.killed = TIMED_OUT, f"it ran longer than its job_timeout of {job.limit:g} s"
-            self._kill_attempt(attempt, now)
+        job = self._current(worker, token)
+        if job is not None and job.job_timeout is not None:     # a limit does not outlive its job's record
+            reason = f"it ran longer than its job_timeout of {job.job_timeout:g} s"
+            self._kill(job.session, now, [job.number], reason, TIMED_OUT)
 
     def _finished(self, worker: Worker, now: float, token: int, status: str, value: Value, seconds: float,
                   retry: bool) -> None:
@@ -1698,29 +1682,28 @@ class Scheduler:
             worker.moved_at = now
         if token in worker.inbox or token in worker.beside:
             worker.finished += 1
-            self._unassign(worker, token)
-        if job is None:
+        if job is not None and status == UNFIT:     # the session's log raised there: it gets no more of that session
+            worker.unfit.setdefault(job.session.id, value)
+            self._take_back(worker, [token], now)
+            self._judge_fitness(job.session, now, [w for w in self.workers.values() if job.session.id in w.positions])
+        self._unassign(worker, token)
+        if job is None or status == UNFIT:
             return self._forget(worker, token)
-        if not job.delivering:
-            if status == UNFIT:             # the session's log raised there: it gets no more of that session
-                session, job.attempts = job.session, job.attempts - 1
-                session.unfit.setdefault(worker, value)
-                self._forget(worker, token)
-                self._put_back(job, now)
-                return self._break(session, now) if session.tried.keys() <= session.unfit.keys() else None
-            old = job.session.estimates.pop(job.fn, seconds)
+        session = job.session
+        if not job.delivering:              # else it was sent again
+            old = session.estimates.pop(job.fn, seconds)
             estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
             if estimate < SHORT and seconds <= 2 * SHORT:       # one long sample ends the streaming of a function
-                job.session.estimates[job.fn] = estimate
-            if status == RAISED and retry and (job.retries > 0 or job.payload is None):
-                job.retries -= 1
-                self._forget(worker, token)
-                return self._put_back(job, now)
-            job.delivering, job.size = True, len(value) if isinstance(value, bytes) else 0
-            job.session.unacknowledged += job.size
-            worker.delivering[token] = job
-            job.session.latest = worker
-        self._send(job.session.peer, ("done", job.number, status, value, worker.name, job.attempts))
+                session.estimates[job.fn] = estimate
+        if status == RAISED and retry and (job.retries > 0 or job.payload is None):
+            job.retries -= 1
+            self._forget(worker, token)
+            return self._put_back(job, now)
+        job.delivering, job.size = True, len(value) if isinstance(value, bytes) else 0
+        session.unacknowledged += job.size
+        session.latest = worker
+        worker.delivering[token] = job
+        self._send(session.peer, ("done", job.number, status, value, worker.name, job.attempts))
 
     def _release(self, session: Session, now: float, numbers: list[int], state: str = State.DONE) -> None:
         """Forget jobs: their client has the outcomes, or does not want them, or is no more."""
@@ -1737,10 +1720,10 @@ class Scheduler:
                     job.killed = KILLED, "nobody wants its outcome any more"
                 self._kill_attempt((job.worker, job.token), now)
             self._move(job, end)
-        for ready in self._queues.values():
-            if ready.session is session and len(ready.heap) > 64 + 2 * len(session.jobs):   # most of it is dead: sweep
-                ready.heap[:] = [entry for entry in ready.heap if entry[2].state == State.READY]
-                heapq.heapify(ready.heap)
+        for (owner, _, _), heap in self._queues.items():
+            if owner is session and len(heap) > 64 + 2 * len(session.jobs):     # most of it is dead: sweep
+                heap[:] = [entry for entry in heap if entry[2].state == State.READY]
+                heapq.heapify(heap)
 
     _delivered, _cancel = _release, functools.partialmethod(_release, state=State.CANCELLED)
 
@@ -1765,62 +1748,59 @@ class Scheduler:
         everybody = self._everybody
         turns: list[Turn] = []
         if everybody.idle or everybody.roomy:
-            turns = sorted(filter(None, map(self._turn, list(self._queues.values()))))
+            turns = sorted(filter(None, map(self._turn, list(self._queues))))
         while turns and (everybody.idle or everybody.roomy):
-            _, load, _, job, queue = heapq.heappop(turns)
-            if load == queue.session.load:          # else its session was given something meanwhile: not its turn yet
-                worker = self._room_for(job, queue)
+            _, load, _, key = heapq.heappop(turns)
+            heap = self._queues[key]
+            job = heap[0][2]
+            if load == job.session.load:            # else its session was given something meanwhile: not its turn yet
+                worker = self._room_for(job)
                 if worker is None:
                     continue                        # nor will there be: within a pass room only shrinks
-                heapq.heappop(queue.heap)
+                heapq.heappop(heap)
                 self._assign(job, worker, now)
-            if turn := self._turn(queue):
+            if turn := self._turn(key):
                 heapq.heappush(turns, turn)
 
-    def _turn(self, queue: Queue) -> Turn | None:
-        """Return the rank and the head of a queue: the session that has least goes first. An empty queue goes."""
-        while queue.heap and queue.heap[0][2].state != State.READY:
-            heapq.heappop(queue.heap)
-        if queue.heap:
-            priority, sequence, job = queue.heap[0]
-            return priority, queue.session.load, sequence, job, queue
-        selection = queue.selection
-        del self._queues[queue.session, selection.on, queue.soft]
-        if selection is not self._everybody and all(q.selection is not selection for q in self._queues.values()):
-            del self._selections[selection.on]      # nobody else looks there
-            for worker in selection.members:
-                worker.selections.remove(selection)
+    def _turn(self, key: Key) -> Turn | None:
+        """Return the rank of a queue: the session that has least goes first. An empty queue goes."""
+        heap, (session, on, _) = self._queues[key], key
+        while heap and heap[0][2].state != State.READY:
+            heapq.heappop(heap)
+        if heap:
+            return heap[0][0], session.load, heap[0][1], key
+        del self._queues[key]
+        if on is not None and all(on != other for _, other, _ in self._queues):
+            del self._selections[on]                # nobody else looks there
         return None
 
-    def _room_for(self, job: Job, queue: Queue) -> Worker | None:
-        """Return the worker that should take a job now; None if no eligible one has room."""
-        session, selection = queue.session, queue.selection
+    def _room_for(self, job: Job) -> Worker | None:
+        """Settle what a job is taken for, and return the worker that should take it now; None if none has room."""
+        session, selection = job.session, self._selections[job.on]
         if self.is_paused or session.unacknowledged > UNACKNOWLEDGED:
             return None
-        if queue.soft and not selection.members:
+        if job.soft and not selection.members:
             selection = self._everybody
-        roomy = selection.roomy if self._estimate(job) < LONG else {}
-        if session.limit is None and not session.unfit:     # as mostly
-            if session.latest in selection.idle:        # it is warm, and what it may forget goes in the same frame
-                return session.latest
-            return next(iter(selection.idle or roomy), None)
+        is_suspect = job.deaths or not job.max_deaths       # it runs alone, so that no second charge can be wrong
+        job.estimate = LONG if is_suspect else session.estimates.get(job.fn, LONG)
+        roomy = selection.roomy if job.estimate < LONG else {}
         candidates: Iterable[Worker] = itertools.chain(selection.idle, roomy)
         if session.limit is not None and len(session.workers) >= session.limit:
-            candidates = (w for w in session.workers if w in roomy)     # its own, of which none is idle
-        return next((w for w in candidates if w not in session.unfit), None)
-
-    def _estimate(self, job: Job) -> float:
-        """Return the seconds a job is taken for: LONG unless its function measures short and it is unsuspected."""
-        if job.deaths or not job.max_deaths:
-            return LONG         # a suspect runs alone, so that no second charge can be wrong
-        return job.session.estimates.get(job.fn, LONG)
+            candidates = (worker for worker in session.workers if worker in roomy)  # its own, of which none is idle
+        elif session.latest in selection.idle and session.id not in session.latest.unfit:
+            return session.latest                   # it is warm, and what it may forget goes in the same frame
+        for worker in candidates:
+            if session.id not in worker.unfit:
+                return worker
+        return None
 
     def _assign(self, job: Job, worker: Worker, now: float) -> None:
         """Begin an attempt: everything the worker lacks goes before the run, in the same frame."""
         self._token += 1
         if not worker.inbox:
             worker.moved_at = now
-        self._place(job, worker, self._token, self._estimate(job))
+        job.attempts += 1
+        self._place(job, worker, self._token)
         self._refresh(worker)
         self._equip(worker, job)
         if worker.acks:
@@ -1834,7 +1814,7 @@ class Scheduler:
             options["max_tasks"] = job.max_tasks
         if job.beside:
             options["beside"] = True
-        if job.estimate >= LONG or job.limit is not None:
+        if job.estimate >= LONG or job.job_timeout is not None:
             options["say"] = True           # tell when it begins; a short one is over before anybody asks
         self._send(worker.peer, ("run", job.token, (job.session.id, job.number), job.fn, job.payload, job.log,
                                  options or None))
@@ -1843,8 +1823,8 @@ class Scheduler:
     def _equip(self, worker: Worker, job: Job) -> None:
         """Send the part of the session's log, and the function, that this worker has not got."""
         session = job.session
-        position = worker.positions.get(session.id, 0)
-        if position >= job.log and job.fn in worker.has and worker in session.tried:
+        position = worker.positions.setdefault(session.id, 0)
+        if position >= job.log and job.fn in worker.has:
             return
         entries = session.log[position:job.log]
         for number, name in enumerate([*entries, job.fn], position):
@@ -1854,18 +1834,16 @@ class Scheduler:
             if number < position + len(entries):
                 self._send(worker.peer, ("log", session.id, number, name))
         worker.positions[session.id] = position + len(entries)
-        session.tried[worker] = None
 
-    def _place(self, job: Job, worker: Worker, token: int, estimate: float) -> None:
+    def _place(self, job: Job, worker: Worker, token: int) -> None:
         """Put an attempt into a worker's inbox."""
         self._move(job, State.RUNNING)
-        job.token, job.worker, job.estimate = token, worker, estimate
-        job.attempts += 1
+        job.token, job.worker = token, worker
         if job.beside:
             worker.beside[token] = job
             return
         worker.inbox[token] = job
-        worker.load += estimate
+        worker.load += job.estimate
         session = job.session
         session.load += 1
         session.workers[worker] = session.workers.pop(worker, 0) + 1    # at the end, so that they are used in turn
@@ -1890,32 +1868,24 @@ class Scheduler:
 
     # ---- room, windows, recall ----
 
-    def _select(self, on: frozenset[str] | None) -> Selection:
-        selection = self._selections.get(on)
-        if selection is None:
-            selection = self._selections[on] = Selection(on)
-            for worker in self.workers.values():
-                self._enlist(worker, selection)
-                self._refresh(worker)
-        return selection
-
-    def _enlist(self, worker: Worker, selection: Selection) -> None:
-        if selection.on is None or selection.on & worker.tags:
-            selection.members.add(worker)
-            worker.selections.append(selection)
+    def _enlist(self, worker: Worker) -> None:
+        for on, selection in self._selections.items():
+            if on is None or on & worker.tags:
+                selection.members.add(worker)
 
     def _refresh(self, worker: Worker) -> None:
         """Sort a worker by its room; it moves to the end, so that equals are used in turn."""
         able = self._is_able(worker)
         idle = able and not worker.inbox
         roomy = able and not idle and worker.load < WINDOW_SECONDS
-        for selection in worker.selections:
-            selection.idle.pop(worker, None)
-            selection.roomy.pop(worker, None)
-            if idle:
-                selection.idle[worker] = None
-            elif roomy:
-                selection.roomy[worker] = None
+        for selection in self._selections.values():
+            if worker in selection.members:
+                selection.idle.pop(worker, None)
+                selection.roomy.pop(worker, None)
+                if idle:
+                    selection.idle[worker] = None
+                elif roomy:
+                    selection.roomy[worker] = None
 
     def _is_able(self, worker: Worker) -> bool:
         return (worker.peer is not None and worker not in self._leaving and not worker.recalled
@@ -1927,11 +1897,9 @@ class Scheduler:
             self._arm(since + T_STALL, self._watch_window, worker)
 
     def _watch_window(self, worker: Worker, now: float) -> None:
-        """A window that does not move holds a job that is not short: ask back what has not begun.
-
-        A lone job is asked about too if it was not to tell when it begins: the answer tells.
-        """
+        """A window that does not move holds a job that is not short: ask back what has not begun."""
         worker.watched = False
+        # a lone job is asked about too if it was not to tell when it begins: the answer tells
         quiet = [job for job in worker.inbox.values() if job is not None and job.estimate < LONG and not job.begun]
         if worker.recalled or not (quiet or len(worker.inbox) > 1):
             return
@@ -1976,24 +1944,19 @@ class Scheduler:
         if position == len(session.log):
             session.log.append(name)
 
-    def _break(self, session: Session, now: float) -> None:
-        """Every worker that tried the session's log is unfit: its client fails all its futures."""
-        if session.broken is None:
-            session.broken = next(reversed(session.unfit.values()))
+    def _judge_fitness(self, session: Session, now: float, judges: Iterable[Worker] | None = None) -> None:
+        """A session whose log raised on each of these workers, or of all, is broken: its client fails its futures."""
+        raised = [worker.unfit.get(session.id) for worker in judges or self.workers.values()]
+        if raised and None not in raised and session.broken is None:
+            session.broken = raised[-1]
             self._send(session.peer, ("broken", session.broken))
             self._cancel(session, now, list(session.jobs))
 
-    def _judge_fitness(self, session: Session, now: float) -> None:
-        """Some time after a loss: if all who are left are unfit, nobody will ever run this session's jobs."""
-        left = set(self.workers.values())
-        if left and left <= session.unfit.keys():
-            self._break(session, now)
-
-    def _bye(self, member: Session | Worker | Node, now: float, reason: str) -> None:
+    def _bye(self, member: Member, now: float, reason: str) -> None:
         """A planned end: nothing is waited for."""
         self._end(member, now, {"what": reason, "planned": True})
 
-    def _give_up(self, member: Session | Worker | Node, now: float) -> None:
+    def _give_up(self, member: Member, now: float) -> None:
         """Let go of what stayed away, but for a worker for which its node vouches, and a node that has workers."""
         if now < member.lost_at + member.grace:
             return
@@ -2002,8 +1965,7 @@ class Scheduler:
         elif not (isinstance(member, Node) and member.workers):
             self._end(member, now, {"what": "its host went away"})
 
-    def _end(self, member: Session | Worker | Node, now: float, cause: dict[str, Any],
-             token: int | None = None) -> None:
+    def _end(self, member: Member, now: float, cause: dict[str, Any], token: int | None = None) -> None:
         """Forget a member and all that hung on it."""
         self._detach(member)
         self._gone(member, now)
@@ -2013,21 +1975,22 @@ class Scheduler:
             del self.nodes[member.id]
             for worker in list(member.workers.values()):
                 self._end(worker, now, cause)
-        else:
+        elif isinstance(member, Session):
             del self.sessions[member.id]
             self._cancel(member, now, list(member.jobs))
-            for worker in member.tried:
-                worker.positions.pop(member.id, None)
-                worker.has = {name for name in worker.has if name[0] != member.id}
-                self._send(worker.peer, ("leave", member.id))
+            for worker in self.workers.values():
+                worker.unfit.pop(member.id, None)
+                if worker.positions.pop(member.id, None) is not None:
+                    worker.has = {name for name in worker.has if name[0] != member.id}
+                    self._send(worker.peer, ("leave", member.id))
 
     def _died(self, node: Node, now: float, worker_id: bytes, token: int | None, cause: dict[str, Any]) -> None:
         """A node's word on the death of its worker is final, and its cell's token says who is to blame."""
         worker = self.workers.get(worker_id)
         if worker is not None and worker.node is not node:
             return
-        slot, generation = worker_id[:16], worker_id[16:]
-        self._dead[slot] = max(self._dead.pop(slot, b""), generation)
+        slot = worker_id[:16]
+        self._dead[slot] = max(self._dead.pop(slot, b""), worker_id)
         while len(self._dead) > MOURNED:
             del self._dead[next(iter(self._dead))]
         if "lost" in cause:
@@ -2040,8 +2003,8 @@ class Scheduler:
         del self.workers[worker.id], worker.node.workers[worker.id]
         self._leaving.pop(worker, None)
         self._refresh(worker)
-        for selection in worker.selections:
-            selection.members.remove(worker)
+        for selection in self._selections.values():
+            selection.members.discard(worker)
         if token is None and not cause.get("planned"):
             token = next(iter(worker.inbox), 0)
         for attempt in [*worker.inbox, *worker.beside, *worker.delivering]:
@@ -2051,11 +2014,9 @@ class Scheduler:
                 # max_deaths=0 promises at most once: then what may have begun is charged, and so is what had finished
                 once = not job.max_deaths and (job.begun or job.delivering)
                 self._put_back(job, now, once or (attempt == token and not job.delivering), cause)
-        for session in self.sessions.values():
-            session.unfit.pop(worker, None)
-            session.tried.pop(worker, None)
-            if session.unfit:
-                self._arm(now + T_DEAD, self._judge_fitness, session)       # time enough for who replaces it to come
+        # if all who are left are unfit, nobody will ever run its jobs; time enough for who replaces it to come
+        for session_id in dict.fromkeys(id for left in self.workers.values() for id in left.unfit):
+            self._arm(now + T_DEAD, self._judge_fitness, self.sessions[session_id])
         self._tell_workers(self.sessions.values())
 
     def _exchange_beats(self, node: Node, now: float) -> None:
@@ -2080,23 +2041,20 @@ class Scheduler:
                 self._recall(worker, now)
             self._refresh(worker)
 
-    def _kill(self, session: Session, now: float, numbers: list[int], reason: str) -> None:
+    def _kill(self, session: Session, now: float, numbers: list[int], reason: str, status: str = KILLED) -> None:
         """End jobs by force: the node of a running one reads the cell, and kills only what is still at it."""
         for number in numbers:
             job = session.jobs.get(number)
             if job is None or job.delivering or job.verdict or job.killed:
                 continue
-            job.killed = KILLED, reason             # this is the last attempt
+            job.killed = status, reason             # this is the last attempt
             if job.worker and job.state == State.RUNNING:
                 self._kill_attempt((job.worker, job.token), now)
             elif job.state == State.READY or not self._adopting:    # else a worker may tell that it runs
                 self._put_back(job, now)
 
     def _kill_attempt(self, attempt: tuple[Worker, int], now: float) -> None:
-        """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has.
-
-        Either word may be lost, and it may begin just after both have looked: a kill is repeated until it is over.
-        """
+        """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has."""
         worker, token = attempt
         if token in worker.inbox:
             self._send(worker.peer, ("recall", [token]))
@@ -2104,11 +2062,12 @@ class Scheduler:
             if job is None or job.killed:
                 reason = job.killed[1] if job and job.killed else "its job is not wanted here any more"
                 self._send(worker.node.peer, ("kill", [token], reason))
+                # either word may be lost, and it may begin just after both have looked: repeated until it is over
                 self._arm(now + T_KILL_AGAIN, self._kill_attempt, attempt)
 
     # ---- ranges: relayed as they come, to whoever asked ----
 
-    def _pull(self, reader: Session | Worker, now: float, name: Name, offset: int, length: int) -> None:
+    def _pull(self, reader: Member, now: float, name: Name, offset: int, length: int) -> None:
         """Ask a value's creator for a range. Who else asks for it meanwhile shares the answer."""
         owner = self.sessions.get(name[0]) or self.workers.get(name[0])
         if owner is None:
@@ -2119,8 +2078,7 @@ class Scheduler:
         if len(readers) == 1:
             self._send(owner.peer, ("pull", name, offset, length))
 
-    def _range(self, owner: Session | Worker, now: float, name: Name, offset: int, digest: bytes,
-               body: Any = b"") -> None:
+    def _range(self, owner: Member, now: float, name: Name, offset: int, digest: bytes, body: Any = b"") -> None:
         for peer in owner.asked.pop((name, offset, len(body)), ()):
             self._send(peer, ("range", name, offset, digest, body))
 
@@ -2176,7 +2134,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert every invariant; the only step that walks everything. For tests, and after a stumble."""
-        queued = collections.Counter(entry[2] for ready in self._queues.values() for entry in ready.heap)
+        queued = collections.Counter(entry[2] for heap in self._queues.values() for entry in heap)
         for session in self.sessions.values():
             for number, job in session.jobs.items():
                 story = self.story(job)
@@ -2198,14 +2156,13 @@ class Scheduler:
             assert not set(worker.inbox) & set(worker.delivering), worker.name
             for token, job in worker.delivering.items():
                 assert job.token == token and job.delivering and job.state == State.RUNNING, self.story(job)
-            for selection in worker.selections:
-                assert worker in selection.members
-                assert (worker in selection.idle) == (self._is_able(worker) and not worker.inbox), worker.name
-        for ready in self._queues.values():
-            live = [entry for entry in ready.heap if entry[2].state == State.READY]
-            assert len(ready.heap) <= 64 + 2 * len(ready.session.jobs), "dead entries pile up"
-            for _, _, job in sorted(live)[:1]:
-                assert self._room_for(job, ready) is None, f"an eligible worker idles beside {self.story(job)}"
+            for on, selection in self._selections.items():
+                is_idle = self._is_able(worker) and not worker.inbox and bool(on is None or on & worker.tags)
+                assert (worker in selection.idle) == is_idle, worker.name
+        for (session, _, _), heap in self._queues.items():
+            assert len(heap) <= 64 + 2 * len(session.jobs), "dead entries pile up"
+            for _, _, job in sorted(entry for entry in heap if entry[2].state == State.READY)[:1]:
+                assert self._room_for(job) is None, f"an eligible worker idles beside {self.story(job)}"
         alive = sum(len(session.jobs) for session in self.sessions.values())
         ended = self.counters["delivered"] + self.counters["cancelled"]
         assert self.counters["accepted"] == alive + ended, "jobs went missing"

@@ -540,10 +540,10 @@ class World:
     def judge_limits(self, entry):
         """A job that is known to run has its end asked for when its time is over."""
         begun = {job.token: job for worker in self.scheduler.workers.values() for job in worker.inbox.values()
-                 if job and job.begun and job.limit is not None and job.state == State.RUNNING}
+                 if job and job.begun and job.job_timeout is not None and job.state == State.RUNNING}
         self.limited = {token: self.limited.get(token, self.now) for token in begun}
         for token, since in self.limited.items():
-            in_time = self.now < since + begun[token].limit + 1e-6
+            in_time = self.now < since + begun[token].job_timeout + 1e-6
             assert entry != "tick" or in_time or begun[token].killed, "a job runs on after its time"
 
     # ---- links ----

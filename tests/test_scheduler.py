@@ -395,7 +395,7 @@ class TestClients:
         pool = Cluster()
         _running, *queued = [pool.submit() for _ in range(300)]
         pool.feed("c1", ("cancel", queued))
-        assert sum(len(queue.heap) for queue in pool.scheduler._queues.values()) <= 64
+        assert sum(len(heap) for heap in pool.scheduler._queues.values()) <= 64
 
     def test_cancelling_a_job_that_waits_for_a_claim_frees_it(self):
         pool = Cluster(workers=[], restarted=True)
