@@ -2572,7 +2572,6 @@ def is_server_running(address: str | None = None) -> bool:
 # and a redefined helper arrives. Only bindings are compared: a list changed in place is not sent again.
 # ==================================================================================================================
 
-_Seen = tuple[Callable[..., Any], tuple[Any, ...], Any]  # a function, its arguments, what it returned
 _PicklerBase: Any = object  # _pickler() adds cloudpickle's class, once that is imported
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})  # nothing in them can refer to anything
 OUT_OF_BAND = 32 * 1024  # bytes; below, copying into the pickle is cheaper than a buffer of its own
@@ -2581,7 +2580,6 @@ _MISSING: Any = object()
 _PLACE = pickle.PickleBuffer(bytearray(1))  # where a future's value will be: writable, as that is
 # One name to be set in a module at the worker. A soft one, met while a module is filled, may be left out.
 _Slot = collections.namedtuple("_Slot", "module name value version soft")
-_NEVER = ("minipool", "minipool_worker", "cloudpickle")  # there on every worker, though often under the cwd
 _BY_NAME = (TypeVar, type(functools.lru_cache(int)))  # pickle as a name of their module, be it importable or not
 _HEADER = ("__name__", "__package__", "__file__", "__path__")
 _OWN = frozenset({*_HEADER, "__doc__", "__builtins__", "__spec__", "__loader__", "__cached__", "__minipool__"})
@@ -2630,8 +2628,8 @@ def _set_class(cls: type, state: tuple[Any, Any, int]) -> None:
 @functools.cache  # files do not move while a program runs
 def _is_users(name: str, module: types.ModuleType) -> bool:
     import sysconfig
-    if name.partition(".")[0] in _NEVER:
-        return False
+    if name.partition(".")[0] in ("minipool", "minipool_worker", "cloudpickle"):
+        return False  # there on every worker, though often under the cwd
     file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
     if file is None:
         return getattr(module, "__spec__", None) is None  # made by hand; built-in modules have a spec
@@ -2653,7 +2651,7 @@ def travels_by_value(name: str) -> bool:
 class _Module:
     """One globals dictionary of the client; pickled, it is the worker's module object for it."""
 
-    def __init__(self, session: bytes, space: dict[str, Any], serial: int) -> None:
+    def __init__(self, session: bytes, space: dict[str, Any]) -> None:
         name = str(space.get("__name__", "?"))
         self.space = space
         self.names: dict[str, tuple[Any, int]] = {}  # what was sent: object and version
@@ -2662,14 +2660,7 @@ class _Module:
         self.importable = getattr(sys.modules.get(name), "__dict__", None) is space and not travels_by_value(name)
         header = {k: space[k] for k in _HEADER if k in space}
         self.reduced = (_cloudpickle().subimport, (name,)) if self.importable else (
-            _shared, (session, (name, serial), header))  # a number, as two dictionaries may bear one name: notebooks
-
-
-def _contents(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty: a local function that is not bound yet
-        return _MISSING
+            _shared, (session, id(space), name, header))  # by id, as two dictionaries may bear one name: notebooks
 
 
 class _Pickler(_PicklerBase):  # type: ignore[misc]
@@ -2682,10 +2673,10 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
         self.file = io.BytesIO()
         # What rides beside the pickle: large buffers, and futures in the place of their values' bytes. A function
         # (then it is the root) has none: its bytes tell whether it is known.
-        self.buffers = list[Any]() if root is None else None
+        self.buffers: list[Any] | None = [] if root is None else None
         super().__init__(self.file, 5, buffer_callback=functools.partial(_keep_large, self.buffers))
         self.owner, self.root, self.path, self.filled = owner, root, list[_Slot](), set[int]()
-        self.seen: dict[Any, _Seen] = {}
+        self.seen: dict[Any, tuple[Any, Any, Any]] = {}  # a function, its arguments, what it returned
         self.last: Any = _MISSING  # what is being reduced: the culprit if that fails
 
     def saw(self, get: Callable[..., Any], *args: Any) -> Any:
@@ -2743,7 +2734,7 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             self.saw(getattr, seen, name)
         for cell in fn.__closure__ or ():
-            self.saw(_contents, cell)
+            self.saw(_cloudpickle()._get_cell_contents, cell)
         _, (code, _, *new), (attributes, state), *rest = reduced = super()._dynamic_function_reduce(fn)
         if self.owner is None:
             return reduced
@@ -2810,13 +2801,13 @@ class Functions:
     def __init__(self, session: bytes, next_number: Callable[[], int]) -> None:
         self.session = session
         self.gone: list[int] = []  # numbers of entries that nobody will ask for again
-        # Globals that are a bare object(), by id: one object in all pickles, so `x is MISSING` stays true in a worker.
-        self.sentinels: dict[int, object] = {}
         self._next_number = next_number
         # Reentrant: a finalizer that submits may run inside. It guards all below; hot reads go without.
         self.lock = threading.RLock()
+        # Globals that are a bare object(), by id: one object in all pickles, so `x is MISSING` stays true in a worker.
+        self.sentinels: dict[int, object] = {}
         self._modules: dict[int, _Module] = {}
-        self._known: weakref.WeakKeyDictionary[Any, tuple[Entry, list[_Seen]]] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[Any, tuple[Entry, list[Any]]] = weakref.WeakKeyDictionary()
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()  # by their bytes
         self._room = KEPT_BYTES  # until all that is known is forgotten, which costs another pickle
 
@@ -2863,10 +2854,7 @@ class Functions:
 
     def module(self, space: dict[str, Any]) -> _Module:
         """Return the record of a globals dictionary; kept for good, since its names' versions must never fall."""
-        with self.lock:
-            if id(space) not in self._modules:
-                self._modules[id(space)] = _Module(self.session, space, len(self._modules))
-            return self._modules[id(space)]
+        return self._modules.get(id(space)) or self._modules.setdefault(id(space), _Module(self.session, space))
 
     def _dump(self, what: str, fn: Any, value: Any) -> Any:
         """Return a pickler that has pickled `value`: `fn`, or something of a call; an error says `what` it is."""
@@ -2889,17 +2877,14 @@ class Functions:
 
 # ---- worker half: what the pickles call ----
 
-# By session and key; the worker drops those of a session that is over.
-_shared_objects: dict[bytes, dict[Any, Any]] = {}
+# By session, and by their ids at the client, which keeps them; the worker drops those of a session that is over.
+_shared_objects: dict[bytes, dict[int, Any]] = {}
 _names_lock = threading.RLock()  # reentrant: the value that a name loses may have a finalizer
 
 
-def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any]) -> Any:
-    """Return this process's object for a client module; its __dict__ is the functions' globals.
-
-    Its `__minipool__` holds the version of each name that was set.
-    """
-    module = types.ModuleType(key[0])
+def _shared(session: bytes, key: int, name: str, header: dict[str, Any]) -> Any:
+    """Return this process's object for a client module; its `__minipool__` is the version of each name that was set."""
+    module = types.ModuleType(name)
     vars(module).update(header, __builtins__=__builtins__, __minipool__={})
     return _shared_objects.setdefault(session, {}).setdefault(key, module)  # atomic: jobs may load in several threads
 
@@ -3065,8 +3050,8 @@ def job_id(name: Name) -> str:
     return f"{name[0][:4].hex()}-{name[1]}"
 
 
-# What it takes to send a job, and to send it again: its function as messages say it (the entry, its name, options), its
-# arguments (none yet while they wait for futures), how long the log was.
+# What it takes to send a job, and to send it again: its function (entry, name, options), its arguments (b"" while
+# they wait for futures), how long the log was.
 _Call = tuple[tuple[Entry, Name, dict[str, Any]], bytes | Blob, int]
 _publishing = threading.Lock()      # held for a moment where a future's state and its being watched must agree
 
@@ -3166,14 +3151,6 @@ class Future(concurrent.futures.Future[Any]):
         with _publishing:
             if self._raw is not None:
                 self._result, self._exception, self._raw = value, error, None
-
-    def travelling(self) -> Any:
-        """Return the value's bytes, as they came if nobody has looked at it yet; raise what the job raised."""
-        raw = self._raw
-        if raw and raw[0] == OK:
-            return raw[1]
-        value = encode_value(self.result(0))
-        return value.read(0, value.size) if isinstance(value, Blob) else value
 
     def _settle(self, status: str, value: Any) -> None:
         """End the future with an outcome to be decoded; waiters wake, callbacks go to their thread. For the client."""
@@ -3293,14 +3270,18 @@ class Client:
             if not given.done():
                 return given.add_done_callback(lambda _: self._link(future, call, buffers, inputs))
         try:
-            packed = pack(call, [part.travelling() if isinstance(part, Future) else part for part in buffers])
+            for place, part in enumerate(buffers):
+                if isinstance(part, Future):
+                    raw = part._raw         # the value's bytes, as they came if nobody has looked at it yet
+                    value = raw[1] if raw and raw[0] == OK else encode_value(part.result(0))
+                    buffers[place] = value.read(0, value.size) if isinstance(value, Blob) else value
+            packed = pack(call, buffers)
             check_size(packed, self.max_value, "arguments", future)
         except concurrent.futures.CancelledError:
             return self.later(future.cancel)        # not here: a chain may be long
         except BaseException as error:      # that of a future, or its value cannot be pickled again
-            problem = error
             with self.lock:
-                return self._finish(future, DIED, lambda: problem)
+                return self._finish(future, DIED, lambda error=error: error)
         with self.lock:
             if future._call:                # else it was cancelled meanwhile
                 wired, _, log = future._call

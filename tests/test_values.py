@@ -120,7 +120,7 @@ class TestHooks:
         assert callable(cloudpickle.Pickler._dynamic_function_reduce)
         assert callable(cloudpickle.Pickler._function_getnewargs)
         for name in ("_dynamic_class_reduce", "_function_setstate", "_class_setstate", "_extract_code_globals",
-                     "subimport"):
+                     "_get_cell_contents", "subimport"):
             assert callable(getattr(inner, name))
 
     def test_a_function_reduces_to_the_parts_that_are_replaced(self):
