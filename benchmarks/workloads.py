@@ -460,7 +460,7 @@ WORKLOADS = {workload.name: workload for workload in (
         "`gather(direct=True)`, which is faster than an argument; Ray's workers map the memory that the client wrote.",
         echoes, (Figure("rate", "MB/s", more=True), Figure("seconds", "seconds", "{:.3f}")),
         (Gate("rate", "ray", LEAST, 1, 2), Gate("rate", "dask", LEAST, 2), Gate("rate", "processpool", LEAST, 5)),
-        {"bytes": 64 * MB, "times": 5}, {"bytes": 4 * MB, "times": 2}, (*LOCAL, "dask", "ray")),
+        {"bytes": 64 * MB, "times": 4}, {"bytes": 4 * MB, "times": 2}, (*LOCAL, "dask", "ray")),
     Workload(
         "W3b", "The same with shared memory off, as between hosts",
         "With `MINIPOOL_SHARED_MEMORY=0` all bytes go through the server. The bare relay sends the same ranges of "
@@ -482,7 +482,7 @@ WORKLOADS = {workload.name: workload for workload in (
                       Figure("client_job", "client, bytes a job"), Figure("server_job", "server, bytes a job held")),
         (Gate("client", "processpool", MOST, 1), Gate("server", "", MOST, 60),
          Gate("seconds", "processpool", MOST, 0.4)),
-        {"jobs": 100_000}, {"jobs": 5000}, (*LOCAL, "loky")),
+        {"jobs": 100_000}, {"jobs": 5000}, LOCAL),
     Workload(
         "W4m", "1,000,000 jobs run through 100,000 futures",
         "So many are out at any time, each that ends replaced by the next. *Last* and *slowest* are the rates of the "
@@ -556,7 +556,7 @@ WORKLOADS = {workload.name: workload for workload in (
                         *(Figure(f"{key}_{n}", f"{n:,} {title}", more=True) for key, title in (
                             ("beside", "beside"), ("alone", "alone"), ("spread", "spread")) for n in IDLE)),
         (Gate("slower", "", MOST, 0.2), Gate("slower_many", "", MOST, None, 0.2)),
-        {"idle": IDLE, "window": 1000, "jobs": 10_000, "alone": 1000, "turns": 3},
+        {"idle": IDLE, "window": 500, "jobs": 3000, "alone": 500, "turns": 2},
         {"idle": IDLE[:2], "window": 500, "jobs": 1000, "alone": 100, "turns": 1}, ("minipool",), opens=False),
 )}
 
