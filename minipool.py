@@ -1185,6 +1185,7 @@ WINDOW_SECONDS = 0.02   # of estimated work that may lie in a worker's inbox
 WINDOW_JOBS = 256       # at most; so no job is estimated shorter than WINDOW_SECONDS / WINDOW_JOBS
 LONG = 1e9              # the estimate of a function not known to be short: nothing else fits beside it
 UNACKNOWLEDGED = 16 << 20   # bytes of outcomes on their way to a client; with more, it does not read: its jobs wait
+KEPT_SELECTIONS = 64    # by `on`, though no job waits there; more than a program names
 MOURNED = 10_000        # slots whose dead are remembered: a dead worker's words may be read after its death
 CREDIT_JOBS = 4096      # jobs a session may have at the server; the rest waits at the client, so memory is constant
 
@@ -1234,6 +1235,7 @@ class Worker(Member):
         self.delivering: dict[int, Job] = {}        # outcomes it keeps for clients
         self.load = 0.0                             # estimated seconds of work in the inbox
         self.moved_at = 0.0                         # when it last finished something
+        self.selections: list[Selection] = []       # that have it as a member
         self.has: set[Name] = set()                 # objects it was sent
         self.positions: dict[bytes, int] = {}       # how much it was sent of the log of each session that it knows
         self.unfit: dict[bytes, Value] = {}         # sessions whose log raised there, and what
@@ -1325,6 +1327,7 @@ class Scheduler:
         self._queues: dict[Key, list[tuple[float, int, Job]]] = {}
         self._everybody = Selection()
         self._selections: dict[frozenset[str] | None, Selection] = {None: self._everybody}      # by `on`
+        self._sweep_at = KEPT_SELECTIONS                # that many: those where nobody looks now go
         self._adopting = adopting
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
         self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
@@ -1487,7 +1490,8 @@ class Scheduler:
             for older in [id for id in node.workers if id[:16] == slot and id < info["id"]]:
                 self._died(node, now, older, None, {"what": "was replaced by a newer process"})
             worker = self.workers[info["id"]] = node.workers[info["id"]] = Worker(node, info)
-            self._enlist(worker)
+            for on, selection in self._selections.items():
+                self._enlist(worker, on, selection)
         worker.has, worker.recalled, worker.acks = set(info["has"]), [], []
         # of a session that it does not list it may have functions all the same: it is told when that one leaves
         worker.positions = {**dict.fromkeys(worker.positions, 0), **info["positions"]}
@@ -1632,10 +1636,7 @@ class Scheduler:
             return self._assign(job, there, now)
         if job.payload is not None:         # else it waits until its client has sent it
             if job.on not in self._selections:
-                self._selections[job.on] = Selection()
-                for worker in self.workers.values():
-                    self._enlist(worker)
-                    self._refresh(worker)
+                self._select(job.on)
             heap = self._queues.setdefault((job.session, job.on, job.soft), [])
             heapq.heappush(heap, (-job.priority, job.sequence, job))
 
@@ -1764,14 +1765,12 @@ class Scheduler:
 
     def _turn(self, key: Key) -> Turn | None:
         """Return the rank of a queue: the session that has least goes first. An empty queue goes."""
-        heap, (session, on, _) = self._queues[key], key
+        heap, session = self._queues[key], key[0]
         while heap and heap[0][2].state != State.READY:
             heapq.heappop(heap)
         if heap:
             return heap[0][0], session.load, heap[0][1], key
         del self._queues[key]
-        if on is not None and all(on != other for _, other, _ in self._queues):
-            del self._selections[on]                # nobody else looks there
         return None
 
     def _room_for(self, job: Job) -> Worker | None:
@@ -1868,24 +1867,39 @@ class Scheduler:
 
     # ---- room, windows, recall ----
 
-    def _enlist(self, worker: Worker) -> None:
-        for on, selection in self._selections.items():
-            if on is None or on & worker.tags:
-                selection.members.add(worker)
+    def _select(self, on: frozenset[str] | None) -> None:
+        """Look who is admitted by an `on`. That is a look at every worker, so what was found outlives its queue."""
+        if len(self._selections) >= self._sweep_at:
+            used = {None, *(on for _, on, _ in self._queues)}
+            for unused in self._selections.keys() - used:
+                selection = self._selections.pop(unused)
+                for worker in selection.members:
+                    worker.selections.remove(selection)
+            self._sweep_at = 2 * len(self._selections) + KEPT_SELECTIONS
+        self._selections[on] = selection = Selection()
+        for worker in self.workers.values():
+            self._enlist(worker, on, selection)
+            if worker in selection.members:
+                self._refresh(worker, [selection])
 
-    def _refresh(self, worker: Worker) -> None:
+    @staticmethod
+    def _enlist(worker: Worker, on: frozenset[str] | None, selection: Selection) -> None:
+        if on is None or on & worker.tags:
+            selection.members.add(worker)
+            worker.selections.append(selection)
+
+    def _refresh(self, worker: Worker, selections: Iterable[Selection] | None = None) -> None:
         """Sort a worker by its room; it moves to the end, so that equals are used in turn."""
         able = self._is_able(worker)
         idle = able and not worker.inbox
         roomy = able and not idle and worker.load < WINDOW_SECONDS
-        for selection in self._selections.values():
-            if worker in selection.members:
-                selection.idle.pop(worker, None)
-                selection.roomy.pop(worker, None)
-                if idle:
-                    selection.idle[worker] = None
-                elif roomy:
-                    selection.roomy[worker] = None
+        for selection in worker.selections if selections is None else selections:
+            selection.idle.pop(worker, None)
+            selection.roomy.pop(worker, None)
+            if idle:
+                selection.idle[worker] = None
+            elif roomy:
+                selection.roomy[worker] = None
 
     def _is_able(self, worker: Worker) -> bool:
         return (worker.peer is not None and worker not in self._leaving and not worker.recalled
@@ -2003,8 +2017,8 @@ class Scheduler:
         del self.workers[worker.id], worker.node.workers[worker.id]
         self._leaving.pop(worker, None)
         self._refresh(worker)
-        for selection in self._selections.values():
-            selection.members.discard(worker)
+        for selection in worker.selections:
+            selection.members.remove(worker)
         if token is None and not cause.get("planned"):
             token = next(iter(worker.inbox), 0)
         for attempt in [*worker.inbox, *worker.beside, *worker.delivering]:

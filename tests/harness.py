@@ -12,6 +12,7 @@ Each call feeds one event, keeps what the scheduler sends under the name of whom
 
 from __future__ import annotations
 
+import collections
 import itertools
 
 from minipool import OK, RAISED, T_DEAD, UNFIT, Scheduler, check_message
@@ -23,7 +24,7 @@ class Cluster:
     def __init__(self, workers=("w1",), clients=("c1",), *, tags=None, limit=None, restarted=False, dead_after=T_DEAD):
         self.now, self.lives = 100.0, 0
         self.peers, self.sent, self.connections = itertools.count(1), {}, {}
-        self.generations = dict.fromkeys(workers, 1)
+        self.generations = collections.defaultdict(lambda: 1)
         self.tags, self.limit, self.dead_after = tags or {}, limit, dead_after
         self.attempts = {}              # token: (worker, client, job), of all runs ever sent
         self.numbers = itertools.count(1)
