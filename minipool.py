@@ -2618,9 +2618,8 @@ _snapshots: dict[type, tuple[int, tuple[Any, ...]]] = {}
 
 def _class_version(cls: type) -> int:
     """Return the version of `cls`, raised if it was made here and one of its attributes became another object."""
-    version = _classes.setdefault(cls, _MADE_HERE)
-    if version != _MADE_HERE:
-        return version
+    if _classes.setdefault(cls, _MADE_HERE) != _MADE_HERE:
+        return _classes[cls]
     now = (*cls.__dict__, *cls.__dict__.values())
     version, then = _snapshots.get(cls, (0, ()))
     if len(now) != len(then) or not all(map(operator.is_, now, then)):
@@ -2818,8 +2817,7 @@ class Functions:
         self._next_number = next_number
         # Reentrant: a finalizer that submits may run inside. It guards all below; hot reads go without.
         self.lock = threading.RLock()
-        # Globals that are a bare object(), by id: one object in all pickles, so `x is MISSING` stays true in a worker.
-        self.sentinels: dict[int, object] = {}
+        self.sentinels: dict[int, object] = {}  # globals that are an object(), by id: `x is MISSING` stays true
         self._modules: dict[int, _Module] = {}
         self._known: weakref.WeakKeyDictionary[Any, tuple[Entry, list[Any]]] = weakref.WeakKeyDictionary()
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()  # by their bytes

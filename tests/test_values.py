@@ -1,4 +1,5 @@
 """What travels, how, and what the worker makes of it; the worker is another process in another directory."""
+import concurrent.futures
 import functools
 import importlib
 import io
@@ -423,6 +424,14 @@ class TestValues:
 
     def test_a_small_buffer_stays_in_the_pickle(self, session):
         assert session.dumps_call(max, (pickle.PickleBuffer(bytearray(1000)),), {})[1] == []
+
+    def test_the_bytes_of_a_future_s_value_take_its_place_among_the_buffers(self, session):
+        future, data = concurrent.futures.Future(), bytes(100_000)
+        blob, buffers, inputs = session.dumps_call(max, (future, pickle.PickleBuffer(data)), {"again": [future]})
+        assert buffers[0] is future and inputs == [future] and len(buffers) == 2
+        buffers[0] = minipool.encode_value("value")
+        (value, buffer), named = minipool.decode_value(as_bytes(minipool.pack(blob, buffers)))
+        assert (value, named, bytes(buffer)) == ("value", {"again": ["value"]}, data)
 
     def test_arrays_arrive_writable_and_come_back(self, session):
         numpy = pytest.importorskip("numpy")
