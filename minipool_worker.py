@@ -45,7 +45,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import minipool
@@ -95,25 +95,29 @@ class _Gpu(NamedTuple):
     usable: bool = True  # False: it is lost, or CUDA sees its MIG instances in its place
 
 
-def visible_devices(mask: str | None) -> list[str] | None:
-    """Return the devices that a value of CUDA_VISIBLE_DEVICES shows, in order; None (all of them) when it is unset.
+def visible_devices(mask: str, gpus: Sequence[_Gpu] = ()) -> list[_Gpu]:
+    """Return the devices that a value of CUDA_VISIBLE_DEVICES shows, in order, with what NVML says of them in `gpus`.
 
     The driver's rules, as torch tested them: the first entry that is no device ends the list, a repeated one empties
     it, numbers are read like strtoul ("1gpu2" is 1), UUIDs may be prefixes and do not mix with numbers.
     """
-    if mask is None:
-        return None
     kind = mask[:4] if mask.startswith(("GPU-", "MIG-")) else ""
-    tokens: list[str] = []
+    # NVML cannot rule a device out where CUDA counts otherwise or where a UUID was not told; MIG has old spellings.
+    certain = any(gpu.token.isdecimal() for gpu in gpus) and all(gpu.uuid for gpu in gpus) and kind != "MIG-"
+    shown: list[_Gpu] = []
     for entry in mask.split(","):
         number = None if kind else re.match(r"\s*\+?([0-9]+)", entry)
-        token = str(int(number[1])) if number else entry
-        if token in tokens:
-            return []
         if not number and not (kind and entry.startswith(kind)):
             break
-        tokens.append(token)
-    return tokens
+        token = str(int(number[1])) if number else entry
+        fits = [gpu for gpu in gpus if gpu.token == token or (gpu.uuid or "").startswith(token)]
+        if len(fits) != 1 and certain:
+            break
+        gpu = fits[0]._replace(token=token) if len(fits) == 1 else _Gpu(token)
+        if any(gpu.token == other.token or (gpu.uuid and gpu.uuid == other.uuid) for other in shown):
+            return []       # a repeated device, perhaps by two prefixes of its UUID
+        shown.append(gpu)
+    return shown
 
 
 def _listed(names: str | Iterable[str]) -> list[str]:
@@ -166,37 +170,21 @@ def _enumerate(by_index: bool) -> Iterator[_Gpu]:
                 yield _Gpu(part_uuid, part_uuid, _ask(nvml, "Name", part) or name)
 
 
-def _masked(tokens: list[str], gpus: list[_Gpu]) -> list[_Gpu]:
-    """Add what NVML knows to the tokens of a mask; as in CUDA, one that surely is not there ends the list."""
-    # NVML cannot rule a token out where CUDA counts otherwise or where a UUID was not told; MIG has old spellings.
-    certain = any(gpu.token.isdecimal() for gpu in gpus) and all(gpu.uuid for gpu in gpus)
-    shown: list[_Gpu] = []
-    for token in tokens:
-        fits = [gpu for gpu in gpus if gpu.token == token or (gpu.uuid or "").startswith(token)]
-        if len(fits) != 1 and certain and not token.startswith("MIG-"):
-            break
-        gpu = fits[0]._replace(token=token) if len(fits) == 1 else _Gpu(token)
-        if gpu.uuid and gpu.uuid in [other.uuid for other in shown]:
-            return []  # two prefixes of one UUID: a repeated device
-        shown.append(gpu)
-    return shown
-
-
 def _nvidia(environ: Mapping[str, str]) -> list[_Gpu]:
     """Return the NVIDIA devices this node may use: those of the mask, or without a mask all that NVML knows."""
-    tokens = visible_devices(environ.get(_MASK))
-    if tokens == []:
+    mask = environ.get(_MASK)
+    if mask is not None and not visible_devices(mask):
         return []
     try:
         gpus = list(_enumerate(by_index=environ.get(_ORDER, "PCI_BUS_ID") == "PCI_BUS_ID"))
     except Exception as error:  # not only NVMLError: a foreign binding may fail in any way
         amd = any(name in environ for name in _AMD)
-        usual = "LibraryNotFound" in type(error).__name__ and not tokens and not amd       # a machine without a GPU
+        usual = "LibraryNotFound" in type(error).__name__ and not mask and not amd         # a machine without a GPU
         _log.log(logging.INFO if usual else logging.WARNING, "NVML does not answer (%s: %s): %s%s",
-                 type(error).__name__, error, f"{_MASK} is taken as it is" if tokens else "no NVIDIA GPU is used",
+                 type(error).__name__, error, f"{_MASK} is taken as it is" if mask else "no NVIDIA GPU is used",
                  f"; for AMD GPUs give --devices 0,1,... --device-env {_AMD[0]}" if amd else "")
-        return [_Gpu(token) for token in tokens or ()]
-    return _masked(tokens, gpus) if tokens else [gpu for gpu in gpus if gpu.usable]
+        return visible_devices(mask or "")
+    return [gpu for gpu in gpus if gpu.usable] if mask is None else visible_devices(mask, gpus)
 
 
 def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers: int | None = None,
@@ -255,10 +243,11 @@ class SessionState:
         self.unfit = b""                        # what an entry raised: then nothing of this client runs here
 
 
-def encode_exception(error: BaseException, where: str) -> bytes | Blob:
+def encode_exception(error: BaseException, where: str, limit: int) -> bytes | Blob:
     """Return a job's exception as it travels: itself if it is known to load again, and its text in any case.
 
-    Many exceptions pickle well and fail at loading, because __init__ wants more than `args` holds.
+    Many exceptions pickle well and fail at loading, because __init__ wants more than `args` holds. Of one that takes
+    more than `limit` bytes only the beginning of its text travels.
     """
     pickled = None
     frames = error.__traceback__.tb_next if error.__traceback__ else None       # without the worker's own frame
@@ -266,12 +255,16 @@ def encode_exception(error: BaseException, where: str) -> bytes | Blob:
         data = minipool.encode_value(error)
         data = data if isinstance(data, bytes) else data.read(0, data.size)
         pickled = bytes(data) if type(minipool.decode_value(data)) is type(error) else None
+    kind = type(error).__qualname__
     try:
         text = "".join(traceback.format_exception(type(error), error, frames))
         words = str(error)
     except BaseException:           # an exception whose __str__ raises
-        text, words = f"{type(error).__qualname__} (its text cannot be shown)", ""
-    return minipool.encode_value((pickled, type(error).__qualname__, words, text, where))
+        text, words = f"{kind} (its text cannot be shown)", ""
+    value = minipool.encode_value((pickled, kind, words, text, where))
+    if (value.size if isinstance(value, Blob) else len(value)) > limit:
+        value = minipool.encode_value((None, kind, words[:1000] + " [...]", text[:1000] + " [...]", where))
+    return value
 
 
 class Worker:
@@ -364,7 +357,7 @@ class Worker:
             status, value = OK, minipool.encode_value(fn(*args, **kwargs))
             minipool.check_size(value, self._max_value, "result", fn)
         except BaseException as error:          # SystemExit and KeyboardInterrupt too: the job's, not the worker's
-            status, value = RAISED, self._encode_failure(error, self._max_value)
+            status, value = RAISED, encode_exception(error, self._where, self._max_value)
             with contextlib.suppress(Exception):
                 retry = bool(retry_on and isinstance(error, retry_on))
         self._finish(attempt, status, value, time.perf_counter() - began, retry)
@@ -403,16 +396,8 @@ class Worker:
                 fn(*args, **kwargs)
                 state.applied += 1
             except BaseException as error:
-                state.unfit = bytes(self._encode_failure(error, minipool.INLINE))      # type: ignore[arg-type]
+                state.unfit = bytes(encode_exception(error, self._where, minipool.INLINE))     # type: ignore[arg-type]
         return state.unfit
-
-    def _encode_failure(self, error: BaseException, limit: int) -> bytes | Blob:
-        """Return an exception as it travels; of one that is too long the beginning of its text."""
-        value = encode_exception(error, self._where)
-        if (value.size if isinstance(value, Blob) else len(value)) > limit:
-            cut = minipool.RemoteError(type(error).__qualname__, str(error)[:1000] + " [...]")
-            value = encode_exception(cut, self._where)
-        return value
 
     def _open_payload(self, attempt: Attempt) -> tuple[Any, Any, Any]:
         """Return args, kwargs, and the exception types to retry on."""

@@ -48,7 +48,6 @@ def masked(mask, **options):
 
 class TestTheMask:
     @pytest.mark.parametrize(("mask", "devices"), [
-        (None, None),
         ("", []), ("-1", []), ("NoDevFiles", []), (" ", []), (",0", []),
         ("0", ["0"]), ("2,0", ["2", "0"]), (" 1 , 3", ["1", "3"]), ("+1", ["1"]), ("01", ["1"]),
         ("0,1,-1,2", ["0", "1"]), ("0,1,,2", ["0", "1"]), ("0,x,1", ["0"]),
@@ -60,7 +59,7 @@ class TestTheMask:
         ("MIG-GPU-89/1/0", ["MIG-GPU-89/1/0"]),
     ])
     def test_is_read_as_the_driver_reads_it(self, mask, devices):
-        assert visible_devices(mask) == devices
+        assert [gpu.token for gpu in visible_devices(mask)] == devices
 
     def test_is_handed_on_verbatim_and_in_its_order(self, machine):
         machine(A100, H200)
