@@ -898,77 +898,64 @@ class Supervisor:
             _stderr.write(f"[{self.name}-{child.place}] {text}\n")
 
 
-class ChildProcess:
-    """A child that serves an embedded pool or a node: told what to do by one line, ended by the end of its stdin."""
+class Node:
+    """A node inside a program: a handle on a child process that supervises this machine's workers.
 
-    def __init__(self, job: dict[str, Any]) -> None:
-        self._line, theirs = socket.socketpair()
+    `address`, `secret` and `tls` as in `Executor`: for "local" the child is an embedded pool, server and all. The rest
+    is named as the flags of `connect`: `name`, `gpus`, `workers_per_gpu`, `cpu_workers`, `devices`, `device_env`,
+    `tags`, `max_tasks`. `start()` returns when the server has welcomed it. Raises ServerLost, Refused,
+    VersionMismatch, or ValueError for devices that are not there.
+    """
+
+    def __init__(self, address: str | None = None, *, secret: str | None = None, connect_timeout: float = 10.0,
+                 **options: Any) -> None:
+        place = None if address == "local" else minipool.format_address(*minipool.parse_address(address))
+        self._job = {"address": place, "secret": minipool.find_secret(secret).text, "options": options}
+        self._patience = connect_timeout
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Node:
+        """Start the child process, tell it by one line what to do, and wait for its welcome, another."""
+        self._line, theirs = socket.socketpair()        # the end of file of ours ends it
         with theirs:        # a session of its own: Ctrl-C in the terminal is for the client alone
             self._process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_child"],
                                              stdin=theirs.fileno(), start_new_session=True)
         try:
-            self._line.settimeout(job.get("connect_timeout") or 60)
-            self._line.sendall(json.dumps(job).encode() + b"\n")
+            self._line.settimeout(self._patience)
+            self._line.sendall(json.dumps(self._job).encode() + b"\n")
             with self._line.makefile("rb") as file:
                 line = file.readline()
             if not line.endswith(b"\n"):
                 raise minipool.ServerLost(f"the child process ended with exit code {self._process.wait(5)}")
             self.answer: dict[str, Any] = json.loads(line)
             if "error" in self.answer:
-                kinds = minipool.ServerLost, minipool.Refused, minipool.VersionMismatch, OSError
-                kind = next((kind for kind in kinds if kind.__name__ == self.answer["error"]), ValueError)
-                raise kind(self.answer["text"])
+                kinds = {kind.__name__: kind for kind in (minipool.ServerLost, minipool.Refused,
+                                                          minipool.VersionMismatch, OSError)}
+                raise kinds.get(self.answer["error"], ValueError)(self.answer["text"])
         except BaseException as error:
             self.stop()
             if isinstance(error, TimeoutError):
                 raise minipool.ServerLost("no server answered in time") from None
             raise
-
-    def stop(self) -> None:
-        """End the child, and with it its workers."""
-        self._line.close()
-        if not self.wait(10):
-            self._process.kill()
-            self._process.wait()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the child has ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout)
-        return self._process.returncode is not None
-
-
-class Node:
-    """A node inside a program: a handle on a child process that supervises this machine's workers.
-
-    `address`, `secret` and `tls` as in `Executor`; the rest is named as the flags of `connect`: `name`, `gpus`,
-    `workers_per_gpu`, `cpu_workers`, `devices`, `device_env`, `tags`, `max_tasks`. `start()` returns when the server
-    has welcomed it. Raises ServerLost, Refused, VersionMismatch, or ValueError for devices that are not there.
-    """
-
-    def __init__(self, address: str | None = None, *, secret: str | None = None, connect_timeout: float = 10.0,
-                 **options: Any) -> None:
-        self._job = {"serve": False, "connect_timeout": connect_timeout, "options": options,
-                     "address": minipool.format_address(*minipool.parse_address(address)),
-                     "secret": minipool.find_secret(secret).text}
-        self.child: ChildProcess | None = None
-
-    def start(self) -> Node:
-        """Start the child process and wait for its welcome."""
-        self.child = ChildProcess(self._job)
         return self
 
     def stop(self) -> None:
         """End the workers and the node at once; their jobs run again elsewhere."""
-        if self.child:
-            self.child.stop()
+        if self._process:
+            self._line.close()
+            if not self.wait(10):
+                self._process.kill()
+                self._process.wait()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the node has ended; False if `timeout` seconds passed first."""
-        return self.child is None or self.child.wait(timeout)
+        try:
+            return not self._process or self._process.wait(timeout) is not None
+        except subprocess.TimeoutExpired:
+            return False
 
     def __enter__(self) -> Node:
-        return self if self.child else self.start()
+        return self if self._process else self.start()
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
@@ -997,8 +984,8 @@ def child_main(lifeline: socket.socket) -> int:
     with contextlib.ExitStack() as stack:
         try:
             job = json.loads(lifeline.makefile("rb").readline())    # an empty one, of a dead parent, is no JSON
-            address = job.get("address")
-            if job["serve"]:
+            address = job["address"]
+            if address is None:                 # an embedded pool
                 gc.set_threshold(100_000)       # as `serve` does
                 server = minipool.Server(port=0, secret=job["secret"], embedded=True)
                 address = stack.enter_context(server).address
