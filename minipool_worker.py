@@ -584,19 +584,6 @@ class _Stderr(queue.SimpleQueue[Any]):      # reentrant: signal handlers log too
 _stderr = _Stderr()
 
 
-def _freeze(pid: int) -> bool:
-    """Stop a process and wait until it stands still; False if it is dead."""
-    give_up = time.monotonic() + 1
-    with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        os.kill(pid, signal.SIGSTOP)
-        kinds = os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG
-        while not (state := os.waitid(os.P_PID, pid, kinds)) and time.monotonic() < give_up:
-            time.sleep(0.0005)
-        # None: a driver holds it in the kernel: there it begins no other attempt
-        return state is None or state.si_code == os.CLD_STOPPED
-    return False
-
-
 @contextlib.contextmanager
 def _locked(name: str, mode: int) -> Iterator[None]:
     """Hold a lock file of this user's, or raise BlockingIOError; the kernel lets go of it, however we end."""
@@ -607,9 +594,9 @@ def _locked(name: str, mode: int) -> Iterator[None]:
         yield
 
 
-def _oom_kills(pid: int) -> tuple[str, int]:
-    """Return a process's memory cgroup, and how many processes the kernel has killed there for want of memory."""
-    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/cgroup") as cgroups:
+def _oom_kills() -> tuple[str, int]:
+    """Return this process's memory cgroup, and how many processes the kernel has killed there for want of memory."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/cgroup") as cgroups:
         for line in cgroups:
             _, controllers, path = line.strip().split(":", 2)
             if controllers in ("", "memory"):       # version 2; version 1
@@ -620,23 +607,51 @@ def _oom_kills(pid: int) -> tuple[str, int]:
 
 
 class Child:
-    """One slot, and the worker process in it, as its node sees them."""
+    """A worker process as its node sees it, from its start to its burial."""
 
-    def __init__(self, place: int, slot: Slot) -> None:
-        self.place, self.slot = place, slot
-        self.start_at = 0.0                         # when a worker is to be started here
-        self.generation = 0                         # how many have been
-        self.deaths = 0                             # how many have died since one of them finished a job
-        # of the worker that runs
-        self.process: Any = None                    # None: none does
-        self.cell: Any = None                       # [token it executes, jobs it has finished]
-        self.life: Any = None                       # our end of the pipe whose end of file it dies of
-        self.output: Any = None                     # our end of its stdout and stderr
-        self.pidfd = -1
-        self.id = b""
-        self.killed = self.lost = ""                # why we killed it; what NVML said of its GPU, which is no more
+    def __init__(self, setup: dict[str, Any], environ: Mapping[str, str | None]) -> None:
+        self.id, self.place = setup["id"], setup["slot"]
+        self.killed = ""                                    # why we killed it
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-        self.rest = b""                             # of a line not complete yet
+        self.rest = b""                                     # of its output: a line not complete yet
+        context: Any = multiprocessing.get_context("spawn")
+        self.cell = context.RawArray(ctypes.c_uint64, 2)    # [token it executes, jobs it has finished]
+        life, self.life = context.Pipe(duplex=False)        # of the end of file of ours it dies
+        self.output, output = context.Pipe(duplex=False)    # its stdout and stderr
+        os.set_blocking(self.output.fileno(), False)
+        self.process = context.Process(target=_worker_main, args=(setup, self.cell, life, output),
+                                       name=f"minipool-worker-{self.place}", daemon=False)
+        for name, value in environ.items():     # what it inherits: multiprocessing has no env=
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        with life, output:
+            self.process.start()
+        try:        # readable when the process is dead; the sentinel may lie while a grandchild lives
+            self.pidfd = os.pidfd_open(self.process.pid)
+        except (OSError, AttributeError):
+            self.pidfd = os.dup(self.process.sentinel)
+
+    def kill(self, why: str = "") -> None:
+        """Kill its process group: grandchildren too."""
+        self.killed = why or self.killed
+        for kill in (os.killpg, os.kill):       # the group exists once the child has called setsid
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(self.process.pid, signal.SIGKILL)
+
+    def end_attempt(self, token: int, why: str) -> None:
+        """Stop the process, wait until it stands still, read the cell, and kill it only if it is at that attempt."""
+        pid, give_up = self.process.pid, time.monotonic() + 1
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGSTOP)
+            kinds = os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG
+            while not (state := os.waitid(os.P_PID, pid, kinds)) and time.monotonic() < give_up:
+                time.sleep(0.0005)
+            # None: a driver holds it in the kernel: there it begins no other attempt
+            if (state is None or state.si_code == os.CLD_STOPPED) and self.cell[0] == token:
+                self.kill(why)
+            else:       # it is over
+                os.kill(pid, signal.SIGCONT)
 
 
 class Supervisor:
@@ -650,10 +665,12 @@ class Supervisor:
         found = find_slots(**{name: options[name] for name in names if options.get(name) is not None})
         self.slots = [found[i % len(found)] for i in range(options.get("workers") or len(found))]   # dealt in turn
         self.name: str = options.get("name") or socket.gethostname().split(".")[0]
-        self.failure: BaseException | None = None
-        self._context = multiprocessing.get_context("spawn")
         self._environ = {name: os.environ.get(name) for slot in self.slots for name in slot.env}    # the node's own
-        self._children = [Child(place, slot) for place, slot in enumerate(self.slots)]
+        self._children: dict[int, Child] = {}           # those that run, by the place of their slot
+        self._due = dict.fromkeys(range(len(self.slots)), 0.0)      # when a worker is to be started in each other slot
+        self._started = 0                               # how many ever were: the generation of the next one
+        self._deaths: collections.Counter[int] = collections.Counter()      # by place, since one there finished a job
+        self._lost: dict[str | None, str] = {}          # what NVML said of the GPUs that are no more, by their lock
         self._unreported: collections.deque[Message] = collections.deque(maxlen=1000)
         self._words: collections.deque[Message] = collections.deque()           # of the server, for the main thread
         self._sources: dict[Any, Callable[[], object]] = {}     # what the main thread waits for, and what it does then
@@ -666,11 +683,11 @@ class Supervisor:
         self._born, self._beat_at, self._beat_every = time.monotonic(), 0.0, 1.0
         self._complain_at = self._born + 3
         self._stop_at: float | None = None              # when patience with running jobs ends
-        self._oom_kills = dict([_oom_kills(os.getpid())])      # by memory cgroup, as far as we know of them
+        self._oom_kills = _oom_kills()                  # as far as we know of them
         self._instance = b""
         self.on_welcome: Any = lambda: None
         self.peer = Peer("node", address, secret.role_key, lock=threading.RLock(), announce=self._announce, name="node",
-                         on_batch=self._on_batch, on_lost=self._wake, tls=bool(options.get("tls")))
+                         on_batch=self._on_batch, tls=bool(options.get("tls")))
 
     def run(self) -> None:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
@@ -680,27 +697,25 @@ class Supervisor:
         self.peer.thread.start()
         threading.Thread(target=self._watch_devices, name="minipool-devices", daemon=True).start()
         try:
-            while self._stop_at is None or (self._running() and time.monotonic() < self._stop_at):
+            while self._stop_at is None or (self._children and time.monotonic() < self._stop_at):
                 for source in multiprocessing.connection.wait(self._sources, 0.2):  # so late may a beat or respawn be
                     if source in self._sources:     # not so the output of one that was just found dead
                         self._sources[source]()
                 while self._words:
                     word = self._words.popleft()
                     getattr(self, f"_on_{word[0]}")(*word[1:])
-                for child in self._children:
-                    if self._instance and self._stop_at is None and child.start_at <= time.monotonic():
-                        self._spawn(child)
+                for place in [place for place, when in self._due.items() if when <= time.monotonic()]:
+                    if self._instance and self._stop_at is None:
+                        self._spawn(place)
                 self._look_at_the_clock()
         finally:
-            for child in self._running():
-                self._kill_group(child)
-            for child in self._running():
+            for child in self._children.values():
+                child.kill()
+            for child in list(self._children.values()):
                 multiprocessing.connection.wait([child.pidfd], 5)   # join() would wait for the sentinel, which may lie
                 self._bury(child)
             self.peer.stop(("bye", "the node stopped"))
             locks.close()
-        if self.failure:
-            raise self.failure
 
     def stop(self, patience: float = 0.0) -> None:
         """Let running jobs end for `patience` seconds, take no new ones, then go. A second call does not wait."""
@@ -710,17 +725,9 @@ class Supervisor:
             _log.info("draining: running jobs have %g s to end", patience)
         else:
             self._stop_at = 0.0
-        self._wake()
-
-    def _running(self) -> list[Child]:
-        return [child for child in self._children if child.process]
-
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            self._waker.send(b"!")
 
     def _look_at_the_clock(self) -> None:
-        """Beat, say so if there is no server yet, and leave when it is time, or when there is no hope."""
+        """Beat, say so if there is no server yet, leave when it is time; raise when there is no hope."""
         now, lost_at, trouble = time.monotonic(), self.peer.lost_at, self.peer.trouble
         lifetime, patience = self.options.get("lifetime"), self.options.get("death_timeout")
         if now >= self._beat_at:
@@ -732,10 +739,10 @@ class Supervisor:
             self._complain_at = _NEVER
             _stderr.write(f"waiting for a server at {minipool.format_address(*self.peer.address)}: {trouble}\n")
         if patience and lost_at and now >= lost_at + patience:
-            trouble = minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
-        elif self._instance or not isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
-            return      # a refusal ends it only at first: after a welcome it may be forged, or a mistake being mended
-        self.failure, self._stop_at = self.failure or trouble, 0.0
+            raise minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
+        # a refusal ends it only at first: after a welcome it may be forged, or a mistake being mended
+        if not self._instance and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
+            raise trouble
 
     # ---- talking ----
 
@@ -747,107 +754,78 @@ class Supervisor:
 
     def _on_batch(self, messages: list[Message]) -> None:
         self._words.extend(message for message in messages if message[0] != "beat")
-        self._wake()
+        with contextlib.suppress(BlockingIOError):      # the main thread has been woken often enough
+            self._waker.send(b"!")
 
     def _on_welcome(self, info: dict[str, Any]) -> None:
         """The first welcome starts the workers; a later one may be of a new server, with new tickets."""
         self.name, self._beat_every = info["name"], info["beat"]
         if self.peer.instance != self._instance:
             self._instance = self.peer.instance
-            for child in self._running():
+            for child in self._children.values():
                 with contextlib.suppress(OSError):
                     child.life.send_bytes(self.secret.role_key("worker", self._instance, child.id))
         self.on_welcome()
 
     def _on_refuse(self, error: str, text: str) -> None:
-        self.failure, self._stop_at = getattr(minipool, error, minipool.Refused)(text), 0.0
+        raise getattr(minipool, error, minipool.Refused)(text)
 
-    def _spawn(self, child: Child) -> None:
-        """Start the worker of one slot. The mask is set before its interpreter starts, by what it inherits."""
-        child.start_at, child.killed, child.rest = _NEVER, "", b""
-        child.tail.clear()
-        child.generation += 1
-        child.id = self.id + child.place.to_bytes(4, "big") + child.generation.to_bytes(4, "big")
-        child.cell = self._context.RawArray(ctypes.c_uint64, 2)
-        life, child.life = self._context.Pipe(duplex=False)
-        child.output, output = self._context.Pipe(duplex=False)
-        setup = {"id": child.id, "node": self.id, "node_name": self.name, "slot": child.place,
-                 "device": child.slot.device, "tags": self.options.get("tags") or [],
-                 "address": self.peer.address, "key": self.secret.role_key("worker", self._instance, child.id),
+    def _on_kill(self, tokens: list[int], reason: str) -> None:
+        for child in self._children.values():
+            if (token := child.cell[0]) in tokens and not child.killed:     # else it is over, or asked for again
+                child.end_attempt(token, reason)
+
+    # ---- life and death ----
+
+    def _spawn(self, place: int) -> None:
+        """Start the worker of one slot."""
+        del self._due[place]
+        self._started += 1
+        id, slot = self.id + place.to_bytes(4, "big") + self._started.to_bytes(4, "big"), self.slots[place]
+        setup = {"id": id, "node": self.id, "node_name": self.name, "slot": place,
+                 "device": slot.device, "tags": self.options.get("tags") or [],
+                 "address": self.peer.address, "key": self.secret.role_key("worker", self._instance, id),
                  "tls": bool(self.options.get("tls")), "max_tasks": self.options.get("max_tasks"),
                  "sys_path": self.options.get("sys_path") or [], "log_level": logging.getLogger().level}
-        child.process = self._context.Process(target=_worker_main, args=(setup, child.cell, life, output),
-                                              name=f"minipool-worker-{child.place}", daemon=False)
-        for name, value in (self._environ | child.slot.env).items():      # multiprocessing has no env=
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        with life, output:
-            child.process.start()
-        try:        # readable when the process is dead; the sentinel may lie while a grandchild lives
-            child.pidfd = os.pidfd_open(child.process.pid)
-        except (OSError, AttributeError):
-            child.pidfd = os.dup(child.process.sentinel)
+        child = self._children[place] = Child(setup, self._environ | slot.env)
         self._sources[child.pidfd] = lambda: self._on_death(child)
-        os.set_blocking(child.output.fileno(), False)
         self._sources[child.output] = lambda: self._read_output(child)
-
-    # ---- death ----
 
     def _on_death(self, child: Child) -> None:
         """A worker process is no more: say so, with the cell's word on whom to blame, and start another."""
-        self._kill_group(child)             # grandchildren that stayed in the group
-        oom_kills = dict([_oom_kills(os.getpid()), _oom_kills(child.process.pid)])      # while it is a zombie
+        child.kill()                        # grandchildren that stayed in the group
+        known, self._oom_kills = self._oom_kills, _oom_kills()
         code = child.process.exitcode or 0
         self._bury(child)
-        # of a cgroup that we hear of now, all kills are news; but "/" may be what version 1 says of the dead
-        was_oom = any(n > self._oom_kills.get(path, n if path == "/" else 0) for path, n in oom_kills.items())
-        self._oom_kills |= oom_kills
         what = f"was killed: {child.killed}" if child.killed else f"exited with code {code}"
         if code < 0 and not child.killed:
             name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+            was_oom = self._oom_kills[1] and self._oom_kills != known
             what = f"died of {name}" + (": out of memory, says its memory cgroup" if code == -9 and was_oom else
                                         ", perhaps the kernel's out-of-memory killer" if code == -9 else "")
+        slot, (token, successes) = self.slots[child.place], child.cell
         cause = {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0}
-        if child.lost:
-            cause["lost"] = f"{child.slot.label}: {child.lost}"
-        token, successes = child.cell
+        if slot.lock in self._lost:
+            cause["lost"] = f"{slot.label}: {self._lost[slot.lock]}"
         with self.peer.lock:
             self._unreported.append(("died", child.id, token, cause))
             self.peer.send(self._unreported[-1])
         if self._stop_at is None:
             if code:
-                _log.warning("worker %d on %s %s", child.place, child.slot.device, cause["what"])
+                _log.warning("worker %d on %s %s", child.place, slot.device, cause["what"])
             # at once, but a slot whose workers die five times in a row without a success rests, longer each time
-            child.deaths = 0 if successes or child.killed else child.deaths + 1
-            rest = min(60, 2 ** (child.deaths - 5)) if child.deaths >= 5 else 0
-            child.start_at = _NEVER if child.lost else time.monotonic() + rest
+            deaths = self._deaths[child.place] = 0 if successes or child.killed else self._deaths[child.place] + 1
+            rest = min(60, 2 ** (deaths - 5)) if deaths >= 5 else 0
+            if slot.lock not in self._lost:
+                self._due[child.place] = time.monotonic() + rest
 
     def _bury(self, child: Child) -> None:
-        self._sources.pop(child.pidfd)
+        del self._children[child.place], self._sources[child.pidfd]
         os.close(child.pidfd)
         self._read_output(child)
         self._sources.pop(child.output, None)
         child.output.close()
         child.life.close()
-        child.process = None
-
-    def _kill_group(self, child: Child, why: str = "") -> None:
-        child.killed = why or child.killed
-        for kill in (os.killpg, os.kill):       # the group exists once the child has called setsid
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(child.process.pid, signal.SIGKILL)
-
-    def _on_kill(self, tokens: list[int], reason: str) -> None:
-        """End attempts by force: stop the process, read the cell, and kill it only if it is still at that attempt."""
-        for token in tokens:
-            child = next((c for c in self._running() if c.cell[0] == token and not c.killed), None)    # asked again
-            if child is not None and _freeze(child.process.pid) and child.cell[0] == token:
-                self._kill_group(child, reason)
-            else:
-                with contextlib.suppress(ProcessLookupError):
-                    if child is not None:
-                        os.kill(child.process.pid, signal.SIGCONT)
 
     # ---- devices ----
 
@@ -864,7 +842,7 @@ class Supervisor:
 
     def _watch_devices(self) -> None:
         """Ask NVML now and then whether a GPU is lost; in a thread of its own, as a broken driver may never answer."""
-        gpus = {lock for lock in {slot.lock or "" for slot in self.slots} if lock.startswith(("GPU-", "MIG-"))}
+        gpus = {slot.lock for slot in self.slots if slot.lock and slot.lock.startswith(("GPU-", "MIG-"))}
         while gpus and self._stop_at is None:
             for uuid in sorted(gpus):
                 try:
@@ -878,10 +856,11 @@ class Supervisor:
 
     def _on_device_lost(self, lock: str, text: str) -> None:
         """End the workers of a GPU that is lost, for good; those of the others do not notice."""
-        for child in [child for child in self._children if child.slot.lock == lock]:
-            child.lost, child.start_at = text, _NEVER
-            if child.process:
-                self._kill_group(child, f"its GPU is lost: {text}")
+        self._lost[lock] = text
+        for place in [place for place, slot in enumerate(self.slots) if slot.lock == lock]:
+            self._due.pop(place, None)
+            if place in self._children:
+                self._children[place].kill(f"its GPU is lost: {text}")
 
     def _read_output(self, child: Child) -> None:
         """Take what a worker printed: it never blocks on us; keep its tail, pass it on with its name before it."""
@@ -892,10 +871,9 @@ class Supervisor:
             self._sources.pop(child.output, None)
         *lines, child.rest = (child.rest + data).split(b"\n")
         child.rest = child.rest[-8192:]
-        texts = [line[:2000].decode(errors="replace") for line in lines]
-        child.tail.extend(texts)
-        for text in texts:
-            _stderr.write(f"[{self.name}-{child.place}] {text}\n")
+        for line in lines:
+            child.tail.append(line[:2000].decode(errors="replace"))
+            _stderr.write(f"[{self.name}-{child.place}] {child.tail[-1]}\n")
 
 
 class Node:
