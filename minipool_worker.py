@@ -31,7 +31,6 @@ import faulthandler
 import fcntl
 import gc
 import heapq
-import json
 import logging
 import multiprocessing.connection
 import os
@@ -74,10 +73,6 @@ _SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH
 # A node started under torchrun or Slurm would lend every worker one stale rank; users' code never needs the secret.
 _REMOVED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR",
             "MASTER_PORT", "MINIPOOL_SECRET", "MINIPOOL_SECRET_FILE")
-
-
-class NoDevice(minipool.MinipoolError, ValueError):
-    """What was asked for is not on this node; the message is one sentence that says what is."""
 
 
 class Slot(NamedTuple):
@@ -141,7 +136,7 @@ def _select(usable: list[_Gpu], variable: str, gpus: str | None) -> list[Slot]:
                 and any(known.startswith(name) for known in (slot.token, slot.lock or ""))]
         if len(fits) != 1:
             here = ", ".join(slot.label for slot in found) or "no GPU at all"
-            raise NoDevice(f"--gpus {gpus}: {name!r} is {'several' if fits else 'none'} of those found here: {here}.")
+            raise ValueError(f"--gpus {gpus}: {name!r} is {'several' if fits else 'none'} of those found here: {here}.")
         chosen += fits
     return chosen
 
@@ -190,13 +185,13 @@ def _nvidia(environ: Mapping[str, str]) -> list[_Gpu]:
 def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers: int | None = None,
                devices: str | Iterable[str] | None = None, device_env: str | None = None,
                environ: Mapping[str, str] = os.environ, cores: int | None = None) -> list[Slot]:
-    """Return the workers to start: GPUs first, then CPU workers; raise NoDevice when there would be none.
+    """Return the workers to start: GPUs first, then CPU workers; raise ValueError when there would be none.
 
     `gpus` selects by place or UUID prefix among those found ("" or "none": NVML is not even asked); `devices` with
     `device_env` lists another vendor's. CPU workers stand in, one per core, for want of a device; a number adds some.
     """
     if (devices is None) != (device_env is None):
-        raise NoDevice("--devices and --device-env go together: which devices, and the variable that selects one.")
+        raise ValueError("--devices and --device-env go together: which devices, and the variable that selects one.")
     variable = device_env or _MASK
     gpus = gpus and ("" if gpus.strip() == "none" else gpus.strip())
     found = [] if gpus == "" else _nvidia(environ) if devices is None else [_Gpu(token) for token in _listed(devices)]
@@ -206,7 +201,7 @@ def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers
     hidden: dict[str, str | None] = {_MASK: "", variable: ""}  # else a preprocessing job opens a context on GPU 0
     slots = [slot for slot in chosen for _ in range(workers_per_gpu)] + [Slot("cpu", "cpu", "", hidden, None)] * cpus
     if not slots:
-        raise NoDevice("No GPU is used and no CPU worker is asked for: there is no worker to start.")
+        raise ValueError("No GPU is used and no CPU worker is asked for: there is no worker to start.")
     # PCI order makes CUDA count as NVML and nvidia-smi do; CUDA's own default is fastest first.
     defaults = {_ORDER: "PCI_BUS_ID", **dict.fromkeys(_THREADS, str(max(1, cores // len(slots))))}
     defaults |= _SHARING if workers_per_gpu > 1 else {}
@@ -658,7 +653,7 @@ class Supervisor:
     """The node process: finds slots, keeps a worker in each, tells the server of every death."""
 
     def __init__(self, address: tuple[str, int], secret: Secret, options: dict[str, Any],
-                 lifeline: socket.socket | None = None) -> None:
+                 lifeline: Any = None) -> None:
         self.id = secrets.token_bytes(12)
         self.secret, self.options = secret, options
         names = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env")
@@ -799,7 +794,7 @@ class Supervisor:
         self._bury(child)
         what = f"was killed: {child.killed}" if child.killed else f"exited with code {code}"
         if code < 0 and not child.killed:
-            name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+            name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
             was_oom = self._oom_kills[1] and self._oom_kills != known
             what = f"died of {name}" + (": out of memory, says its memory cgroup" if code == -9 and was_oom else
                                         ", perhaps the kernel's out-of-memory killer" if code == -9 else "")
@@ -837,7 +832,7 @@ class Supervisor:
             except BlockingIOError:
                 text = f"another node of this user has {label}: choose others by --gpus, or let one node have them all"
                 if not self._is_child:
-                    raise NoDevice(text) from None
+                    raise ValueError(text) from None
                 _log.warning("%s", text)
 
     def _watch_devices(self) -> None:
@@ -893,27 +888,23 @@ class Node:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Node:
-        """Start the child process, tell it by one line what to do, and wait for its welcome, another."""
-        self._line, theirs = socket.socketpair()        # the end of file of ours ends it
+        """Start the child process, tell it what to do, and wait for its answer at the welcome."""
+        self._line, theirs = multiprocessing.Pipe()         # the end of file of ours ends it
         with theirs:        # a session of its own: Ctrl-C in the terminal is for the client alone
             self._process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_child"],
                                              stdin=theirs.fileno(), start_new_session=True)
         try:
-            self._line.settimeout(self._patience)
-            self._line.sendall(json.dumps(self._job).encode() + b"\n")
-            with self._line.makefile("rb") as file:
-                line = file.readline()
-            if not line.endswith(b"\n"):
-                raise minipool.ServerLost(f"the child process ended with exit code {self._process.wait(5)}")
-            self.answer: dict[str, Any] = json.loads(line)
-            if "error" in self.answer:
-                kinds = {kind.__name__: kind for kind in (minipool.ServerLost, minipool.Refused,
-                                                          minipool.VersionMismatch, OSError)}
-                raise kinds.get(self.answer["error"], ValueError)(self.answer["text"])
+            self._line.send(self._job)
+            if not self._line.poll(self._patience):
+                raise minipool.ServerLost("no server answered in time")
+            self.answer = self._line.recv()
+            if isinstance(self.answer, BaseException):
+                raise self.answer
         except BaseException as error:
             self.stop()
-            if isinstance(error, TimeoutError):
-                raise minipool.ServerLost("no server answered in time") from None
+            if isinstance(error, EOFError | ConnectionResetError):
+                code = self._process.returncode
+                raise minipool.ServerLost(f"the child process ended with exit code {code}") from None
             raise
         return self
 
@@ -950,30 +941,29 @@ def is_node_running() -> bool:
 # 4 CLI
 # ==================================================================================================================
 
-def child_main(lifeline: socket.socket) -> int:
-    """Be the child of a Node or of an embedded pool: one line of JSON in, one out, and end of file ends it all."""
+def child_main(lifeline: multiprocessing.connection.Connection) -> int:
+    """Be the child of a Node: its job is one message in, the answer one out, and end of file ends it all."""
 
-    def answer(**fields: Any) -> None:
+    def answer(about: object) -> None:
         with contextlib.suppress(OSError):      # at each welcome, of which the first is read: it must not wait
-            lifeline.send(json.dumps(fields).encode() + b"\n", socket.MSG_DONTWAIT)
+            lifeline.send(about)
 
     level = logging.getLevelNamesMapping().get(os.environ.get("MINIPOOL_LOG", "").upper(), logging.WARNING)
     logging.basicConfig(stream=_stderr, format="%(name)s: %(message)s", level=level)
-    with contextlib.ExitStack() as stack:
-        try:
-            job = json.loads(lifeline.makefile("rb").readline())    # an empty one, of a dead parent, is no JSON
-            address = job["address"]
-            if address is None:                 # an embedded pool
-                gc.set_threshold(100_000)       # as `serve` does
-                server = minipool.Server(port=0, secret=job["secret"], embedded=True)
-                address = stack.enter_context(server).address
-            supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), job["options"], lifeline)
-            devices = [slot.device for slot in supervisor.slots]
-            supervisor.on_welcome = lambda: answer(address=address, devices=devices)
-            supervisor.run()
-        except (OSError, ValueError, minipool.MinipoolError) as error:
-            answer(error=type(error).__name__, text=str(error))
-            return 1
+    try:
+        job = lifeline.recv()
+        os.set_blocking(lifeline.fileno(), False)
+        address = job["address"]
+        if address is None:                 # an embedded pool, whose server ends with this process
+            gc.set_threshold(100_000)       # as `serve` does
+            address = minipool.Server(port=0, secret=job["secret"], embedded=True).start().address
+        supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), job["options"], lifeline)
+        devices = [slot.device for slot in supervisor.slots]
+        supervisor.on_welcome = lambda: answer({"address": address, "devices": devices})
+        supervisor.run()
+    except (EOFError, OSError, ValueError, minipool.MinipoolError) as error:
+        answer(error)
+        return 1
     return 0
 
 
@@ -1021,7 +1011,7 @@ def main(arguments: list[str] | None = None) -> int:
     writer.start()
     try:
         if arguments == ["_child"]:
-            return child_main(socket.socket(fileno=os.dup(0)))
+            return child_main(multiprocessing.connection.Connection(os.dup(0)))
         return minipool.run_command(parser.parse_args(arguments), log_to=_stderr)
     finally:
         _stderr.put(None)
