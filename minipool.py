@@ -88,7 +88,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 if TYPE_CHECKING:
     import ssl
 
-    from minipool_worker import ChildProcess
+    import minipool_worker
 
 __version__ = "0.1.0"
 
@@ -3190,7 +3190,7 @@ class Client:
 
     def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None = None,
                  connect_timeout: float, reconnect_timeout: float, tls: bool = False,
-                 child: ChildProcess | None = None, initializer: Callable[..., object] | None = None,
+                 child: minipool_worker.Node | None = None, initializer: Callable[..., object] | None = None,
                  initargs: Iterable[Any] = ()) -> None:
         self.child = child                              # the embedded pool; it ends with this client
         self.session = secrets.token_bytes(16)
@@ -3604,9 +3604,9 @@ class Executor(concurrent.futures.Executor):
         if where == "local":            # a private child serves this machine, with a throw-away secret
             key = Secret.new()
             path = list(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))    # it works in another folder
-            from minipool_worker import ChildProcess  # late: who dials a server needs none of it
-            child = ChildProcess({"serve": True, "secret": key.text, "options": {
-                "name": "local", "workers": max_workers, "sys_path": path}})
+            from minipool_worker import Node  # late: who dials a server needs none of it
+            child = Node("local", secret=key.text, connect_timeout=60, name="local", workers=max_workers,
+                         sys_path=path).start()
             where, limit, patience = child.answer["address"], None, 3.0     # it is never restarted
         else:
             key = find_secret(secret)

@@ -33,7 +33,7 @@ while head := source.read(8):
         args, kwargs, *_ = minipool.decode_value(bytearray(call))
         status, value = minipool.OK, minipool.encode_value(fn(*args, **kwargs))
     except BaseException as error:
-        status, value = minipool.RAISED, minipool_worker.encode_exception(error, "worker 1")
+        status, value = minipool.RAISED, minipool_worker.encode_exception(error, "worker 1", 1 << 30)
     data = value if isinstance(value, bytes) else bytes(value.read(0, value.size))
     answer = pickle.dumps((status, data))
     sink.write(struct.pack("<Q", len(answer)) + answer)
