@@ -61,6 +61,7 @@ import io
 import itertools
 import json
 import logging
+import mmap
 import operator
 import os
 import pickle
@@ -191,7 +192,7 @@ class Malformed(MinipoolError):
 # A Name is (creator, number): whoever makes a job, function or value names it, so that the name survives a restart
 # of the server. A client's creator id is its session, a worker's its identity (node, slot, generation). A token is
 # one attempt at a job; the server counts them and never uses one twice. A Value is bytes, or, when larger than
-# INLINE, (Name, size) of an object that its creator keeps and the reader pulls.
+# INLINE, (Name, size, place) of an object that its creator keeps and the reader opens at its place or pulls.
 #
 #     client: submit -> server: ready -> run -> worker: started, finished -> server: finished -> client: delivered
 #                            ^_____ recalled, worker lost, retry _____|              (then the worker may forget)
@@ -205,7 +206,7 @@ OK, RAISED, DIED, KILLED, TIMED_OUT = "ok", "raised", "died", "killed", "timed o
 UNFIT = "unfit"                 # how an attempt can: the session's log raised on that worker, and the job never began
 
 Name = tuple[bytes, int]
-Value = bytes | tuple[Name, int]
+Value = bytes | tuple[Name, int, str]
 Message = tuple[Any, ...]
 Check = Callable[[Any], bool]
 
@@ -233,7 +234,8 @@ _CHECKS: dict[Any, Check] = {
     **{accepted: _one_of(accepted) for accepted in (bool, str, bytes, list, dict)},
     "name": _is_name,
     "value": lambda field: type(field) is bytes or (
-        type(field) is tuple and len(field) == 2 and _is_name(field[0]) and _is_number(field[1])),
+        type(field) is tuple and len(field) == 3 and _is_name(field[0]) and _is_number(field[1])
+        and type(field[2]) is str and len(field[2]) <= 64),
     "options": lambda field: field is None or (type(field) is dict and all(
         is_good(field[name]) for name, is_good in _OPTIONS_READ.items() if name in field)),
     "int?": _one_of(int, type(None)), "bytes?": _one_of(bytes, type(None)), "dict?": _one_of(dict, type(None)),
@@ -283,8 +285,7 @@ ANNOUNCED = {
 }
 
 # a job's life
-_message("put", "client server", "a small object, or (without bytes) the size of one to pull",
-         name="name", size=int, data="bytes?")
+_message("put", "client server", "an object that jobs will name", name="name", value="value")
 _message("drop", "client server", "objects nobody will ask for again", names="names")
 _message("submit", "client", "run fn with payload once the session's log is applied up to there",
          number=int, fn="name", payload="value", log=int, options="options")
@@ -862,12 +863,47 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-class Blob:
-    """A value in several buffers, read by range without ever being joined."""
+MAPPED = 1 << 20        # bytes; below, a copy costs no more than the faults of a mapping, and takes no descriptor
 
-    def __init__(self, parts: Sequence[Any]) -> None:
+
+def _is_spare(descriptor: int) -> bool:
+    """Tell whether we may keep a descriptor; given lowest first, its number says how many the program has in use."""
+    return descriptor < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+
+
+class Blob:
+    """A large value: a snapshot, read by range without ever being joined.
+
+    Its buffers are copied into a file in memory, from which a process of this host maps it (see open_place): `place`
+    says where that is. The file has no name and ends with this object and its readers, however they end. Where none
+    can be had, or is wanted, `place` is empty, and only the buffers that can be written to are copied.
+    """
+
+    def __init__(self, parts: Sequence[Any], share: bool = True) -> None:
         self.parts = [memoryview(part).cast("B") for part in parts]
         self.size = sum(len(part) for part in self.parts)
+        self.place = ""
+        if share and self.size:
+            with contextlib.suppress(OSError, AttributeError):      # no descriptor, no memory; not Linux
+                self._share()
+        if not self.place:
+            self.parts = [part if part.readonly else memoryview(bytes(part)) for part in self.parts]
+
+    def _share(self) -> None:
+        token = secrets.token_hex(16)           # so that nothing else is ever taken for it
+        descriptor = os.memfd_create(token)
+        try:
+            if not _is_spare(descriptor):
+                raise OSError("the program may need the descriptors that are left")
+            for part in self.parts:
+                while part:         # writing takes half as long as copying into a mapping, whose pages are zeroed first
+                    part = part[os.write(descriptor, part):]
+            self.parts = [memoryview(mmap.mmap(descriptor, self.size, prot=mmap.PROT_READ))]
+        except BaseException:
+            os.close(descriptor)
+            raise
+        weakref.finalize(self, os.close, descriptor)
+        self.place = f"{os.getpid()} {descriptor} {token}"
 
     def read(self, offset: int, length: int) -> Any:
         """Return `length` bytes from `offset` on; a view where they lie in one buffer."""
@@ -878,6 +914,28 @@ class Blob:
             length -= len(piece)
             offset = max(0, offset - len(part))
         return found[0] if len(found) == 1 else b"".join(found)
+
+
+def open_place(place: str, size: int) -> Any:
+    """Return the bytes at a Blob's place, to be written to without reaching others; None if they cannot be had there.
+
+    That is so for another host, pid namespace or user, and when their maker has gone. All that is asked for is that
+    the file bears the token: no other one can, so there is no need to compare hosts and inodes, or to hash anything.
+    """
+    try:
+        pid, number, token = place.split()
+        path, name = f"/proc/{int(pid)}/fd/{int(number)}", f"/memfd:{token} (deleted)"
+        if os.readlink(path) != name:           # looked at before it is opened: it may be a device
+            return None
+        with open(os.open(path, os.O_NONBLOCK), "rb") as file:      # or by now a pipe
+            if os.readlink(f"/proc/self/fd/{file.fileno()}") != name:
+                return None
+            if size >= MAPPED and _is_spare(file.fileno()):
+                return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+            buffer = bytearray(size)
+            return buffer if file.readinto(buffer) == size else None
+    except (OSError, ValueError):
+        return None
 
 
 class Pull:
@@ -1000,14 +1058,18 @@ class Peer:
 
     # ---- large values ----
 
-    def pull(self, name: Name, size: int, done: Callable[[Any], None]) -> None:
+    def pull(self, name: Name, size: int, place: str, done: Callable[[Any], None]) -> None:
         """Fetch a large value; `done(buffer)` is called in the I/O thread, `done(None)` if nobody holds it.
 
-        The caller holds the lock, and flushes. Asking twice for a value that is on its way is asking once.
+        At once if it lies in this host's memory. The caller is in that thread, holds the lock, and flushes. Asking
+        twice for a value that is on its way is asking once.
         """
-        if name not in self._pulls:
-            self._pulls[name] = Pull(size, done)
-            self._ask_more()
+        if name in self._pulls:
+            return
+        if (buffer := open_place(place, size)) is not None:
+            return done(buffer)
+        self._pulls[name] = Pull(size, done)
+        self._ask_more()
 
     def forget_pull(self, name: Name) -> Pull | None:
         """Stop wanting a value. The caller holds the lock."""
@@ -1184,7 +1246,7 @@ class Session(Member):
         super().__init__(id)
         self.limit: int | None = None               # max_workers
         self.jobs: dict[int, Job] = {}              # all whose outcome it has not said to have
-        self.objects: dict[Name, tuple[int, bytes | None]] = {}     # functions and log entries: size, bytes if small
+        self.objects: dict[Name, Value] = {}        # functions and log entries
         self.log: list[Name] = []
         self.workers: dict[Worker, int] = {}        # how many attempts each worker has of it
         self.load = 0                               # their sum
@@ -1513,9 +1575,9 @@ class Scheduler:
 
     # ---- jobs ----
 
-    def _put(self, session: Session, now: float, name: Name, size: int, data: bytes | None) -> None:
+    def _put(self, session: Session, now: float, name: Name, value: Value) -> None:
         if name[0] == session.id:       # who names what is another's is not heard
-            session.objects[name] = (size, data)
+            session.objects[name] = value
 
     def _drop(self, session: Session, now: float, names: list[Any]) -> None:
         """Forget objects that nobody will ask for again, here and in the workers."""
@@ -1772,7 +1834,7 @@ class Scheduler:
         for number, name in enumerate([*entries, job.fn], position):
             if name not in worker.has and name in session.objects:
                 worker.has.add(name)
-                self._send(worker.peer, ("put", name, *session.objects[name]))
+                self._send(worker.peer, ("put", name, session.objects[name]))
             if number < position + len(entries):
                 self._send(worker.peer, ("log", session.id, number, name))
         worker.positions[session.id] = position + len(entries)
@@ -2083,7 +2145,8 @@ class Scheduler:
             "clients": [{"name": s.name, "connected": s.peer is not None, "jobs": len(s.jobs)}
                         for s in self.sessions.values()],
             "objects": {"count": sum(len(s.objects) for s in self.sessions.values()),
-                        "bytes": sum(len(d or b"") for s in self.sessions.values() for _, d in s.objects.values())},
+                        "bytes": sum(len(v) for s in self.sessions.values() for v in s.objects.values()
+                                     if isinstance(v, bytes))},
         }
 
     def story(self, job: Job) -> str:
@@ -2752,10 +2815,10 @@ def _pickler() -> Any:
 
 
 def _keep_large(buffers: list[Any] | None, buffer: pickle.PickleBuffer) -> bool:
-    """Take a large buffer out of a pickle, a writable one as a copy: a payload is a snapshot."""
+    """Take a large buffer out of a pickle, as it is: pack() makes the snapshot."""
     view = buffer.raw()
     if buffers is not None and view.nbytes >= OUT_OF_BAND:
-        buffers.append(view if view.readonly else bytes(view))
+        buffers.append(view)
         return False
     return True  # into the pickle
 
@@ -2976,7 +3039,7 @@ def _input(place: int) -> Any:
 _ALIGN = 64         # so that arrays lie as well in the received buffer as where they came from
 
 
-def pack(data: bytes, buffers: Sequence[Any] = ()) -> bytes | Blob:
+def pack(data: bytes, buffers: Sequence[Any] = (), share: bool = True) -> bytes | Blob:
     """Return a pickle with its buffers as bytes if it may ride inside a message, else as a Blob to be pulled."""
     if not buffers:
         return data if len(data) <= INLINE else Blob([data])
@@ -2985,8 +3048,8 @@ def pack(data: bytes, buffers: Sequence[Any] = ()) -> bytes | Blob:
     parts: list[Any] = []
     for segment in (table, *segments):
         parts += [segment, bytes(-len(segment) % _ALIGN)]
-    blob = Blob([part for part in parts if len(part)])
-    return blob if blob.size > INLINE else blob.read(0, blob.size)
+    parts = [part for part in parts if len(part)]
+    return Blob(parts, share) if sum(map(len, parts)) > INLINE else b"".join(parts)
 
 
 def check_size(value: bytes | Blob, limit: int, what: str, fn: Any) -> None:
@@ -3310,7 +3373,11 @@ class Client:
         call, buffers, inputs = self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ()))
         if any(getattr(given, "_client", None) is not self for given in inputs):
             raise ValueError(f"{name_of(fn)}() is given a future of another executor: give it the result")
-        packed = b"" if inputs else pack(call, buffers)
+        if inputs:          # it is packed when they are done
+            buffers = [buffer if buffer.readonly else bytes(buffer) for buffer in buffers]
+        # what is mostly read-only is sent from where it lies: a thousand jobs may be given the same array
+        share = sum(-buffer.nbytes if buffer.readonly else buffer.nbytes for buffer in buffers) >= 0
+        packed = b"" if inputs else pack(call, buffers, share)
         check_size(entry.blob, self.max_value, "pickle", fn)
         check_size(packed, self.max_value, "arguments", fn)
         inline = 0 if isinstance(packed, Blob) else len(packed)
@@ -3396,15 +3463,14 @@ class Client:
         if number not in self._known_objects:
             self._known_objects.add(number)
             value = self._share(number, pack(data) if isinstance(data, bytes) else data)
-            put = (*value, None) if isinstance(value, tuple) else ((self.session, number), len(value), value)
-            self._post(("put", *put))
+            self._post(("put", (self.session, number), value))
 
     def _share(self, number: int, data: bytes | Blob) -> Value:
-        """Return what a message says of some data: itself if small, else name and size, to be pulled from here."""
+        """Return what a message says of some data: itself if small, else where it is to be had."""
         if not isinstance(data, Blob):
             return data
         self.peer.values[self.session, number] = data
-        return (self.session, number), data.size
+        return (self.session, number), data.size, data.place
 
     def _post(self, message: Message) -> None:
         """Leave a message for the next flush, or for the next announcement. The caller holds the lock."""
@@ -3519,7 +3585,7 @@ class Client:
         def fetched(data: Any) -> None:
             if data is not None:        # else its holder is lost, and the job runs again by itself
                 self._on_batch([("done", number, status, data, worker, attempts)])      # now as if it were small
-        self.peer.pull(value[0], value[1], fetched)
+        self.peer.pull(*value, fetched)
 
     def _finish(self, future: Future, status: str, value: Any) -> None:
         """End a future, unless it has, with an outcome to be decoded; waiters wake, callbacks go to their thread."""
