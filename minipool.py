@@ -52,6 +52,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import gc
 import hashlib
@@ -863,7 +864,9 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+HEAD = 64               # bytes of a memory file before the value: its token, and space so that arrays lie well
 MAPPED = 1 << 20        # bytes; below, a copy costs no more than the faults of a mapping, and takes no descriptor
+REUSED = 128 << 20      # bytes of the largest memory file that is used again: a process keeps two such while idle
 
 
 def _is_spare(descriptor: int) -> bool:
@@ -871,42 +874,78 @@ def _is_spare(descriptor: int) -> bool:
     return descriptor < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
 
 
+class MemoryFile:
+    """A file without a name, which ends with its maker and its readers, however they end.
+
+    It is written again once nobody reads it: fresh pages cost more than what is copied into them. A reader holds a
+    lock on it, as long as it has a mapping; so a value that was read never changes.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.maker, self.descriptor = os.getpid(), os.memfd_create("minipool")
+        weakref.finalize(self, os.close, self.descriptor)
+        if not _is_spare(self.descriptor):
+            raise OSError("the program may need the descriptors that are left")
+        for part in parts:
+            while part:             # half the time of a mapping, whose pages would be zeroed first
+                part = part[os.write(self.descriptor, part):]
+        self.memory = mmap.mmap(self.descriptor, 0)
+
+    def rewrite(self, parts: Sequence[Any]) -> bool:
+        """Write it again if it is large enough, nobody reads it, and this is no fork of its maker's process."""
+        if sum(map(len, parts)) > len(self.memory) or self.maker != os.getpid():
+            return False
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        start = 0
+        for part in parts:
+            self.memory[start:start + len(part)] = part
+            start += len(part)
+        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        return True
+
+
+_idle: collections.deque[MemoryFile] = collections.deque(maxlen=2)      # two: of a chain of jobs, one is being read
+
+
 class Blob:
     """A large value: a snapshot, read by range without ever being joined.
 
-    Its buffers are copied into a file in memory, from which a process of this host maps it (see open_place): `place`
-    says where that is. The file has no name and ends with this object and its readers, however they end. Where none
-    can be had, or is wanted, `place` is empty, and only the buffers that can be written to are copied.
+    Its buffers are copied into a memory file, from which a process of this host has it (see open_place); `place` says
+    which. Where there is none, or none is wanted, `place` is empty, and only buffers that can be written to are copied.
     """
 
     def __init__(self, parts: Sequence[Any], share: bool = True) -> None:
         self.parts = [memoryview(part).cast("B") for part in parts]
         self.size = sum(len(part) for part in self.parts)
         self.place = ""
-        if share and self.size:
-            with contextlib.suppress(OSError, AttributeError):      # no descriptor, no memory; not Linux
+        if share:
+            with contextlib.suppress(OSError, AttributeError, IndexError):  # no descriptor or memory; no Linux; a race
                 self._share()
         if not self.place:
             self.parts = [part if part.readonly else memoryview(bytes(part)) for part in self.parts]
 
     def _share(self) -> None:
-        token = secrets.token_hex(16)           # so that nothing else is ever taken for it
-        descriptor = os.memfd_create(token)
-        try:
-            if not _is_spare(descriptor):
-                raise OSError("the program may need the descriptors that are left")
-            for part in self.parts:
-                while part:         # writing takes half as long as copying into a mapping, whose pages are zeroed first
-                    part = part[os.write(descriptor, part):]
-            self.parts = [memoryview(mmap.mmap(descriptor, self.size, prot=mmap.PROT_READ))]
-        except BaseException:
-            os.close(descriptor)
-            raise
-        weakref.finalize(self, os.close, descriptor)
-        self.place = f"{os.getpid()} {descriptor} {token}"
+        token = secrets.token_hex(16)
+        parts, is_large = [token.encode().ljust(HEAD), *self.parts], MAPPED <= self.size <= REUSED
+        for _ in range(len(_idle) if is_large else 0):
+            file = _idle.popleft()
+            if file.rewrite(parts):
+                break
+            _idle.append(file)
+        else:
+            file = MemoryFile(parts)
+        self._file, self.parts = file, []
+        self.place = f"{os.getpid()} {file.descriptor} {token}"
+        if is_large:
+            weakref.finalize(self, _idle.append, file)
 
     def read(self, offset: int, length: int) -> Any:
         """Return `length` bytes from `offset` on; a view where they lie in one buffer."""
+        if self.place:              # a copy: the file may be written again while that is on its way
+            return self._file.memory[HEAD + offset:HEAD + offset + length]
         found = []
         for part in self.parts:
             if piece := part[offset:offset + length]:
@@ -919,19 +958,20 @@ class Blob:
 def open_place(place: str, size: int) -> Any:
     """Return the bytes at a Blob's place, to be written to without reaching others; None if they cannot be had there.
 
-    That is so for another host, pid namespace or user, and when their maker has gone. All that is asked for is that
-    the file bears the token: no other one can, so there is no need to compare hosts and inodes, or to hash anything.
+    That is so for another host, pid namespace or user, and when their maker has gone or forgotten them. The token, in
+    the place and in the file, makes sure that it is the same file: no need to compare hosts, or to hash anything.
     """
     try:
         pid, number, token = place.split()
-        path, name = f"/proc/{int(pid)}/fd/{int(number)}", f"/memfd:{token} (deleted)"
-        if os.readlink(path) != name:           # looked at before it is opened: it may be a device
+        path = f"/proc/{int(pid)}/fd/{int(number)}"
+        if not os.readlink(path).startswith("/memfd:minipool"):     # looked at before it is opened: it may be a device
             return None
         with open(os.open(path, os.O_NONBLOCK), "rb") as file:      # or by now a pipe
-            if os.readlink(f"/proc/self/fd/{file.fileno()}") != name:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)        # a mapping has it too, with its own descriptor
+            if file.read(HEAD) != token.encode().ljust(HEAD):
                 return None
             if size >= MAPPED and _is_spare(file.fileno()):
-                return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+                return memoryview(mmap.mmap(file.fileno(), HEAD + size, access=mmap.ACCESS_COPY))[HEAD:]
             buffer = bytearray(size)
             return buffer if file.readinto(buffer) == size else None
     except (OSError, ValueError):
@@ -987,6 +1027,8 @@ class Peer:
         with self.lock:                 # so that a connection made meanwhile is seen here, or sees _stopping
             if self.connection:
                 self.connection.close()
+            self.values.clear()
+        _idle.clear()
         if self.thread is not threading.current_thread() and self.thread.ident:
             self.thread.join(HANDSHAKE_SECONDS)
 
@@ -1058,12 +1100,13 @@ class Peer:
 
     # ---- large values ----
 
-    def pull(self, name: Name, size: int, place: str, done: Callable[[Any], None]) -> None:
+    def pull(self, value: tuple[Name, int, str], done: Callable[[Any], None]) -> None:
         """Fetch a large value; `done(buffer)` is called in the I/O thread, `done(None)` if nobody holds it.
 
         At once if it lies in this host's memory. The caller is in that thread, holds the lock, and flushes. Asking
         twice for a value that is on its way is asking once.
         """
+        name, size, place = value
         if name in self._pulls:
             return
         if (buffer := open_place(place, size)) is not None:
@@ -3122,6 +3165,7 @@ def decode_failure(status: str, value: Any) -> BaseException:
 # ==================================================================================================================
 
 CREDIT_BYTES = 32 << 20     # of inline payloads that a client may have at the server
+KEPT_COPIES = 16            # of large arguments; then read-only buffers stay where they lie: all may be the same array
 ACKNOWLEDGE = 16            # outcomes that wait for a frame to ride on; a worker that dies with more has them run again
 
 as_completed = concurrent.futures.as_completed
@@ -3375,8 +3419,7 @@ class Client:
             raise ValueError(f"{name_of(fn)}() is given a future of another executor: give it the result")
         if inputs:          # it is packed when they are done
             buffers = [buffer if buffer.readonly else bytes(buffer) for buffer in buffers]
-        # what is mostly read-only is sent from where it lies: a thousand jobs may be given the same array
-        share = sum(-buffer.nbytes if buffer.readonly else buffer.nbytes for buffer in buffers) >= 0
+        share = len(self.peer.values) < KEPT_COPIES or not any(buffer.readonly for buffer in buffers)
         packed = b"" if inputs else pack(call, buffers, share)
         check_size(entry.blob, self.max_value, "pickle", fn)
         check_size(packed, self.max_value, "arguments", fn)
@@ -3585,7 +3628,7 @@ class Client:
         def fetched(data: Any) -> None:
             if data is not None:        # else its holder is lost, and the job runs again by itself
                 self._on_batch([("done", number, status, data, worker, attempts)])      # now as if it were small
-        self.peer.pull(*value, fetched)
+        self.peer.pull(value, fetched)
 
     def _finish(self, future: Future, status: str, value: Any) -> None:
         """End a future, unless it has, with an outcome to be decoded; waiters wake, callbacks go to their thread."""
@@ -3646,6 +3689,7 @@ class Client:
                 log.exception("a callback raised")
             del callback                # it may hold the last reference to a future and its value
         self._flush_delivered()
+        self._log.clear()
         self.peer.stop(("bye", "the client has finished"))
         if self.child:
             self.child.stop()

@@ -469,7 +469,7 @@ class Worker:
             missing.add(payload[0])
         self._check_ready(attempt)
         if type(payload) is tuple:
-            self.peer.pull(*payload, lambda data: self._arrived(payload[0], data))
+            self.peer.pull(payload, lambda data: self._arrived(payload[0], data))
 
     def _check_ready(self, attempt: Attempt) -> None:
         if not attempt.missing:
@@ -479,7 +479,7 @@ class Worker:
         if isinstance(value, bytes):
             self._objects[name] = value
         elif name not in self._objects:
-            self.peer.pull(*value, lambda data: self._arrived(name, data))
+            self.peer.pull(value, lambda data: self._arrived(name, data))
 
     def _arrived(self, name: Name, data: Any) -> None:
         """A pulled object is here, or nobody holds it: then what needs it goes back."""
