@@ -26,10 +26,10 @@ How it hangs together: everybody dials the server, and the server is a switch, n
            |                        ^   relays ranges   |                     ^ spawns, watches, respawns
            +---- large values: ---- | pulled, in ranges + -------> reader     | node: never runs your code
 
-Small values (64 KiB at most) ride inside messages. Larger ones stay with who made them, and the reader pulls
-byte ranges of them through the server. Everything on the wire is a batch: one pickle of builtins, one HMAC, one
-system call for many messages. A job is done when its client has the outcome; until then the client keeps the
-job, the worker keeps the outcome, and the server can be restarted without losing either.
+Small values (64 KiB at most) ride inside messages. Larger ones stay with who made them: a reader on the same host
+maps their memory, any other pulls byte ranges through the server. Everything on the wire is a batch: one pickle of
+builtins, one HMAC, one system call for many messages. A job is done when its client has the outcome; until then the
+client keeps the job, the worker keeps the outcome, and the server can be restarted without losing either.
 
 Sections, bottom-up; each uses only what is above it:
 
@@ -877,8 +877,8 @@ def _is_spare(descriptor: int) -> bool:
 class MemoryFile:
     """A file without a name, which ends with its maker and its readers, however they end.
 
-    It is written again once nobody reads it: fresh pages cost more than what is copied into them. A reader holds a
-    lock on it, as long as it has a mapping; so a value that was read never changes.
+    It is written again once nobody reads it: fresh pages cost more than what is copied into them. A reader locks it,
+    and the kernel holds that lock as long as there is a mapping; so a value that was read never changes.
     """
 
     def __init__(self, parts: Sequence[Any]) -> None:
@@ -967,7 +967,7 @@ def open_place(place: str, size: int) -> Any:
         if not os.readlink(path).startswith("/memfd:minipool"):     # looked at before it is opened: it may be a device
             return None
         with open(os.open(path, os.O_NONBLOCK), "rb") as file:      # or by now a pipe
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)        # a mapping has it too, with its own descriptor
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)        # until the file is closed and unmapped
             if file.read(HEAD) != token.encode().ljust(HEAD):
                 return None
             if size >= MAPPED and _is_spare(file.fileno()):

@@ -145,6 +145,18 @@ class TestUsedAgain:
         del others
         assert value == b"1" * MAPPED
 
+    def test_nor_does_that_of_a_reader_that_closes_all_its_descriptors(self):
+        script = "import minipool, os, sys; value = minipool.open_place(sys.argv[1], minipool.MAPPED)\n" \
+                 "os.closerange(3, 100); print(flush=True); sys.stdin.read(1); print(bytes(value[:3]))"
+        blob = blob_of(b"1" * MAPPED)
+        command = [sys.executable, "-c", script, blob.place]
+        with subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, text=True) as reader:
+            reader.stdout.readline()
+            del blob
+            assert len(minipool._idle) == 1
+            blob_of(b"2" * MAPPED)
+            assert reader.communicate("x")[0] == "b'111'\n"
+
     def test_once_nobody_reads_it_the_next_value_lies_in_the_same_memory(self):
         blob = blob_of(b"1" * MAPPED)
         first, value = memory_files()[0], open_place(blob.place, MAPPED)
