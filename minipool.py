@@ -193,7 +193,8 @@ class Malformed(MinipoolError):
 # A Name is (creator, number): whoever makes a job, function or value names it, so that the name survives a restart
 # of the server. A client's creator id is its session, a worker's its identity (node, slot, generation). A token is
 # one attempt at a job; the server counts them and never uses one twice. A Value is bytes, or, when larger than
-# INLINE, (Name, size, place) of an object that its creator keeps and the reader opens at its place or pulls.
+# INLINE, (Name, size, place) of an object that its creator keeps and the reader pulls, or opens at its place: "", or
+# "pid descriptor token" of a memory file of the creator's host, in which it lies after HEAD bytes with the token.
 #
 #     client: submit -> server: ready -> run -> worker: started, finished -> server: finished -> client: delivered
 #                            ^_____ recalled, worker lost, retry _____|              (then the worker may forget)
