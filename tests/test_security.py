@@ -468,7 +468,7 @@ class TestOthersJobs:
 
     def test_are_pulled_whole_though_another_client_asks_for_a_range_that_cannot_be(self):
         pool = Cluster(clients=["c1", "c2"])
-        job, value = pool.submit(), ((pool.id_of("w1"), 1), 300_000)
+        job, value = pool.submit(), ((pool.id_of("w1"), 1), 300_000, "")
         pool.finish(job, value=value)
         pool.clear()
         with contextlib.suppress(Malformed):
