@@ -26,10 +26,10 @@ How it hangs together: everybody dials the server, and the server is a switch, n
            |                        ^   relays ranges   |                     ^ spawns, watches, respawns
            +---- large values: ---- | pulled, in ranges + -------> reader     | node: never runs your code
 
-Small values (64 KiB at most) ride inside messages. Larger ones stay with who made them, and the reader pulls
-byte ranges of them through the server. Everything on the wire is a batch: one pickle of builtins, one HMAC, one
-system call for many messages. A job is done when its client has the outcome; until then the client keeps the
-job, the worker keeps the outcome, and the server can be restarted without losing either.
+Small values (64 KiB at most) ride inside messages. Larger ones stay with who made them: a reader on the same host
+maps their memory, any other pulls byte ranges through the server. Everything on the wire is a batch: one pickle of
+builtins, one HMAC, one system call for many messages. A job is done when its client has the outcome; until then the
+client keeps the job, the worker keeps the outcome, and the server can be restarted without losing either.
 
 Sections, bottom-up; each uses only what is above it:
 
@@ -52,6 +52,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import gc
 import hashlib
@@ -61,6 +62,7 @@ import io
 import itertools
 import json
 import logging
+import mmap
 import operator
 import os
 import pickle
@@ -192,7 +194,8 @@ class Malformed(MinipoolError):
 # A Name is (creator, number): whoever makes a job, function or value names it, so that the name survives a restart
 # of the server. A client's creator id is its session, a worker's its identity (node, slot, generation). A token is
 # one attempt at a job; the server counts them and never uses one twice. A Value is bytes, or, when larger than
-# INLINE, (Name, size) of an object that its creator keeps and the reader pulls.
+# INLINE, (Name, size, place) of an object that its creator keeps and the reader pulls, or opens at its place: "", or
+# "pid descriptor token" of a memory file of the creator's host, in which it lies after HEAD bytes with the token.
 #
 #     client: submit -> server: ready -> run -> worker: started, finished -> server: finished -> client: delivered
 #                            ^_____ recalled, worker lost, retry _____|              (then the worker may forget)
@@ -206,7 +209,7 @@ OK, RAISED, DIED, KILLED, TIMED_OUT = "ok", "raised", "died", "killed", "timed o
 UNFIT = "unfit"                 # how an attempt can: the session's log raised on that worker, and the job never began
 
 Name = tuple[bytes, int]
-Value = bytes | tuple[Name, int]
+Value = bytes | tuple[Name, int, str]
 Message = tuple[Any, ...]
 Check = Callable[[Any], bool]
 
@@ -244,7 +247,8 @@ _CHECKS: dict[Any, Check] = {
     **{accepted: _one_of(accepted) for accepted in (bool, str, bytes, list, dict)},
     "name": _is_name,
     "value": lambda field: type(field) is bytes or (
-        type(field) is tuple and len(field) == 2 and _is_name(field[0]) and _is_number(field[1])),
+        type(field) is tuple and len(field) == 3 and _is_name(field[0]) and _is_number(field[1])
+        and type(field[2]) is str and len(field[2]) <= 64),
     "options": _are_options,
     "int?": _one_of(int, type(None)), "bytes?": _one_of(bytes, type(None)), "dict?": _one_of(dict, type(None)),
     "numbers": _list_of(_is_number), "names": _list_of(_is_name), "texts": _list_of(_one_of(str)),
@@ -295,8 +299,7 @@ ANNOUNCED = {
 }
 
 # a job's life
-_message("put", "client server", "a small object, or (without bytes) the size of one to pull",
-         name="name", size=int, data="bytes?")
+_message("put", "client server", "an object that jobs will name", name="name", value="value")
 _message("drop", "client server", "objects nobody will ask for again", names="names")
 _message("submit", "client", "run fn with payload once the session's log is applied up to there",
          number=int, fn="name", payload="value", log=int, options="options")
@@ -880,15 +883,85 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-class Blob:
-    """A value in several buffers, read by range without ever being joined."""
+HEAD = 64               # bytes of a memory file before the value: its token, and space so that arrays lie well
+MAPPED = 1 << 20        # bytes; below, a copy costs no more than the faults of a mapping, and takes no descriptor
+REUSED = 128 << 20      # bytes of the largest memory file that is used again: a process keeps two such while idle
 
-    def __init__(self, parts: Sequence[Any]) -> None:
+
+def _is_spare(descriptor: int) -> bool:
+    """Tell whether we may keep a descriptor; given lowest first, its number says how many the program has in use."""
+    return descriptor < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+
+
+class MemoryFile:
+    """A file without a name, which ends with its maker and its readers, however they end.
+
+    It is written again once nobody reads it: fresh pages cost more than what is copied into them. A reader locks it,
+    and the kernel holds that lock as long as there is a mapping; so a value that was read never changes.
+    """
+
+    def __init__(self) -> None:
+        self.maker, self.descriptor = os.getpid(), os.memfd_create("minipool")
+        weakref.finalize(self, os.close, self.descriptor)
+        if not _is_spare(self.descriptor):
+            raise OSError("the program may need the descriptors that are left")
+
+    def write(self, parts: Sequence[Any]) -> bool:
+        """Write a value, unless somebody reads the one before, or this is a fork of its maker's process."""
+        if self.maker != os.getpid():
+            return False
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        os.lseek(self.descriptor, 0, os.SEEK_SET)
+        for part in parts:
+            while part:             # half the time of a mapping, whose pages would be zeroed first
+                part = part[os.write(self.descriptor, part):]
+        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        return True
+
+
+_idle: collections.deque[MemoryFile] = collections.deque(maxlen=2)      # two: of a chain of jobs, one is being read
+
+
+class Blob:
+    """A large value: a snapshot, read by range without ever being joined.
+
+    Its buffers are copied into a memory file, from which a process of this host has it (see open_place); `place` says
+    which. Where there is none, or none is wanted, `place` is empty, and only buffers that can be written to are copied.
+    """
+
+    def __init__(self, parts: Sequence[Any], share: bool = True) -> None:
         self.parts = [memoryview(part).cast("B") for part in parts]
         self.size = sum(len(part) for part in self.parts)
+        self.place = ""
+        if share:
+            with contextlib.suppress(OSError, AttributeError, IndexError):  # no descriptor or memory; no Linux; a race
+                self._share()
+        if not self.place:
+            self.parts = [part if part.readonly else memoryview(bytes(part)) for part in self.parts]
+
+    def _share(self) -> None:
+        token = secrets.token_hex(16)
+        parts, is_large = [token.encode().ljust(HEAD), *self.parts], MAPPED <= self.size <= REUSED
+        for _ in range(len(_idle) if is_large else 0):
+            file = _idle.popleft()
+            if file.write(parts):
+                break
+            _idle.append(file)
+        else:
+            file = MemoryFile()
+            file.write(parts)
+        self._file, self.parts = file, []
+        self.place = f"{os.getpid()} {file.descriptor} {token}"
+        if is_large:
+            weakref.finalize(self, _idle.append, file)
 
     def read(self, offset: int, length: int) -> Any:
         """Return `length` bytes from `offset` on; a view where they lie in one buffer."""
+        if self.place:              # a copy: the file may be written again while that is on its way
+            return os.pread(self._file.descriptor, length, HEAD + offset)
         found = []
         for part in self.parts:
             if piece := part[offset:offset + length]:
@@ -896,6 +969,29 @@ class Blob:
             length -= len(piece)
             offset = max(0, offset - len(part))
         return found[0] if len(found) == 1 else b"".join(found)
+
+
+def open_place(place: str, size: int) -> Any:
+    """Return the bytes at a Blob's place, to be written to without reaching others; None if they cannot be had there.
+
+    That is so for another host, pid namespace or user, and when their maker has gone or forgotten them. The token, in
+    the place and in the file, makes sure that it is the same file: no need to compare hosts, or to hash anything.
+    """
+    try:
+        pid, number, token = place.split()
+        path = f"/proc/{int(pid)}/fd/{int(number)}"
+        if not os.readlink(path).startswith("/memfd:minipool"):     # looked at before it is opened: it may be a device
+            return None
+        with open(os.open(path, os.O_NONBLOCK), "rb") as file:      # or by now a pipe
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)        # until the file is closed and unmapped
+            if file.read(HEAD) != token.encode().ljust(HEAD):
+                return None
+            if size >= MAPPED and _is_spare(file.fileno()):
+                return memoryview(mmap.mmap(file.fileno(), HEAD + size, access=mmap.ACCESS_COPY))[HEAD:]
+            buffer = bytearray(size)
+            return buffer if file.readinto(buffer) == size else None
+    except (OSError, ValueError):
+        return None
 
 
 class Pull:
@@ -949,6 +1045,8 @@ class Peer:
         with self.lock:                 # so that a connection made meanwhile is seen here, or sees _stopping
             if self.connection:
                 self.connection.close()
+            self.values.clear()
+        _idle.clear()
         if self.thread is not threading.current_thread() and self.thread.ident:
             self.thread.join(HANDSHAKE_SECONDS)
 
@@ -1068,14 +1166,19 @@ class Peer:
 
     # ---- large values ----
 
-    def pull(self, name: Name, size: int, done: Callable[[Any], None]) -> None:
+    def pull(self, value: tuple[Name, int, str], done: Callable[[Any], None]) -> None:
         """Fetch a large value; `done(buffer)` is called in the I/O thread, `done(None)` if nobody holds it.
 
-        The caller holds the lock, and flushes. Asking twice for a value that is on its way is asking once.
+        At once if it lies in this host's memory. The caller is in that thread, holds the lock, and flushes. Asking
+        twice for a value that is on its way is asking once.
         """
-        if name not in self._pulls:
-            self._pulls[name] = Pull(size, done)
-            self._ask_more()
+        name, size, place = value
+        if name in self._pulls:
+            return
+        if (buffer := open_place(place, size)) is not None:
+            return done(buffer)
+        self._pulls[name] = Pull(size, done)
+        self._ask_more()
 
     def forget_pull(self, name: Name) -> Pull | None:
         """Stop wanting a value. The caller holds the lock."""
@@ -1253,7 +1356,7 @@ class Session(Member):
         super().__init__(id)
         self.limit: int | None = None               # max_workers
         self.jobs: dict[int, Job] = {}              # all whose outcome it has not said to have
-        self.objects: dict[Name, tuple[int, bytes | None]] = {}     # functions and log entries: size, bytes if small
+        self.objects: dict[Name, Value] = {}        # functions and log entries
         self.log: list[Name] = []
         self.workers: dict[Worker, int] = {}        # how many attempts each worker has of it
         self.load = 0                               # their sum
@@ -1574,9 +1677,9 @@ class Scheduler:
 
     # ---- jobs ----
 
-    def _put(self, session: Session, now: float, name: Name, size: int, data: bytes | None) -> None:
+    def _put(self, session: Session, now: float, name: Name, value: Value) -> None:
         if name[0] == session.id:       # who names what is another's is not heard
-            session.objects[name] = (size, data)
+            session.objects[name] = value
 
     def _drop(self, session: Session, now: float, names: list[Any]) -> None:
         """Forget objects that nobody will ask for again, here and in the workers."""
@@ -1829,7 +1932,7 @@ class Scheduler:
         for number, name in enumerate([*entries, job.fn], position):
             if name not in worker.has and name in session.objects:
                 worker.has.add(name)
-                self._send(worker.peer, ("put", name, *session.objects[name]))
+                self._send(worker.peer, ("put", name, session.objects[name]))
             if number < position + len(entries):
                 self._send(worker.peer, ("log", session.id, number, name))
         worker.positions[session.id] = position + len(entries)
@@ -2137,7 +2240,8 @@ class Scheduler:
             "clients": [{"name": s.name, "connected": s.peer is not None, "jobs": len(s.jobs)}
                         for s in self.sessions.values()],
             "objects": {"count": sum(len(s.objects) for s in self.sessions.values()),
-                        "bytes": sum(len(d or b"") for s in self.sessions.values() for _, d in s.objects.values())},
+                        "bytes": sum(len(v) for s in self.sessions.values() for v in s.objects.values()
+                                     if isinstance(v, bytes))},
         }
 
     def story(self, job: Job) -> str:
@@ -2782,12 +2886,12 @@ def _pickler() -> Any:
 
 
 def _keep_large(buffers: list[Any] | None, buffer: pickle.PickleBuffer) -> bool:
-    """Take a large buffer out of a pickle, a writable one as a copy: a payload is a snapshot."""
+    """Take a large buffer out of a pickle, as it is: pack() makes the snapshot."""
     if buffer is _PLACE:
         return False
     view = buffer.raw()
     if buffers is not None and view.nbytes >= OUT_OF_BAND:
-        buffers.append(view if view.readonly else bytes(view))
+        buffers.append(view)
         return False
     return True  # into the pickle
 
@@ -2928,7 +3032,7 @@ def _sentinel(session: bytes, key: int) -> object:
 _ALIGN = 64         # so that arrays lie as well in the received buffer as where they came from
 
 
-def pack(data: bytes, buffers: Sequence[Any] = ()) -> bytes | Blob:
+def pack(data: bytes, buffers: Sequence[Any] = (), share: bool = True) -> bytes | Blob:
     """Return a pickle with its buffers as bytes if it may ride inside a message, else as a Blob to be pulled."""
     if not buffers:
         return data if len(data) <= INLINE else Blob([data])
@@ -2937,8 +3041,8 @@ def pack(data: bytes, buffers: Sequence[Any] = ()) -> bytes | Blob:
     parts: list[Any] = []
     for segment in (table, *segments):
         parts += [segment, bytes(-len(segment) % _ALIGN)]
-    blob = Blob([part for part in parts if len(part)])
-    return blob if blob.size > INLINE else blob.read(0, blob.size)
+    parts = [part for part in parts if len(part)]
+    return Blob(parts, share) if sum(map(len, parts)) > INLINE else b"".join(parts)
 
 
 def check_size(value: bytes | Blob, limit: int, what: str, fn: Any) -> None:
@@ -3008,6 +3112,7 @@ def decode_failure(status: str, value: Any) -> BaseException:
 # ==================================================================================================================
 
 CREDIT_BYTES = 32 << 20     # of inline payloads that a client may have at the server
+KEPT_COPIES = 16            # of large arguments; then read-only buffers stay where they lie: all may be the same array
 ACKNOWLEDGE = 16            # outcomes that wait for a frame to ride on; a worker that dies with more has them run again
 
 _base: Any = concurrent.futures._base
@@ -3249,7 +3354,11 @@ class Client:
         call, buffers, inputs = self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ()))
         if any(getattr(given, "_client", None) is not self for given in inputs):
             raise ValueError(f"{name_of(fn)}() is given a future of another executor: give it the result")
-        packed = b"" if inputs else pack(call, buffers)
+        if inputs:          # it is packed when they are done
+            buffers = [part if isinstance(part, Future) or part.readonly else bytes(part) for part in buffers]
+        else:
+            share = len(self.peer.values) < KEPT_COPIES or not any(buffer.readonly for buffer in buffers)
+        packed = b"" if inputs else pack(call, buffers, share)
         check_size(entry.blob, self.max_value, "pickle", fn)
         check_size(packed, self.max_value, "arguments", fn)
         wired = view._wired
@@ -3331,15 +3440,14 @@ class Client:
 
     def _put(self, number: int, data: bytes | Blob) -> Message:
         """Return the message that makes an object known to the server."""
-        value = self._share(number, data)
-        return "put", *((*value, None) if isinstance(value, tuple) else ((self.session, number), len(value), value))
+        return "put", (self.session, number), self._share(number, data)
 
     def _share(self, number: int, data: bytes | Blob) -> Value:
-        """Return what a message says of some data: itself if small, else name and size, to be pulled from here."""
+        """Return what a message says of some data: itself if small, else where it is to be had."""
         if not isinstance(data, Blob):
             return data
         self.peer.values[self.session, number] = data
-        return (self.session, number), data.size
+        return (self.session, number), data.size, data.place
 
     def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Append a call that every worker must have made before it begins a job submitted from now on."""
@@ -3445,7 +3553,7 @@ class Client:
         def fetched(data: Any) -> None:
             if data is not None:        # else its holder is lost, and the job runs again by itself
                 self._on_batch([("done", number, status, data, worker, attempts)])      # now as if it were small
-        self.peer.pull(value[0], value[1], fetched)
+        self.peer.pull(value, fetched)
 
     def _finish(self, future: Future, status: str, value: Any) -> None:
         """End a future, unless it has, with an outcome to be decoded; waiters wake, callbacks go to their thread."""
@@ -3504,6 +3612,7 @@ class Client:
                 log.exception("a callback raised")
             del callback                # it may hold the last reference to a future and its value
         self._flush_delivered()
+        self._log.clear()
         self.peer.stop(("bye", "the client has finished"))
         if self.child:
             self.child.stop()

@@ -373,7 +373,7 @@ class Worker:
     def _finish(self, attempt: Attempt, status: str, value: bytes | Blob, seconds: float, retry: bool) -> None:
         """Keep the outcome and tell it; a lone one goes at once, one of many leaves with the next ones."""
         with self._lock:
-            told: Value = value if isinstance(value, bytes) else ((self.id, attempt.token), value.size)
+            told: Value = value if isinstance(value, bytes) else ((self.id, attempt.token), value.size, value.place)
             if isinstance(value, Blob):
                 self.peer.values[self.id, attempt.token] = value
             message = ("finished", attempt.token, status, told, seconds, retry)
@@ -456,8 +456,9 @@ class Worker:
         attempt = self._inbox[token] = Attempt(token, job, fn, payload, log, options or {}, missing)
         if type(payload) is tuple:
             missing.add(payload[0])
-            self.peer.pull(payload[0], payload[1], lambda data: self._arrived(payload[0], data))
         self._check_ready(attempt)
+        if type(payload) is tuple:
+            self.peer.pull(payload, lambda data: self._arrived(payload[0], data))
 
     def _check_ready(self, attempt: Attempt) -> None:
         if attempt.options.get("beside") and not attempt.missing:
@@ -466,11 +467,11 @@ class Worker:
         elif not attempt.missing:
             heapq.heappush(self._ready, (-attempt.options.get("priority", 0), attempt.token))
 
-    def _on_put(self, name: Name, size: int, data: bytes | None) -> None:
-        if data is not None:
-            self._objects[name] = data
+    def _on_put(self, name: Name, value: Value) -> None:
+        if isinstance(value, bytes):
+            self._objects[name] = value
         elif name not in self._objects:
-            self.peer.pull(name, size, lambda buffer: self._arrived(name, buffer))
+            self.peer.pull(value, lambda data: self._arrived(name, data))
 
     def _arrived(self, name: Name, data: Any) -> None:
         """A pulled object is here, or nobody holds it: then what needs it goes back."""

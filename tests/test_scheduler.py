@@ -71,7 +71,8 @@ class TestMessages:
 
     @pytest.mark.parametrize(("position", "field"), [
         (1, -1), (1, 1 << 62), (1, 10**400), (1, True), (1, 1.0), (1, None), (2, b"ok"), (3, "text"), (3, ()),
-        (3, ((b"a", -1), 1)), (3, ((b"a", 1), -1)), (3, ((b"a", 1), 1 << 62)), (3, (("a", 1), 1)), (3, (b"a", 1)),
+        (3, ((b"a", -1), 1, "")), (3, ((b"a", 1), -1, "")), (3, ((b"a", 1), 1 << 62, "")), (3, (("a", 1), 1, "")),
+        (3, (b"a", 1)), (3, ((b"a", 1), 1)), (3, ((b"a", 1), 1, None)), (3, ((b"a", 1), 1, "x" * 65)),
         (4, float("nan")), (4, float("inf")), (4, -0.1), (4, 1e300), (4, "1"), (5, 1)], ids=repr)
     def test_a_field_that_no_honest_peer_sends_is_refused(self, position, field):
         message = list(self.GOOD)
@@ -777,7 +778,7 @@ class TestRanges:
     def value_of(self, pool):
         """A job of c1 whose outcome stays in w1: the name to pull."""
         name = pool.id_of("w1"), 1
-        pool.finish(pool.submit(), value=(name, 10))
+        pool.finish(pool.submit(), value=(name, 10, ""))
         pool.clear()
         return name
 

@@ -413,9 +413,10 @@ class TestValues:
 
     def test_a_writable_buffer_is_a_snapshot(self, session):
         data = bytearray(100_000)
-        blob, buffers, _ = session.dumps_call(max, (pickle.PickleBuffer(data),), {})
+        call, buffers, _ = session.dumps_call(max, (pickle.PickleBuffer(data),), {})
+        packed = [as_bytes(minipool.pack(call, buffers, share)) for share in (True, False)]
         data[0] = 1
-        assert len(blob) < 1000 and type(buffers[0]) is bytes and buffers[0][0] == 0
+        assert len(call) < 1000 and packed[0] == packed[1] and data not in packed[0] and bytes(len(data)) in packed[0]
 
     def test_a_read_only_buffer_stays_where_it_lies(self, session):
         data = bytes(100_000)
