@@ -52,7 +52,6 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
-import fcntl
 import functools
 import gc
 import hashlib
@@ -885,44 +884,12 @@ def format_address(host: str, port: int) -> str:
 
 HEAD = 64               # bytes of a memory file before the value: its token, and space so that arrays lie well
 MAPPED = 1 << 20        # bytes; below, a copy costs no more than the faults of a mapping, and takes no descriptor
-REUSED = 128 << 20      # bytes of the largest memory file that is used again: a process keeps two such while idle
 
 
-def _is_spare(descriptor: int) -> bool:
-    """Tell whether we may keep a descriptor; given lowest first, its number says how many the program has in use."""
-    return descriptor < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
-
-
-class MemoryFile:
-    """A file without a name, which ends with its maker and its readers, however they end.
-
-    It is written again once nobody reads it: fresh pages cost more than what is copied into them. A reader locks it,
-    and the kernel holds that lock as long as there is a mapping; so a value that was read never changes.
-    """
-
-    def __init__(self) -> None:
-        self.maker, self.descriptor = os.getpid(), os.memfd_create("minipool")
-        weakref.finalize(self, os.close, self.descriptor)
-        if not _is_spare(self.descriptor):
-            raise OSError("the program may need the descriptors that are left")
-
-    def write(self, parts: Sequence[Any]) -> bool:
-        """Write a value, unless somebody reads the one before, or this is a fork of its maker's process."""
-        if self.maker != os.getpid():
-            return False
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        os.lseek(self.descriptor, 0, os.SEEK_SET)
-        for part in parts:
-            while part:             # half the time of a mapping, whose pages would be zeroed first
-                part = part[os.write(self.descriptor, part):]
-        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-        return True
-
-
-_idle: collections.deque[MemoryFile] = collections.deque(maxlen=2)      # two: of a chain of jobs, one is being read
+def _has_spare_descriptors() -> bool:
+    """Tell whether we may keep one: given lowest first, the next one's number says how many the program has in use."""
+    with open(os.devnull) as file:
+        return file.fileno() < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
 
 
 class Blob:
@@ -936,32 +903,27 @@ class Blob:
         self.parts = [memoryview(part).cast("B") for part in parts]
         self.size = sum(len(part) for part in self.parts)
         self.place = ""
-        if share:
-            with contextlib.suppress(OSError, AttributeError, IndexError):  # no descriptor or memory; no Linux; a race
-                self._share()
+        if share and os.environ.get("MINIPOOL_SHARED_MEMORY") != "0":      # to measure what hosts have between them
+            with contextlib.suppress(OSError, AttributeError):  # no descriptor or memory; no Linux
+                if _has_spare_descriptors():
+                    self._share()
         if not self.place:
             self.parts = [part if part.readonly else memoryview(bytes(part)) for part in self.parts]
 
     def _share(self) -> None:
-        token = secrets.token_hex(16)
-        parts, is_large = [token.encode().ljust(HEAD), *self.parts], MAPPED <= self.size <= REUSED
-        for _ in range(len(_idle) if is_large else 0):
-            file = _idle.popleft()
-            if file.write(parts):
-                break
-            _idle.append(file)
-        else:
-            file = MemoryFile()
-            file.write(parts)
-        self._file, self.parts = file, []
-        self.place = f"{os.getpid()} {file.descriptor} {token}"
-        if is_large:
-            weakref.finalize(self, _idle.append, file)
+        token, descriptor = secrets.token_hex(16), os.memfd_create("minipool")
+        weakref.finalize(self, os.close, descriptor)
+        for part in (memoryview(token.encode().ljust(HEAD)), *self.parts):
+            while part:             # half the time of a mapping, whose pages would be zeroed first
+                part = part[os.write(descriptor, part):]
+        self._descriptor, self.parts = descriptor, []
+        self.place = f"{os.getpid()} {descriptor} {token}"
 
     def read(self, offset: int, length: int) -> Any:
         """Return `length` bytes from `offset` on; a view where they lie in one buffer."""
-        if self.place:              # a copy: the file may be written again while that is on its way
-            return os.pread(self._file.descriptor, length, HEAD + offset)
+        if self.place:
+            return b"".join(os.pread(self._descriptor, min(1 << 30, offset + length - place), HEAD + place)
+                            for place in range(offset, offset + length, 1 << 30))      # one call reads 2 GiB at most
         found = []
         for part in self.parts:
             if piece := part[offset:offset + length]:
@@ -983,10 +945,9 @@ def open_place(place: str, size: int) -> Any:
         if not os.readlink(path).startswith("/memfd:minipool"):     # looked at before it is opened: it may be a device
             return None
         with open(os.open(path, os.O_NONBLOCK), "rb") as file:      # or by now a pipe
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)        # until the file is closed and unmapped
             if file.read(HEAD) != token.encode().ljust(HEAD):
                 return None
-            if size >= MAPPED and _is_spare(file.fileno()):
+            if size >= MAPPED and _has_spare_descriptors():
                 return memoryview(mmap.mmap(file.fileno(), HEAD + size, access=mmap.ACCESS_COPY))[HEAD:]
             buffer = bytearray(size)
             return buffer if file.readinto(buffer) == size else None
@@ -1046,7 +1007,6 @@ class Peer:
             if self.connection:
                 self.connection.close()
             self.values.clear()
-        _idle.clear()
         if self.thread is not threading.current_thread() and self.thread.ident:
             self.thread.join(HANDSHAKE_SECONDS)
 
@@ -1097,11 +1057,10 @@ class Peer:
             if not isinstance(error, EOFError):     # else it may have said why
                 self.trouble = error
             connection.close()
-            if isinstance(error, OSError | EOFError | MinipoolError):
-                return
             if not isinstance(error, Exception):
                 raise
-            log.exception("minipool: the %s stumbled over what it heard", self.role)    # a bug of ours: dial again
+            if not isinstance(error, OSError | EOFError | MinipoolError):       # a bug of ours: dial again
+                log.exception("minipool: the %s stumbled over what it heard", self.role)
 
     # ---- the I/O thread ----
 
@@ -1405,10 +1364,8 @@ Key = tuple[Session, frozenset[str] | None, bool]   # what the jobs of a queue s
 Turn = tuple[float, int, int, Key]                  # of a queue; sorts by priority, load of the session, arrival
 
 
-class Actions(NamedTuple):
-    """What the shell must do: send these messages, then close these connections."""
-    sends: dict[Any, list[Message]]
-    closes: list[Any]
+# What the shell must do: send these messages, by peer, then close these connections.
+Actions = collections.namedtuple("Actions", "sends closes")
 
 
 class Scheduler:
