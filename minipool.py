@@ -903,21 +903,17 @@ class Blob:
         self.parts = [memoryview(part).cast("B") for part in parts]
         self.size = sum(len(part) for part in self.parts)
         self.place = ""
-        if share and os.environ.get("MINIPOOL_SHARED_MEMORY") != "0":      # to measure what hosts have between them
-            with contextlib.suppress(OSError, AttributeError):  # no descriptor or memory; no Linux
-                if _has_spare_descriptors():
-                    self._share()
+        with contextlib.suppress(OSError, AttributeError):      # no descriptor or memory; no Linux; or not wanted
+            if share and os.environ.get("MINIPOOL_SHARED_MEMORY") != "0" and _has_spare_descriptors():
+                token, descriptor = secrets.token_hex(16), os.memfd_create("minipool")
+                weakref.finalize(self, os.close, descriptor)
+                for part in (memoryview(token.encode().ljust(HEAD)), *self.parts):
+                    while part:         # half the time of a mapping, whose pages would be zeroed first
+                        part = part[os.write(descriptor, part):]
+                self._descriptor, self.parts = descriptor, []
+                self.place = f"{os.getpid()} {descriptor} {token}"
         if not self.place:
             self.parts = [part if part.readonly else memoryview(bytes(part)) for part in self.parts]
-
-    def _share(self) -> None:
-        token, descriptor = secrets.token_hex(16), os.memfd_create("minipool")
-        weakref.finalize(self, os.close, descriptor)
-        for part in (memoryview(token.encode().ljust(HEAD)), *self.parts):
-            while part:             # half the time of a mapping, whose pages would be zeroed first
-                part = part[os.write(descriptor, part):]
-        self._descriptor, self.parts = descriptor, []
-        self.place = f"{os.getpid()} {descriptor} {token}"
 
     def read(self, offset: int, length: int) -> Any:
         """Return `length` bytes from `offset` on; a view where they lie in one buffer."""
@@ -1054,13 +1050,16 @@ class Peer:
             if rest:
                 self._on_batch(rest)
         except BaseException as error:
-            if not isinstance(error, EOFError):     # else it may have said why
-                self.trouble = error
             connection.close()
             if not isinstance(error, Exception):
                 raise
-            if not isinstance(error, OSError | EOFError | MinipoolError):       # a bug of ours: dial again
-                log.exception("minipool: the %s stumbled over what it heard", self.role)
+            self._note(error)
+
+    def _note(self, error: Exception) -> None:
+        if not isinstance(error, EOFError):         # else it may have said why
+            self.trouble = error
+        if not isinstance(error, OSError | EOFError | UnicodeError | MinipoolError):    # UnicodeError: of a host's name
+            log.exception("minipool: the %s stumbled", self.role)       # a bug of ours: dial again
 
     # ---- the I/O thread ----
 
@@ -1071,9 +1070,7 @@ class Peer:
                 self._serve(self._dial())
                 self.trouble = self.trouble or ConnectionError("the server closed the connection")
             except Exception as error:
-                self.trouble = error
-                if not isinstance(error, (OSError, UnicodeError, MinipoolError)):       # UnicodeError: of a host's name
-                    log.exception("minipool: the %s's I/O thread stumbled", self.role)  # a bug of ours: dial again
+                self._note(error)
             self._on_lost()
             if self._failures:
                 # full jitter, so that a thousand peers do not return at once; the cap keeps a restart short

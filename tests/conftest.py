@@ -65,7 +65,7 @@ def own_pool():
 @pytest.fixture
 def between_hosts(monkeypatch):
     """Let this process's large values come and go in ranges, as if no pool were on this host."""
-    monkeypatch.setattr(minipool.Blob, "_share", lambda blob: None)
+    monkeypatch.setenv("MINIPOOL_SHARED_MEMORY", "0")
     monkeypatch.setattr(minipool, "open_place", lambda place, size: None)
 
 
