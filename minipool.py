@@ -356,9 +356,9 @@ def check_message(message: Any, sender: str) -> None:
         raise Malformed(f"{message[0]!r} has {len(fields)} fields, not {len(message) - 1}")
     if sender == "server":
         return
-    for (name, is_good), field in zip(fields.items(), message[1:], strict=False):
-        if not is_good(field):
-            raise Malformed(f"{message[0]!r}: {name} is out of range or not what it should be")
+    for position, is_good in enumerate(fields.values(), 1):
+        if not is_good(message[position]):
+            raise Malformed(f"{message[0]!r}: {[*fields][position - 1]} is out of range or not what it should be")
 
 
 def brief(message: Message) -> str:

@@ -307,7 +307,8 @@ class Worker:
     def _next(self) -> Attempt | None:
         """Wait for the attempt to begin next, and mark it begun; None: it is time to go."""
         self._catch_up()
-        self.peer.lead(self._may_go_on)
+        if not self._may_go_on():
+            self.peer.lead(self._may_go_on)
         with self._lock:
             while not self._may_go_on():
                 self._wake.wait()
