@@ -769,15 +769,16 @@ class TestPull:
         reader.connection = None
         outcome = pull(reader, 10)
 
-        def serve():
-            with contextlib.suppress(EOFError, OSError):
-                reader._serve(pair[0])
-        threading.Thread(target=serve, daemon=True).start()
+        serving = threading.Thread(target=reader._serve, args=(pair[0],), daemon=True)
+        serving.start()
         assert pair[1].receive() == [("pull", (b"w", 1), 0, 10)]
         pair[1].post([("range", (b"w", 1), 0, hashlib.sha256(b"0123456789").digest(), b"0123456789")])
         pair[1].flush()
         wait_until(lambda: outcome)
         assert outcome == [b"0123456789"]
+        pair[1].close()
+        serving.join(5)
+        assert not serving.is_alive()
 
     def test_a_holder_answers_ranges_and_says_gone_for_what_it_has_not_got(self, pair, reader):
         reader.values[(b"c", 5)] = Blob([b"01234", b"56789"])
