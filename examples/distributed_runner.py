@@ -152,8 +152,7 @@ class DistributedRunner:
         self._lock = threading.Lock()               # it guards the next two
         self._calls, self._used = 0, time.monotonic()       # how many are out, and when the last one ended
         self._stopped = threading.Event()
-        # threads of its own: readers that wait would be too many for the event loop's
-        self._threads = concurrent.futures.ThreadPoolExecutor(64, thread_name_prefix="minipool-runner")
+        self._threads: concurrent.futures.ThreadPoolExecutor | None = None      # from start() to the end
 
     # ---- begin and end ----
 
@@ -161,6 +160,8 @@ class DistributedRunner:
         """Start all ranks, or none: RuntimeError with the first error as its cause. `setup` is for the workers'."""
         if self.is_alive():
             raise RuntimeError("this runner was started")
+        # threads of its own: readers that wait would be too many for the event loop's
+        self._threads = concurrent.futures.ThreadPoolExecutor(64, thread_name_prefix="minipool-runner")
         starting = self._threads.submit(self._start, timeout, setup)
         try:
             await asyncio.wrap_future(starting)
@@ -198,11 +199,13 @@ class DistributedRunner:
 
     def _end(self, cleanup: str | None, timeout: float | None, force: bool) -> None:
         self._stopped.set()
-        (group, self._group), (own, self._own) = (self._group, None), (self._own, None)
+        group, own, threads, self._group, self._own = self._group, self._own, self._threads, None, None
         if group is not None:
             group.shutdown(cleanup, timeout, force)
         if own is not None:
             own.kill_workers()
+        if threads is not None:
+            threads.shutdown(wait=False)
 
     async def __aenter__(self) -> DistributedRunner:
         await self.start()

@@ -19,7 +19,7 @@ wait on other ranks, then raises WorkerDied, which names the rank, the worker an
 What a recipe cannot promise. Two programs whose groups share workers have two orders: collectives of theirs can cross
 and wait for each other, so give each program workers of its own (`on=`). Placing is not atomic either, and arguments
 travel once per rank, not once per host. A call that cannot be sent to one rank, when others have begun it, ends the
-group.
+group. Instances of a program that ends without shutdown() are freed at their worker's next garbage collection.
 """
 
 from __future__ import annotations
@@ -271,7 +271,11 @@ class RankFuture(Future):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         error = super().exception(timeout)
-        return self.group._explain(self.rank, error) if isinstance(error, _ENDS) else error
+        if not isinstance(error, _ENDS):
+            return error
+        lost, cause = self.group._lose(self.rank, error)
+        # one that its caller killed, or that ran for its job_timeout, says just that; all others say who was lost
+        return error if error is cause and not isinstance(error, WorkerDied) else self.group._died(lost, cause)
 
 
 @dataclass
@@ -515,7 +519,7 @@ class WorkerGroup:
         try:
             answers = self._views[rank].run(_beside, self._token, fn, *args)
         except WorkerDied as error:
-            raise self._explain(rank, error) from None
+            raise self._died(*self._lose(rank, error)) from None
         return next(iter(answers.values()), None)
 
     @property
@@ -540,28 +544,24 @@ class WorkerGroup:
     def ensure_open(self) -> None:
         """Raise what ended the group, if something did."""
         if self._lost:
-            raise self._explain(*self._lost)
+            raise self._died(*self._lost)
         if self._over.is_set():
             raise RuntimeError(f"this group of {self._what} was shut down")
 
-    def _explain(self, rank: int, error: BaseException) -> BaseException:
-        """Return what a rank's calls raise after the loss of this one or another."""
-        self._lose(rank, error)
-        assert self._lost
-        lost, cause = self._lost
-        if error is cause and rank == lost and not isinstance(error, WorkerDied):
-            return error            # killed by its caller, or by its job_timeout
-        died = WorkerDied(f"{self._what} has lost rank {lost} on {self.worker_metadata[lost]['worker']}: {cause}")
+    def _died(self, rank: int, cause: BaseException) -> WorkerDied:
+        """Return what all calls raise after the loss of a rank."""
+        died = WorkerDied(f"{self._what} has lost rank {rank} on {self.worker_metadata[rank]['worker']}: {cause}")
         died.__cause__ = cause
         return died
 
-    def _lose(self, rank: int, error: BaseException) -> None:
-        """The first loss of a rank ends the group: soon the watcher ends all that waits for it."""
+    def _lose(self, rank: int, error: BaseException) -> tuple[int, BaseException]:
+        """The first loss of a rank ends the group: the watcher soon ends what waits for it. Return that first one."""
         with self._lock:
             if self._lost is None:
                 self._lost = rank, error
                 self._over.set()
                 self._start_watcher()
+            return self._lost
 
     def _start_watcher(self) -> None:
         if self._watcher is None and not self._is_shut:
