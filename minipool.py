@@ -52,6 +52,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import gc
 import hashlib
@@ -344,8 +345,7 @@ _message("answer", "server", "its answer", number=int, value="any")
 def check_message(message: Any, sender: str) -> None:
     """Raise Malformed unless `message` is one that a peer of role `sender` may send.
 
-    Of the server's the fields are not looked at: it proved that it has the secret, and who has that gives workers
-    their code and clients their pickles anyway.
+    Of the server's the fields are not looked at: who has the secret can give workers any code anyway.
     """
     if type(message) is not tuple or not message or type(message[0]) is not str:
         raise Malformed("a message is a tuple that begins with its kind")
@@ -422,8 +422,7 @@ _stretch = functools.lru_cache(8)(functools.partial(hashlib.scrypt, n=2**15, r=8
 class Secret:
     """What all members of a pool share: `mp1_` and 43 characters, or a password.
 
-    Never in argv, a URL, a log or a repr. Each role has a key of its own derived from it, so that a proof made for
-    one role is worth nothing for another.
+    Never in argv, a URL, a log or a repr. Each role has a key derived from it: a proof for one is none for another.
     """
 
     def __init__(self, text: str, source: str = "") -> None:
@@ -705,10 +704,7 @@ class Connection:
             (self._ranges if message[0] == "range" else self._control).append(message)
 
     def flush(self, frames: int = BORROWED_FRAMES) -> None:
-        """Write up to `frames` frames of what waits, without blocking; the writer thread does the rest.
-
-        0 is for a thread that goes on producing: so batches grow.
-        """
+        """Write up to `frames` frames (0: more is coming) of what waits, without blocking; the writer does the rest."""
         with self._lock:
             if self._writing or self.closed or not (self._control or self._ranges):
                 return
@@ -791,9 +787,8 @@ class Connection:
     def receive(self) -> list[Message]:
         """Block for the next frame; return its messages.
 
-        Raises EOFError at the end of the stream, OSError if the connection broke, Malformed if the frame is not
-        what an honest peer sends. Lengths are bounded before anything is allocated, and nothing is looked into
-        before its tag is verified.
+        Raises EOFError at the end of the stream, OSError if the connection broke, Malformed if no honest peer sends
+        such a frame. Lengths are bounded before anything is allocated, a tag is verified before anything is opened.
         """
         prefix = self._take(_FRAME.size + 32)
         header, tag = prefix[:_FRAME.size], prefix[_FRAME.size:]
@@ -884,12 +879,28 @@ def format_address(host: str, port: int) -> str:
 
 HEAD = 64               # bytes of a memory file before the value: its token, and space so that arrays lie well
 MAPPED = 1 << 20        # bytes; below, a copy costs no more than the faults of a mapping, and takes no descriptor
+REUSED = 128 << 20      # bytes of the largest memory file that is used again
 
 
-def _has_spare_descriptors() -> bool:
-    """Tell whether we may keep one: given lowest first, the next one's number says how many the program has in use."""
-    with open(os.devnull) as file:
-        return file.fileno() < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+# memory files that nobody needs any more, and who made them; two, as in a chain of jobs one is being read
+_idle: collections.deque[tuple[int, Any]] = collections.deque(maxlen=2)
+
+
+def _memory_file(size: int) -> Any:
+    """Return a memory file to be written: one that was used if it can be had, as fresh pages cost more than a copy."""
+    for _ in range(len(_idle) if MAPPED <= size <= REUSED else 0):
+        maker, file = _idle.popleft()
+        with contextlib.suppress(BlockingIOError):
+            if maker == os.getpid():        # else of the process that we are a fork of
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # a reader's lock lives as long as its mapping
+                return file
+        _idle.append((maker, file))
+    return open(os.memfd_create("minipool"), "r+b", buffering=0)
+
+
+def _is_spare(file: Any) -> bool:
+    """Tell whether we may keep a descriptor; given lowest first, its number says how many the program has in use."""
+    return bool(file.fileno() < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
 
 class Blob:
@@ -903,22 +914,24 @@ class Blob:
         self.parts = [memoryview(part).cast("B") for part in parts]
         self.size = sum(len(part) for part in self.parts)
         self.place = ""
-        with contextlib.suppress(OSError, AttributeError):      # no descriptor or memory; no Linux; or not wanted
-            if share and os.environ.get("MINIPOOL_SHARED_MEMORY") != "0" and _has_spare_descriptors():
-                token, descriptor = secrets.token_hex(16), os.memfd_create("minipool")
-                weakref.finalize(self, os.close, descriptor)
+        with contextlib.suppress(OSError, AttributeError, IndexError):      # no descriptor or memory; no Linux; a race
+            if share and os.environ.get("MINIPOOL_SHARED_MEMORY") != "0" and _is_spare(file := _memory_file(self.size)):
+                token = secrets.token_hex(16)
+                file.seek(0)
                 for part in (memoryview(token.encode().ljust(HEAD)), *self.parts):
                     while part:         # half the time of a mapping, whose pages would be zeroed first
-                        part = part[os.write(descriptor, part):]
-                self._descriptor, self.parts = descriptor, []
-                self.place = f"{os.getpid()} {descriptor} {token}"
+                        part = part[file.write(part):]
+                fcntl.flock(file, fcntl.LOCK_UN)
+                self._file, self.parts, self.place = file, [], f"{os.getpid()} {file.fileno()} {token}"
+                if MAPPED <= self.size <= REUSED:
+                    weakref.finalize(self, _idle.append, (os.getpid(), file))
         if not self.place:
             self.parts = [part if part.readonly else memoryview(bytes(part)) for part in self.parts]
 
     def read(self, offset: int, length: int) -> Any:
         """Return `length` bytes from `offset` on; a view where they lie in one buffer."""
         if self.place:
-            return b"".join(os.pread(self._descriptor, min(1 << 30, offset + length - place), HEAD + place)
+            return b"".join(os.pread(self._file.fileno(), min(1 << 30, offset + length - place), HEAD + place)
                             for place in range(offset, offset + length, 1 << 30))      # one call reads 2 GiB at most
         found = []
         for part in self.parts:
@@ -941,9 +954,10 @@ def open_place(place: str, size: int) -> Any:
         if not os.readlink(path).startswith("/memfd:minipool"):     # looked at before it is opened: it may be a device
             return None
         with open(os.open(path, os.O_NONBLOCK), "rb") as file:      # or by now a pipe
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)        # until the file is closed and unmapped
             if file.read(HEAD) != token.encode().ljust(HEAD):
                 return None
-            if size >= MAPPED and _has_spare_descriptors():
+            if size >= MAPPED and _is_spare(file):
                 return memoryview(mmap.mmap(file.fileno(), HEAD + size, access=mmap.ACCESS_COPY))[HEAD:]
             buffer = bytearray(size)
             return buffer if file.readinto(buffer) == size else None
@@ -1003,6 +1017,7 @@ class Peer:
             if self.connection:
                 self.connection.close()
             self.values.clear()
+        _idle.clear()
         if self.thread is not threading.current_thread() and self.thread.ident:
             self.thread.join(HANDSHAKE_SECONDS)
 
@@ -1018,8 +1033,7 @@ class Peer:
     def lead(self, is_over: Callable[[], bool], give_up: float = FOREVER) -> None:
         """Read the socket in the calling thread, which waits for something: an answer then costs no hand-over.
 
-        Returns once is_over(), at the time `give_up`, when the connection is lost, and at once if another thread
-        reads or there is no connection: then the caller waits for the thread that does.
+        Returns once is_over(), at `give_up`, or without a connection; at once if another thread reads: wait for that.
         """
         connection = self.connection
         if connection is None or not self._reading.acquire(blocking=False):
@@ -1041,8 +1055,7 @@ class Peer:
     def _hear(self, connection: Connection) -> None:
         """Read one frame and act on it; the caller holds `_reading`.
 
-        Whatever goes wrong, Ctrl-C half-way in a thread that waits too, ends the connection: over the next one both
-        sides settle what they hold, so nothing is lost with it.
+        Whatever goes wrong, Ctrl-C in a thread that waits too, ends the connection: over the next one all is settled.
         """
         try:
             rest = [message for message in connection.receive() if not self._handle_range(connection, message)]
@@ -1060,8 +1073,6 @@ class Peer:
             self.trouble = error
         if not isinstance(error, OSError | EOFError | UnicodeError | MinipoolError):    # UnicodeError: of a host's name
             log.exception("minipool: the %s stumbled", self.role)       # a bug of ours: dial again
-
-    # ---- the I/O thread ----
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -1125,8 +1136,7 @@ class Peer:
     def pull(self, value: tuple[Name, int, str], done: Callable[[Any], None]) -> None:
         """Fetch a large value; `done(buffer)` is called in the I/O thread, `done(None)` if nobody holds it.
 
-        At once if it lies in this host's memory. The caller is in that thread, holds the lock, and flushes. Asking
-        twice for a value that is on its way is asking once.
+        At once if it lies in this host's memory. The caller is in that thread, holds the lock, and flushes.
         """
         name, size, place = value
         if name in self._pulls:
@@ -1361,8 +1371,7 @@ Key = tuple[Session, frozenset[str] | None, bool]   # what the jobs of a queue s
 Turn = tuple[float, int, int, Key]                  # of a queue; sorts by priority, load of the session, arrival
 
 
-# What the shell must do: send these messages, by peer, then close these connections.
-Actions = collections.namedtuple("Actions", "sends closes")
+Actions = collections.namedtuple("Actions", "sends closes")     # what the shell must do: messages by peer, connections
 
 
 class Scheduler:
@@ -2268,8 +2277,7 @@ class _Guest:
 def find_secret(secret: str | None = None, path: str | None = None, *, make: bool = False) -> Secret:
     """Return the secret: given, `path`, MINIPOOL_SECRET_FILE, MINIPOOL_SECRET, or this user's file, in this order.
 
-    A source that is named and fails is fatal, never skipped. Raises Refused if there is none at all, unless `make`:
-    then a new one is written to this user's file.
+    A source that is named and fails is fatal. Raises Refused if there is none, unless `make`: then one is written.
     """
     if secret is not None:
         return Secret(secret)
@@ -2445,8 +2453,7 @@ class Server:
     finds, else a new one in this user's secret file. `address` can be dialled, also after host="0.0.0.0".
     After `dead_after` seconds of silence a host is lost. With `tls` all is encrypted, under the certificate and key in
     the PEM files `tls_cert` and `tls_key`, or under one that `openssl` makes at each start.
-    Raises OSError if the port is in use, ValueError for a weak password on a port that is not loopback, or if there
-    is no certificate.
+    Raises OSError if the port is in use, ValueError for a weak password beyond loopback, or without a certificate.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, secret: str | None = None,
@@ -3121,8 +3128,7 @@ def job_id(name: Name) -> str:
     return f"{name[0][:4].hex()}-{name[1]}"
 
 
-# What it takes to send a job, and to send it again: its function (entry, name, options), its arguments (b"" while
-# they wait for futures), how long the log was.
+# To send a job, and again: function (entry, name, options), arguments (b"" while they wait for futures), log's length
 _Call = tuple[tuple[Entry, Name, dict[str, Any]], bytes | Blob, int]
 _publishing = threading.Lock()      # held for a moment where a future's state and its being watched must agree
 
@@ -3642,9 +3648,8 @@ class Executor(concurrent.futures.Executor):
     executor; None is MINIPOOL_ADDRESS, and "local" where that is not set. An int in its place is `max_workers`, which
     bounds how many workers are used (embedded: how many are started). `initializer(*initargs)` runs once per worker
     before this executor's first job there, on late and respawned workers too. Seconds: `connect_timeout` for the
-    first connection, `reconnect_timeout` for outages that are ridden out. `tls` as the server has it.
-
-    Raises ServerLost, Refused, VersionMismatch; ValueError and TypeError for bad arguments.
+    first connection, `reconnect_timeout` for outages that are ridden out. `tls` as the server has it. Raises
+    ServerLost, Refused, VersionMismatch; ValueError and TypeError for bad arguments.
     """
 
     def __init__(self, address: str | int | None = None, *, secret: str | None = None,
@@ -3708,8 +3713,7 @@ class Executor(concurrent.futures.Executor):
             chunksize: int = 1, buffersize: int | None = None) -> Iterator[Any]:
         """Return an iterator of fn's results in the order of the input, as in the newest standard library.
 
-        `timeout` seconds count from this call; `chunksize` inputs travel as one job; `buffersize` bounds how many
-        results wait unread, and makes the input lazy.
+        `timeout` seconds count from this call; `chunksize` inputs are one job; `buffersize` bounds what waits unread.
         """
         _check_numbers(chunksize=chunksize, buffersize=buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -3760,8 +3764,7 @@ class Executor(concurrent.futures.Executor):
         `retries` runs a job again that many times on exceptions (of the types in `retry_on`); `priority`: larger
         first; `on`: only on these workers, nodes or tags, `prefer`: there if there is one; `name` for logs;
         `job_timeout`: seconds that it may run, then its worker is ended and the future raises JobTimeout;
-        `cancel_running`: so does `Future.cancel`; `max_deaths`: workers it may take down; `timeout`. Raises
-        TypeError for an unknown option.
+        `cancel_running`: so does `Future.cancel`; `max_deaths`: workers it may take down. Raises TypeError.
         """
         unknown = sorted(set(options) - _OPTIONS)
         if unknown:
@@ -3793,10 +3796,7 @@ class Executor(concurrent.futures.Executor):
         return view
 
     def on_start(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
-        """Run fn(*args, **kwargs) once on every worker, late ones too, before jobs submitted from now on; in order.
-
-        One that raises breaks the executor, like an initializer.
-        """
+        """Run fn(*args, **kwargs) once on every worker, late ones too, before later jobs; like an initializer."""
         self._client.add_to_log(fn, args, kwargs)
 
     def wait_for_workers(self, n: int, timeout: float | None = None) -> None:

@@ -125,8 +125,9 @@ def lineage(pid):
 
 
 def our_descriptors():
-    """Return {number: what it is} of this process's open descriptors."""
+    """Return {number: what it is} of this process's open descriptors, but for idle memory files."""
     found = {}
+    minipool._idle.clear()
     for name in os.listdir("/proc/self/fd"):
         try:
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")

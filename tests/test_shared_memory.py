@@ -1,6 +1,7 @@
 """Large values between processes of one host lie in memory files: none of their bytes are sent, and nothing is left."""
 
 import contextlib
+import fcntl
 import gc
 import os
 import resource
@@ -73,6 +74,13 @@ def resident(pid="self"):
 
 # ---- the file ----
 
+@pytest.fixture(autouse=True)
+def nothing_idle():
+    yield
+    gc.collect()
+    minipool._idle.clear()
+
+
 def blob_of(data, **options):
     blob = Blob([data], **options)
     assert bool(blob.place) == options.get("share", True)
@@ -127,7 +135,7 @@ class TestPlace:
         assert not blob.place and blob.parts[0].obj is fixed and blob.read(5000, 5) == b"first"
 
 
-class TestAfterwards:
+class TestUsedAgain:
     def test_a_value_that_is_read_never_changes_though_its_maker_has_forgotten_it(self):
         blob = blob_of(b"1" * MAPPED)
         value = open_place(blob.place, MAPPED)
@@ -135,6 +143,60 @@ class TestAfterwards:
         others = [blob_of(b"2" * MAPPED) for _ in range(3)]
         del others
         assert value == b"1" * MAPPED
+
+    def test_nor_does_that_of_a_reader_that_closes_all_its_descriptors(self):
+        script = "import minipool, os, sys; value = minipool.open_place(sys.argv[1], minipool.MAPPED)\n" \
+                 "os.closerange(3, 100); print(flush=True); sys.stdin.read(1); print(bytes(value[:3]))"
+        blob = blob_of(b"1" * MAPPED)
+        command = [sys.executable, "-c", script, blob.place]
+        with subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, text=True) as reader:
+            reader.stdout.readline()
+            del blob
+            assert len(minipool._idle) == 1
+            blob_of(b"2" * MAPPED)
+            assert reader.communicate("x")[0] == "b'111'\n"
+
+    def test_once_nobody_reads_it_the_next_value_lies_in_the_same_memory(self):
+        blob = blob_of(b"1" * MAPPED)
+        first, value = memory_files()[0], open_place(blob.place, MAPPED)
+        del blob, value
+        blob = blob_of(b"2" * MAPPED)
+        assert memory_files()[0] == first and open_place(blob.place, MAPPED) == b"2" * MAPPED
+
+    def test_who_comes_late_gets_nothing_from_a_file_that_was_written_again(self):
+        blob = blob_of(b"1" * MAPPED)
+        late = blob.place
+        del blob
+        blob = blob_of(b"2" * MAPPED)
+        assert late.split()[:2] == blob.place.split()[:2]
+        assert open_place(late, MAPPED) is None and open_place(blob.place, MAPPED) is not None
+
+    def test_who_comes_while_it_is_written_gets_nothing(self, monkeypatch):
+        blob = blob_of(b"1" * MAPPED)
+        place, seen, unlock = blob.place, [], fcntl.flock
+        del blob
+
+        def look(file, how):
+            if how == fcntl.LOCK_UN:
+                seen.append(open_place(place, MAPPED))
+            unlock(file, how)
+        monkeypatch.setattr(minipool.fcntl, "flock", look)
+        assert blob_of(b"2" * MAPPED) and seen == [None]
+
+    def test_a_fork_of_its_maker_does_not_write_it_again(self, monkeypatch):
+        blob = blob_of(b"1" * MAPPED)
+        late = blob.place
+        del blob
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        other = Blob([b"2" * MAPPED])
+        assert bytes(open_place(late, MAPPED)) == b"1" * MAPPED and other.place.split()[1] != late.split()[1]
+
+    def test_two_idle_ones_are_kept_and_none_that_is_very_large(self, monkeypatch):
+        monkeypatch.setattr(minipool, "REUSED", 2 * MAPPED)
+        blobs = [blob_of(bytes(size)) for size in (3 * MAPPED, MAPPED, MAPPED, MAPPED, MAPPED - 1)]
+        assert len(memory_files()[0]) == 5
+        blobs.clear()
+        assert len(minipool._idle) == 2 and len(memory_files()[0]) == 2
 
 
 class TestTooFewDescriptors:
@@ -317,7 +379,7 @@ class TestNothingIsLeft:
         assert memory_files() == before
 
     def test_in_the_client_when_a_job_is_done_cancelled_or_failed(self, own_pool, gate):
-        pool, array, before = own_pool(1), numpy.ones(4 << 20), memory_files()[0]
+        pool, array, before = own_pool(1), numpy.ones(2 * minipool.REUSED // 8), memory_files()[0]
         pool.submit(wait_for, gate.path)
         futures = [pool.submit(fn, array) for fn in (len, len, str.lower)]
         assert len(memory_files()[0]) == len(before) + 3
