@@ -65,3 +65,38 @@ class TestInference:
         assert done.returncode == 1
         assert "pip install torch" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+class TestGrpo:
+    @needs("numpy")
+    @pytest.mark.timeout(240)
+    def test_the_reward_rises_while_two_groups_share_the_workers(self, tmp_path):
+        done = run_example("grpo_group.py", tmp_path)
+        assert done.returncode == 0, done.stderr
+        rewards = [float(reward) for reward in re.findall(r"^step +\d+  reward ([\d.]+)$", done.stdout, re.MULTILINE)]
+        assert rewards[0] < 0.3 and rewards[-1] > 0.8
+        assert "40 steps on 4 ranks, two groups on the same workers" in done.stdout
+
+    def test_without_numpy_one_sentence_says_what_to_install(self, tmp_path):
+        done = run_example("grpo_group.py", tmp_path, hidden=["numpy"])
+        assert done.returncode == 1
+        assert "pip install numpy" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+class TestDdp:
+    @needs("torch")
+    @pytest.mark.slow
+    @pytest.mark.timeout(240)
+    def test_the_loss_falls_and_the_replicas_stay_the_same(self, tmp_path):
+        done = run_example("ddp.py", tmp_path)
+        assert done.returncode == 0, done.stderr
+        losses = [float(loss) for loss in re.findall(r"^round +\d+  loss ([\d.]+)$", done.stdout, re.MULTILINE)]
+        assert len(losses) == 5 and losses[-1] < losses[0] / 4
+        assert "replicas are the same" in done.stdout
+
+    def test_without_pytorch_one_sentence_says_what_to_install(self, tmp_path):
+        done = run_example("ddp.py", tmp_path, hidden=["torch"])
+        assert done.returncode == 1
+        assert "pip install torch" in done.stderr
+        assert "Traceback" not in done.stderr
