@@ -14,6 +14,8 @@ from actors import Actor, actor, kill
 
 from minipool import Executor, Future, JobKilled, WorkerDied
 
+pytestmark = pytest.mark.slow     # a recipe: what passes on one Python holds for the others
+
 SOON = 30
 
 

@@ -17,6 +17,8 @@ from actors import Pool, WorkerInterface
 from minipool import Executor, JobKilled, Server, WorkerDied
 from minipool_worker import Node
 
+pytestmark = pytest.mark.slow     # a recipe: what passes on one Python holds for the others
+
 SOON = 30
 SECRET = "a secret of the tests"
 

@@ -19,6 +19,8 @@ from streams import emit, stream
 import minipool
 from minipool import WorkerDied
 
+pytestmark = pytest.mark.slow     # a recipe: what passes on one Python holds for the others
+
 
 def count(number, end="end"):
     yield from range(number)
