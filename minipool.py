@@ -1117,7 +1117,7 @@ class Peer:
                 if leads != self._leads:            # threads that wait come and go: to wake beside them costs them time
                     leads = self._leads
                     time.sleep(LEAD_PAUSE)
-                elif self._await_input(connection, 60):
+                elif self._await_input(connection, 0.5):    # who waits reads faster, and leaves small words to this one
                     with self._reading:
                         if connection.has_input(0):         # else a thread that waits was faster
                             self._hear(connection)

@@ -146,3 +146,15 @@ def test_ctrl_c_in_the_middle_of_reading_loses_nothing(pool, monkeypatch, step):
         futures[-1].result()
     assert pressed and [future.result(30) for future in futures] == [0.05] * 6
     assert pool.submit(same, 3).result(30) == 3
+
+
+def test_what_a_thread_that_waited_has_read_is_acknowledged_soon_after_it_has_gone(pool):
+    """The I/O thread may sleep on in its poll, since what came was read by another: it looks again by itself."""
+    for _ in range(10):
+        for value in range(20):
+            assert pool.submit(same, value).result() == value
+            time.sleep(0.004)       # so that the I/O thread is at its poll when the next answer comes
+        give_up = time.monotonic() + 5
+        while pool._client._delivered:
+            assert time.monotonic() < give_up, "outcomes that were read are not acknowledged"
+            time.sleep(0.01)
