@@ -26,10 +26,10 @@ How it hangs together: everybody dials the server, and the server is a switch, n
            |                        ^   relays ranges   |                     ^ spawns, watches, respawns
            +---- large values: ---- | pulled, in ranges + -------> reader     | node: never runs your code
 
-Small values (64 KiB at most) ride inside messages. Larger ones stay with who made them, and the reader pulls
-byte ranges of them through the server. Everything on the wire is a batch: one pickle of builtins, one HMAC, one
-system call for many messages. A job is done when its client has the outcome; until then the client keeps the
-job, the worker keeps the outcome, and the server can be restarted without losing either.
+Small values (64 KiB at most) ride inside messages. Larger ones stay with who made them: a reader on the same host
+maps their memory, any other pulls byte ranges through the server. Everything on the wire is a batch: one pickle of
+builtins, one HMAC, one system call for many messages. A job is done when its client has the outcome; until then the
+client keeps the job, the worker keeps the outcome, and the server can be restarted without losing either.
 
 Sections, bottom-up; each uses only what is above it:
 
@@ -52,6 +52,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import gc
 import hashlib
@@ -61,6 +62,7 @@ import io
 import itertools
 import json
 import logging
+import mmap
 import operator
 import os
 import pickle
@@ -88,7 +90,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 if TYPE_CHECKING:
     import ssl
 
-    from minipool_worker import ChildProcess
+    import minipool_worker
 
 __version__ = "0.1.0"
 
@@ -192,7 +194,8 @@ class Malformed(MinipoolError):
 # A Name is (creator, number): whoever makes a job, function or value names it, so that the name survives a restart
 # of the server. A client's creator id is its session, a worker's its identity (node, slot, generation). A token is
 # one attempt at a job; the server counts them and never uses one twice. A Value is bytes, or, when larger than
-# INLINE, (Name, size) of an object that its creator keeps and the reader pulls.
+# INLINE, (Name, size, place) of an object that its creator keeps and the reader pulls, or opens at its place: "", or
+# "pid descriptor token" of a memory file of the creator's host, in which it lies after HEAD bytes with the token.
 #
 #     client: submit -> server: ready -> run -> worker: started, finished -> server: finished -> client: delivered
 #                            ^_____ recalled, worker lost, retry _____|              (then the worker may forget)
@@ -206,7 +209,7 @@ OK, RAISED, DIED, KILLED, TIMED_OUT = "ok", "raised", "died", "killed", "timed o
 UNFIT = "unfit"                 # how an attempt can: the session's log raised on that worker, and the job never began
 
 Name = tuple[bytes, int]
-Value = bytes | tuple[Name, int]
+Value = bytes | tuple[Name, int, str]
 Message = tuple[Any, ...]
 Check = Callable[[Any], bool]
 
@@ -244,7 +247,8 @@ _CHECKS: dict[Any, Check] = {
     **{accepted: _one_of(accepted) for accepted in (bool, str, bytes, list, dict)},
     "name": _is_name,
     "value": lambda field: type(field) is bytes or (
-        type(field) is tuple and len(field) == 2 and _is_name(field[0]) and _is_number(field[1])),
+        type(field) is tuple and len(field) == 3 and _is_name(field[0]) and _is_number(field[1])
+        and type(field[2]) is str and len(field[2]) <= 64),
     "options": _are_options,
     "int?": _one_of(int, type(None)), "bytes?": _one_of(bytes, type(None)), "dict?": _one_of(dict, type(None)),
     "numbers": _list_of(_is_number), "names": _list_of(_is_name), "texts": _list_of(_one_of(str)),
@@ -271,9 +275,10 @@ def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
     CATALOGUE[kind] = frozenset(senders.split()), _fields(**kinds)
 
 
-# what the scheduler reads of a job's options; the rest is for the worker
+# what the scheduler reads of a job's options: each is a field of its Job
 _OPTIONS_READ: dict[str, Check] = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int,
-                                          job_timeout=float, max_tasks=int, on="tags", beside=bool)
+                                          job_timeout=float, max_tasks=int, on="tags", soft=bool, beside=bool,
+                                          cancel_running="any")
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
 _message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
@@ -294,8 +299,7 @@ ANNOUNCED = {
 }
 
 # a job's life
-_message("put", "client server", "a small object, or (without bytes) the size of one to pull",
-         name="name", size=int, data="bytes?")
+_message("put", "client server", "an object that jobs will name", name="name", value="value")
 _message("drop", "client server", "objects nobody will ask for again", names="names")
 _message("submit", "client", "run fn with payload once the session's log is applied up to there",
          number=int, fn="name", payload="value", log=int, options="options")
@@ -341,8 +345,7 @@ _message("answer", "server", "its answer", number=int, value="any")
 def check_message(message: Any, sender: str) -> None:
     """Raise Malformed unless `message` is one that a peer of role `sender` may send.
 
-    Of the server's the fields are not looked at: it proved that it has the secret, and who has that gives workers
-    their code and clients their pickles anyway.
+    Of the server's the fields are not looked at: who has the secret can give workers any code anyway.
     """
     if type(message) is not tuple or not message or type(message[0]) is not str:
         raise Malformed("a message is a tuple that begins with its kind")
@@ -353,9 +356,9 @@ def check_message(message: Any, sender: str) -> None:
         raise Malformed(f"{message[0]!r} has {len(fields)} fields, not {len(message) - 1}")
     if sender == "server":
         return
-    for (name, is_good), field in zip(fields.items(), message[1:], strict=False):
-        if not is_good(field):
-            raise Malformed(f"{message[0]!r}: {name} is out of range or not what it should be")
+    for position, is_good in enumerate(fields.values(), 1):
+        if not is_good(message[position]):
+            raise Malformed(f"{message[0]!r}: {[*fields][position - 1]} is out of range or not what it should be")
 
 
 def brief(message: Message) -> str:
@@ -419,8 +422,7 @@ _stretch = functools.lru_cache(8)(functools.partial(hashlib.scrypt, n=2**15, r=8
 class Secret:
     """What all members of a pool share: `mp1_` and 43 characters, or a password.
 
-    Never in argv, a URL, a log or a repr. Each role has a key of its own derived from it, so that a proof made for
-    one role is worth nothing for another.
+    Never in argv, a URL, a log or a repr. Each role has a key derived from it: a proof for one is none for another.
     """
 
     def __init__(self, text: str, source: str = "") -> None:
@@ -702,10 +704,7 @@ class Connection:
             (self._ranges if message[0] == "range" else self._control).append(message)
 
     def flush(self, frames: int = BORROWED_FRAMES) -> None:
-        """Write up to `frames` frames of what waits, without blocking; the writer thread does the rest.
-
-        0 is for a thread that goes on producing: so batches grow.
-        """
+        """Write up to `frames` frames (0: more is coming) of what waits, without blocking; the writer does the rest."""
         with self._lock:
             if self._writing or self.closed or not (self._control or self._ranges):
                 return
@@ -788,9 +787,8 @@ class Connection:
     def receive(self) -> list[Message]:
         """Block for the next frame; return its messages.
 
-        Raises EOFError at the end of the stream, OSError if the connection broke, Malformed if the frame is not
-        what an honest peer sends. Lengths are bounded before anything is allocated, and nothing is looked into
-        before its tag is verified.
+        Raises EOFError at the end of the stream, OSError if the connection broke, Malformed if no honest peer sends
+        such a frame. Lengths are bounded before anything is allocated, a tag is verified before anything is opened.
         """
         prefix = self._take(_FRAME.size + 32)
         header, tag = prefix[:_FRAME.size], prefix[_FRAME.size:]
@@ -879,15 +877,62 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-class Blob:
-    """A value in several buffers, read by range without ever being joined."""
+HEAD = 64               # bytes of a memory file before the value: its token, and space so that arrays lie well
+MAPPED = 1 << 20        # bytes; below, a copy costs no more than the faults of a mapping, and takes no descriptor
+REUSED = 128 << 20      # bytes of the largest memory file that is used again
 
-    def __init__(self, parts: Sequence[Any]) -> None:
+
+# memory files that nobody needs any more, and who made them; two, as in a chain of jobs one is being read
+_idle: collections.deque[tuple[int, Any]] = collections.deque(maxlen=2)
+
+
+def _memory_file(size: int) -> Any:
+    """Return a memory file to be written: one that was used if it can be had, as fresh pages cost more than a copy."""
+    for _ in range(len(_idle) if MAPPED <= size <= REUSED else 0):
+        maker, file = _idle.popleft()
+        with contextlib.suppress(BlockingIOError):
+            if maker == os.getpid():        # else of the process that we are a fork of
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # a reader's lock lives as long as its mapping
+                return file
+        _idle.append((maker, file))
+    return open(os.memfd_create("minipool"), "r+b", buffering=0)
+
+
+def _is_spare(file: Any) -> bool:
+    """Tell whether we may keep a descriptor; given lowest first, its number says how many the program has in use."""
+    return bool(file.fileno() < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+
+class Blob:
+    """A large value: a snapshot, read by range without ever being joined.
+
+    Its buffers are copied into a memory file, from which a process of this host has it (see open_place); `place` says
+    which. Where there is none, or none is wanted, `place` is empty, and only buffers that can be written to are copied.
+    """
+
+    def __init__(self, parts: Sequence[Any], share: bool = True) -> None:
         self.parts = [memoryview(part).cast("B") for part in parts]
         self.size = sum(len(part) for part in self.parts)
+        self.place = ""
+        with contextlib.suppress(OSError, AttributeError, IndexError):      # no descriptor or memory; no Linux; a race
+            if share and os.environ.get("MINIPOOL_SHARED_MEMORY") != "0" and _is_spare(file := _memory_file(self.size)):
+                token = secrets.token_hex(16)
+                file.seek(0)
+                for part in (memoryview(token.encode().ljust(HEAD)), *self.parts):
+                    while part:         # half the time of a mapping, whose pages would be zeroed first
+                        part = part[file.write(part):]
+                fcntl.flock(file, fcntl.LOCK_UN)
+                self._file, self.parts, self.place = file, [], f"{os.getpid()} {file.fileno()} {token}"
+                if MAPPED <= self.size <= REUSED:
+                    weakref.finalize(self, _idle.append, (os.getpid(), file))
+        if not self.place:
+            self.parts = [part if part.readonly else memoryview(bytes(part)) for part in self.parts]
 
     def read(self, offset: int, length: int) -> Any:
         """Return `length` bytes from `offset` on; a view where they lie in one buffer."""
+        if self.place:
+            return b"".join(os.pread(self._file.fileno(), min(1 << 30, offset + length - place), HEAD + place)
+                            for place in range(offset, offset + length, 1 << 30))      # one call reads 2 GiB at most
         found = []
         for part in self.parts:
             if piece := part[offset:offset + length]:
@@ -895,6 +940,29 @@ class Blob:
             length -= len(piece)
             offset = max(0, offset - len(part))
         return found[0] if len(found) == 1 else b"".join(found)
+
+
+def open_place(place: str, size: int) -> Any:
+    """Return the bytes at a Blob's place, to be written to without reaching others; None if they cannot be had there.
+
+    That is so for another host, pid namespace or user, and when their maker has gone or forgotten them. The token, in
+    the place and in the file, makes sure that it is the same file: no need to compare hosts, or to hash anything.
+    """
+    try:
+        pid, number, token = place.split()
+        path = f"/proc/{int(pid)}/fd/{int(number)}"
+        if not os.readlink(path).startswith("/memfd:minipool"):     # looked at before it is opened: it may be a device
+            return None
+        with open(os.open(path, os.O_NONBLOCK), "rb") as file:      # or by now a pipe
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)        # until the file is closed and unmapped
+            if file.read(HEAD) != token.encode().ljust(HEAD):
+                return None
+            if size >= MAPPED and _is_spare(file):
+                return memoryview(mmap.mmap(file.fileno(), HEAD + size, access=mmap.ACCESS_COPY))[HEAD:]
+            buffer = bytearray(size)
+            return buffer if file.readinto(buffer) == size else None
+    except (OSError, ValueError):
+        return None
 
 
 class Pull:
@@ -948,6 +1016,8 @@ class Peer:
         with self.lock:                 # so that a connection made meanwhile is seen here, or sees _stopping
             if self.connection:
                 self.connection.close()
+            self.values.clear()
+        _idle.clear()
         if self.thread is not threading.current_thread() and self.thread.ident:
             self.thread.join(HANDSHAKE_SECONDS)
 
@@ -963,8 +1033,7 @@ class Peer:
     def lead(self, is_over: Callable[[], bool], give_up: float = FOREVER) -> None:
         """Read the socket in the calling thread, which waits for something: an answer then costs no hand-over.
 
-        Returns once is_over(), at the time `give_up`, when the connection is lost, and at once if another thread
-        reads or there is no connection: then the caller waits for the thread that does.
+        Returns once is_over(), at `give_up`, or without a connection; at once if another thread reads: wait for that.
         """
         connection = self.connection
         if connection is None or not self._reading.acquire(blocking=False):
@@ -986,8 +1055,7 @@ class Peer:
     def _hear(self, connection: Connection) -> None:
         """Read one frame and act on it; the caller holds `_reading`.
 
-        Whatever goes wrong, Ctrl-C half-way in a thread that waits too, ends the connection: over the next one both
-        sides settle what they hold, so nothing is lost with it.
+        Whatever goes wrong, Ctrl-C in a thread that waits too, ends the connection: over the next one all is settled.
         """
         try:
             rest = [message for message in connection.receive() if not self._handle_range(connection, message)]
@@ -995,16 +1063,16 @@ class Peer:
             if rest:
                 self._on_batch(rest)
         except BaseException as error:
-            if not isinstance(error, EOFError):     # else it may have said why
-                self.trouble = error
             connection.close()
-            if isinstance(error, OSError | EOFError | MinipoolError):
-                return
             if not isinstance(error, Exception):
                 raise
-            log.exception("minipool: the %s stumbled over what it heard", self.role)    # a bug of ours: dial again
+            self._note(error)
 
-    # ---- the I/O thread ----
+    def _note(self, error: Exception) -> None:
+        if not isinstance(error, EOFError):         # else it may have said why
+            self.trouble = error
+        if not isinstance(error, OSError | EOFError | UnicodeError | MinipoolError):    # UnicodeError: of a host's name
+            log.exception("minipool: the %s stumbled", self.role)       # a bug of ours: dial again
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -1013,9 +1081,7 @@ class Peer:
                 self._serve(self._dial())
                 self.trouble = self.trouble or ConnectionError("the server closed the connection")
             except Exception as error:
-                self.trouble = error
-                if not isinstance(error, (OSError, UnicodeError, MinipoolError)):       # UnicodeError: of a host's name
-                    log.exception("minipool: the %s's I/O thread stumbled", self.role)  # a bug of ours: dial again
+                self._note(error)
             self._on_lost()
             if self._failures:
                 # full jitter, so that a thousand peers do not return at once; the cap keeps a restart short
@@ -1067,14 +1133,18 @@ class Peer:
 
     # ---- large values ----
 
-    def pull(self, name: Name, size: int, done: Callable[[Any], None]) -> None:
+    def pull(self, value: tuple[Name, int, str], done: Callable[[Any], None]) -> None:
         """Fetch a large value; `done(buffer)` is called in the I/O thread, `done(None)` if nobody holds it.
 
-        The caller holds the lock, and flushes. Asking twice for a value that is on its way is asking once.
+        At once if it lies in this host's memory. The caller is in that thread, holds the lock, and flushes.
         """
-        if name not in self._pulls:
-            self._pulls[name] = Pull(size, done)
-            self._ask_more()
+        name, size, place = value
+        if name in self._pulls:
+            return
+        if (buffer := open_place(place, size)) is not None:
+            return done(buffer)
+        self._pulls[name] = Pull(size, done)
+        self._ask_more()
 
     def forget_pull(self, name: Name) -> Pull | None:
         """Stop wanting a value. The caller holds the lock."""
@@ -1184,6 +1254,7 @@ WINDOW_SECONDS = 0.02   # of estimated work that may lie in a worker's inbox
 WINDOW_JOBS = 256       # at most; so no job is estimated shorter than WINDOW_SECONDS / WINDOW_JOBS
 LONG = 1e9              # the estimate of a function not known to be short: nothing else fits beside it
 UNACKNOWLEDGED = 16 << 20   # bytes of outcomes on their way to a client; with more, it does not read: its jobs wait
+KEPT_SELECTIONS = 64    # by `on`, though no job waits there; more than a program names
 MOURNED = 10_000        # slots whose dead are remembered: a dead worker's words may be read after its death
 CREDIT_JOBS = 4096      # jobs a session may have at the server; the rest waits at the client, so memory is constant
 
@@ -1214,8 +1285,7 @@ class Node(Member):
 class Selection:
     """The workers that one `on` admits, sorted by room, so that dispatch finds one without a search."""
 
-    def __init__(self, on: frozenset[str] | None) -> None:
-        self.on = on
+    def __init__(self) -> None:
         self.members: set[Worker] = set()
         self.idle: dict[Worker, None] = {}      # nothing in the inbox
         self.roomy: dict[Worker, None] = {}     # room for another short job; used in turn
@@ -1224,20 +1294,21 @@ class Selection:
 class Worker(Member):
     """One process, one device."""
 
-    def __init__(self, id: bytes, node: Node) -> None:
-        super().__init__(id)
-        self.node, self.device = node, ""
-        self.pid = self.finished = 0
-        self.tags: frozenset[str] = frozenset()     # all that `on` can name: worker, node, tags
+    def __init__(self, node: Node, info: dict[str, Any]) -> None:
+        super().__init__(info["id"])
+        self.node, self.device, self.pid, self.name = node, info["device"], info["pid"], f"{node.name}-{info['slot']}"
+        self.tags = frozenset([self.name, node.name, *info["tags"]])    # all that `on` can name
+        self.finished = 0
         self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: one that nobody wants
         self.beside: dict[int, Job] = {}            # attempts beside the inbox: they take no room
         self.delivering: dict[int, Job] = {}        # outcomes it keeps for clients
         self.load = 0.0                             # estimated seconds of work in the inbox
         self.moved_at = 0.0                         # when it last finished something
+        self.selections: list[Selection] = []       # that have it as a member
         self.has: set[Name] = set()                 # objects it was sent
-        self.positions: dict[bytes, int] = {}       # how much of each session's log it was sent
+        self.positions: dict[bytes, int] = {}       # how much it was sent of the log of each session that it knows
+        self.unfit: dict[bytes, Value] = {}         # sessions whose log raised there, and what
         self.acks: list[int] = []                   # outcomes it may forget; they ride on the next run
-        self.selections: list[Selection] = []
         self.recalled: list[int] = []               # asked back, not answered yet
         self.recall_at = 0.0
         self.watched = False                        # a timer looks after its window
@@ -1251,14 +1322,12 @@ class Session(Member):
         super().__init__(id)
         self.limit: int | None = None               # max_workers
         self.jobs: dict[int, Job] = {}              # all whose outcome it has not said to have
-        self.objects: dict[Name, tuple[int, bytes | None]] = {}     # functions and log entries: size, bytes if small
+        self.objects: dict[Name, Value] = {}        # functions and log entries
         self.log: list[Name] = []
         self.workers: dict[Worker, int] = {}        # how many attempts each worker has of it
         self.load = 0                               # their sum
         self.latest: Worker | None = None           # who last finished something of it
         self.unacknowledged = 0                     # bytes of outcomes that it has not said to have
-        self.tried: dict[Worker, None] = {}         # workers that were sent something of it
-        self.unfit: dict[Worker, Value] = {}        # those on which its log raised, and what
         self.broken: Value | None = None            # the exception that broke it
         self.estimates: dict[Name, float] = {}      # seconds, of functions that measure short
 
@@ -1268,22 +1337,23 @@ class Job:
     # what to run; without a payload: a worker or an announcement told of this job, its client has still to send it
     fn: Name = (b"", 0)
     payload: Value | None = None
+    # its options
     name = ""
     priority: float = 0
     on: frozenset[str] | None = None
     soft = False                    # `on` is a preference
     retries, max_deaths = 0, 3
-    limit: float | None = None      # seconds that it may run
+    job_timeout: float | None = None    # seconds that it may run
     cancel_running = False          # who cancels it wants its worker's process ended
     max_tasks = 0                   # jobs after which its worker is renewed; 0: never
     beside = False                  # it runs on the worker named by `on`, at once, whatever else runs there
+    attempts = 0                    # at first those under an earlier server, as its client says
     # where it stands
     state = State.WAITING
     token = 0                       # of the current attempt; 0: none yet
     worker: Worker | None = None    # who runs it, or holds its outcome
-    estimate = LONG                 # seconds that the current attempt was taken for
-    attempts = deaths = 0
-    earlier = 0                     # attempts under an earlier server, as its client says
+    estimate = LONG                 # seconds that it is taken for; LONG unless its function measures short
+    deaths = 0
     delivering = False              # finished, and its client has not said that it has the outcome
     size = 0                        # of the outcome, as far as it rides in messages
     begun = False                   # the worker said that user code runs
@@ -1297,21 +1367,11 @@ class Job:
         self.log = 0                # how much of the session's log must have run before
 
 
-class Queue(NamedTuple):
-    """The ready jobs of one session and one selection: a heap by (priority, arrival)."""
-    session: Session
-    selection: Selection
-    soft: bool
-    heap: list[tuple[float, int, Job]]          # with entries of jobs that are not ready any more
+Key = tuple[Session, frozenset[str] | None, bool]   # what the jobs of a queue share: session, `on`, soft
+Turn = tuple[float, int, int, Key]                  # of a queue; sorts by priority, load of the session, arrival
 
 
-Turn = tuple[float, int, int, Job, Queue]       # sorts by priority, load of the session, arrival
-
-
-class Actions(NamedTuple):
-    """What the shell must do: send these messages, then close these connections."""
-    sends: dict[Any, list[Message]]
-    closes: list[Any]
+Actions = collections.namedtuple("Actions", "sends closes")     # what the shell must do: messages by peer, connections
 
 
 class Scheduler:
@@ -1326,15 +1386,17 @@ class Scheduler:
         self.is_paused = False          # nothing is handed out: the server is about to stop
         self.about = about or {}        # what the shell knows: address and such, for the snapshot
         self.counters: collections.Counter[str] = collections.Counter()     # lifetime: accepted, delivered, ...
-        self._peers: dict[Any, Session | Worker | Node] = {}
+        self._peers: dict[Any, Member] = {}
         self._token = first_token       # the server's start in microseconds: later lives never repeat one
         self._order = itertools.count()                 # of arrival: it breaks ties of jobs, and of timers
-        self._queues: dict[tuple[Session, frozenset[str] | None, bool], Queue] = {}     # those with entries
-        self._selections: dict[frozenset[str] | None, Selection] = {}
-        self._everybody = self._select(None)
+        # ready jobs: heaps by priority and arrival, with entries of jobs that are not ready any more
+        self._queues: dict[Key, list[tuple[float, int, Job]]] = {}
+        self._everybody = Selection()
+        self._selections: dict[frozenset[str] | None, Selection] = {None: self._everybody}      # by `on`
+        self._sweep_at = KEPT_SELECTIONS                # that many: those where nobody looks now go
         self._adopting = adopting
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
-        self._dead: dict[bytes, bytes] = {}             # newest generation of each slot that is known to be dead
+        self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
         self._expected_workers = 0                      # as many as any returning client last saw
         self._timers: list[tuple[float, int, Callable[[Any, float], None], Any]] = []
         self._entered_at = now
@@ -1351,8 +1413,6 @@ class Scheduler:
         """Advance on a batch of messages from one peer; return what the server must do."""
         self._enter(now)
         known = self._peers.get(peer)
-        if isinstance(known, Worker | Node):        # any byte from a host is its heartbeat
-            self._hear(known.node if isinstance(known, Worker) else known, now)
         for place, message in enumerate(messages):
             if known is None and (place or message[0] not in ANNOUNCED):
                 break                       # of a connection that was superseded, or whose owner was given up
@@ -1360,6 +1420,8 @@ class Scheduler:
                 raise Malformed("only the first message is an announcement")
             self._handlers[message[0]](known or peer, now, *message[1:])
             known = self._peers.get(peer)
+        if isinstance(known, Worker | Node):        # any byte from a host is its heartbeat
+            self._hear(known.node if isinstance(known, Worker) else known, now)
         if isinstance(known, Worker):       # once for all that it has finished
             self._refresh(known)
         return self._take_actions(now)
@@ -1419,10 +1481,8 @@ class Scheduler:
             self._sends[peer].append(message)
 
     def _arm(self, when: float, step: Callable[[Any, float], None], about: Any) -> None:
-        """Call step(about, now) at `when`; a step checks for itself whether it still has a reason.
-
-        It compares `now` with the very sum it was armed with: (a + b) - a can be less than b.
-        """
+        """Call step(about, now) at `when`; a step checks for itself whether it still has a reason."""
+        # it compares `now` with the very sum it was armed with: (a + b) - a can be less than b
         heapq.heappush(self._timers, (when, next(self._order), step, about))
 
     def _move(self, job: Job, state: str) -> None:
@@ -1472,7 +1532,6 @@ class Scheduler:
         """Admit a node; a name that another host has gets a suffix."""
         node = self.nodes.get(info["id"]) or self._new_node(info["id"], info["name"], now)
         node.info = {name: info[name] for name in ANNOUNCED["node"] if name in info}
-        self._hear(node, now)
         self._admit(node, peer, {"name": node.name, "beat": self.beat})
 
     def _new_node(self, id: bytes, name: str, now: float) -> Node:
@@ -1488,24 +1547,22 @@ class Scheduler:
         """Admit a worker, and reconcile its attempts with ours by set difference."""
         # after a restart of the server a worker may be back before its node
         node = self.nodes.get(info["node"]) or self._new_node(info["node"], info["node_name"], now)
-        self._hear(node, now)
         worker = self.workers.get(info["id"])
-        if worker is None and info["id"][16:] <= self._dead.get(info["id"][:16], b""):
+        slot = info["id"][:16]                      # what follows says which process of it: later ones are larger
+        if worker is None and info["id"] <= self._dead.get(slot, b""):
             self._send(peer, ("refuse", "ServerLost", "this process is dead to the pool"))
             return self._closes.append(peer)        # its last words, read after its death was told
         if worker is None:
-            slot, generation = info["id"][:16], info["id"][16:]
-            for older in [id for id in node.workers if id[:16] == slot and id[16:] < generation]:
+            for older in [id for id in node.workers if id[:16] == slot and id < info["id"]]:
                 self._died(node, now, older, None, {"what": "was replaced by a newer process"})
-            worker = self.workers[info["id"]] = node.workers[info["id"]] = Worker(info["id"], node)
-            worker.device, worker.pid, worker.name = info["device"], info["pid"], f"{node.name}-{info['slot']}"
-            worker.tags = frozenset([worker.name, node.name, *info["tags"]])
-            for selection in self._selections.values():
-                self._enlist(worker, selection)
-        worker.has, worker.positions = set(info["has"]), dict(info["positions"])
-        worker.recalled, worker.acks = [], []
+            worker = self.workers[info["id"]] = node.workers[info["id"]] = Worker(node, info)
+            for on, selection in self._selections.items():
+                self._enlist(worker, on, selection)
+        worker.has, worker.recalled, worker.acks = set(info["has"]), [], []
+        # of a session that it does not list it may have functions all the same: it is told when that one leaves
+        worker.positions = {**dict.fromkeys(worker.positions, 0), **info["positions"]}
         for session_id in worker.positions:
-            self._session(session_id, now).tried[worker] = None
+            self._session(session_id, now)
         self._admit(worker, peer, {"name": worker.name, "node_name": node.name, "max_value": self.max_value})
         self._reconcile(worker, {token: (name, kind) for token, name, kind in attempts}, now)
         if node.is_leaving:
@@ -1515,7 +1572,7 @@ class Scheduler:
         self._tell_workers(self.sessions.values())
         self._end_adoption(False, now)
 
-    def _admit(self, member: Session | Worker | Node, peer: Any, welcome: dict[str, Any]) -> None:
+    def _admit(self, member: Member, peer: Any, welcome: dict[str, Any]) -> None:
         """Make `peer` the connection of `member`. What it was asked over an older one it is asked again."""
         self._detach(member)
         member.peer = peer
@@ -1532,7 +1589,7 @@ class Scheduler:
             self._closes.append(member.peer)
             member.peer = None
 
-    def _await(self, member: Session | Worker | Node, now: float) -> None:
+    def _await(self, member: Member, now: float) -> None:
         """Give a member without a connection its grace to come back."""
         member.lost_at = now
         self._arm(now + member.grace, self._give_up, member)
@@ -1542,7 +1599,7 @@ class Scheduler:
         held = {**worker.inbox, **worker.beside, **worker.delivering}
         self._take_back(worker, [token for token, job in held.items() if token not in listed or (
             job is not None and listed[token][0] != (job.session.id, job.number))], now)
-        resend, forget = [], []
+        resend = []
         for token, (name, kind) in listed.items():
             self._token = max(self._token, token)
             session = self._session(name[0], now)
@@ -1551,8 +1608,9 @@ class Scheduler:
                 job = self._new_job(session, name[1])       # its client is not back yet
             if kind != "inbox" and job is not None and job.state == State.WAITING:
                 self._unassign(worker, token)       # as an attempt that nobody wanted
-                job.beside = kind == "beside"
-                self._place(job, worker, token, LONG)       # it survived the server: the job is not run again
+                job.attempts = max(1, job.attempts)         # its client may have counted this one
+                job.estimate, job.beside = LONG, kind == "beside"
+                self._place(job, worker, token)     # it survived the server: the job is not run again
                 self._started(worker, now, token)
                 if job.killed:
                     self._kill_attempt((worker, token), now)
@@ -1562,12 +1620,12 @@ class Scheduler:
                     worker.inbox[token] = None
                     self._kill_attempt((worker, token), now)
                 else:
-                    forget.append(token)
+                    worker.acks.append(token)
             elif kind == "outcome":
                 resend.append(token)        # it comes by the usual way: it may be one that wants a retry
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
         self._send(worker.peer, ("resend", resend))
-        self._send(worker.peer, ("forget", forget))
+        self._send_acks(worker)
 
     def _end_adoption(self, is_due: bool, now: float) -> None:
         """Once all workers are back that clients knew, or it is due: jobs sent again that none claims run anew."""
@@ -1582,9 +1640,9 @@ class Scheduler:
 
     # ---- jobs ----
 
-    def _put(self, session: Session, now: float, name: Name, size: int, data: bytes | None) -> None:
+    def _put(self, session: Session, now: float, name: Name, value: Value) -> None:
         if name[0] == session.id:       # who names what is another's is not heard
-            session.objects[name] = (size, data)
+            session.objects[name] = value
 
     def _drop(self, session: Session, now: float, names: list[Any]) -> None:
         """Forget objects that nobody will ask for again, here and in the workers."""
@@ -1592,7 +1650,7 @@ class Scheduler:
         for name in names:
             session.objects.pop(name, None)
             session.estimates.pop(name, None)
-        for worker in session.tried:
+        for worker in self.workers.values():
             if had := [name for name in names if name in worker.has]:
                 worker.has.difference_update(had)
                 self._send(worker.peer, ("drop", had))
@@ -1605,16 +1663,13 @@ class Scheduler:
             return              # of a broken session the client was told, and fails its futures
         job = job or self._new_job(session, number)
         job.fn, job.payload, job.log = fn, payload, log
-        if options:
-            job.name = options.get("name", "")
-        if options and len(options) > ("name" in options):      # most have only that
-            job.priority, job.retries = options.get("priority", 0), options.get("retries", 0)
-            job.max_deaths = options.get("max_deaths", 3)
-            job.on, job.soft = frozenset(options["on"]) if options.get("on") else None, bool(options.get("soft"))
-            job.limit, job.cancel_running = options.get("job_timeout"), bool(options.get("cancel_running"))
-            job.max_tasks, job.earlier = options.get("max_tasks", 0), options.get("attempts", 0)
-            job.beside = bool(options.get("beside"))
-            job.deaths = min(job.deaths, job.max_deaths + 1)
+        for option, setting in (options or {}).items():
+            if option in _OPTIONS_READ:
+                setattr(job, option, setting)
+        if job.on is not None:
+            job.on = frozenset(job.on) or None
+        if job.deaths > job.max_deaths:         # it died before its client told how often it may
+            job.deaths = job.max_deaths + 1
         if job.begun and job.worker:
             self._started(job.worker, now, job.token)       # its limit was not known then
         if job.state == State.WAITING and not (self._adopting and options and options.get("again")):
@@ -1622,10 +1677,9 @@ class Scheduler:
 
     def _run_anew(self, job: Job, now: float) -> None:
         """No worker claims it: it is new, or was lost; what may begin only once does not begin a second time."""
-        job.attempts = job.earlier
-        too_often = job.deaths > job.max_deaths or (job.earlier > 0 and not job.max_deaths)
-        job.deaths = min(job.deaths, job.max_deaths)        # it died before its client told how often it may
-        self._put_back(job, now, too_often, {"what": "was lost while the server was away"})
+        if job.attempts and not job.max_deaths:
+            job.deaths = 1
+        self._put_back(job, now, cause={"what": "was lost while the server was away"})
 
     def _take_back(self, worker: Worker, tokens: Iterable[int], now: float) -> None:
         """Return attempts that a worker has not begun to the queue, uncharged."""
@@ -1639,30 +1693,27 @@ class Scheduler:
     def _put_back(self, job: Job, now: float, charged: bool = False, cause: dict[str, Any] | None = None) -> None:
         """Put a job into the queue, or back; a charge counts, and beyond max_deaths it is the end, as is a kill."""
         job.deaths += charged
-        if job.killed:
-            status, reason = job.killed
-            return self._fail(job, status, {**(cause or {}), "reason": reason})
-        if charged and job.deaths > job.max_deaths:
-            return self._fail(job, DIED, cause or {})
         there = next((w for w in self.workers.values() if w.name in (job.on or ())), None) if job.beside else None
-        if job.beside and (there is None or job.worker not in (None, there)):
-            return self._fail(job, DIED, cause or {"what": "is not there"})
+        if job.killed or job.deaths > job.max_deaths or (job.beside and (not there or job.worker not in (None, there))):
+            return self._fail(job, cause or {"what": "is not there"})
         job.worker, job.delivering, job.begun = None, False, False
         self._move(job, State.READY if job.payload is not None else State.WAITING)
         if there:
             return self._assign(job, there, now)
         if job.payload is not None:         # else it waits until its client has sent it
-            key = job.session, job.on, job.soft
-            if key not in self._queues:
-                self._queues[key] = Queue(job.session, self._select(job.on), job.soft, [])
-            heapq.heappush(self._queues[key].heap, (-job.priority, job.sequence, job))
+            if job.on not in self._selections:
+                self._select(job.on)
+            heap = self._queues.setdefault((job.session, job.on, job.soft), [])
+            heapq.heappush(heap, (-job.priority, job.sequence, job))
 
-    def _fail(self, job: Job, status: str, evidence: dict[str, Any]) -> None:
+    def _fail(self, job: Job, cause: dict[str, Any]) -> None:
         """End a job without a worker's word; the verdict is kept until its client has it."""
         self._move(job, State.FAILED)
         job.delivering = False
-        evidence = {**evidence, "job": job.name, "attempts": job.attempts, "deaths": job.deaths}
-        worker = job.worker
+        status, worker = DIED, job.worker
+        evidence = {**cause, "job": job.name, "attempts": job.attempts, "deaths": job.deaths}
+        if job.killed:
+            status, evidence["reason"] = job.killed
         if worker is not None:
             evidence.update(worker=worker.name, node=worker.node.name, device=worker.device)
         job.verdict = (status, evidence, worker.name if worker else "", job.attempts)
@@ -1679,16 +1730,16 @@ class Scheduler:
         if job is not None:
             job.begun = True
             self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
-            if job.limit is not None:
-                self._arm(now + job.limit, self._time_out, (worker, token))
+            if job.job_timeout is not None:
+                self._arm(now + job.job_timeout, self._time_out, (worker, token))
 
     def _time_out(self, attempt: tuple[Worker, int], now: float) -> None:
         """A job has run for its job_timeout, unless that attempt is over."""
         worker, token = attempt
-        job = worker.inbox.get(token)
-        if job is not None and job.limit is not None and job.state == State.RUNNING:
-            job.killed = TIMED_OUT, f"it ran longer than its job_timeout of {job.limit:g} s"
-            self._kill_attempt(attempt, now)
+        job = self._current(worker, token)
+        if job is not None and job.job_timeout is not None:     # a limit does not outlive its job's record
+            reason = f"it ran longer than its job_timeout of {job.job_timeout:g} s"
+            self._kill(job.session, now, [job.number], reason, TIMED_OUT)
 
     def _finished(self, worker: Worker, now: float, token: int, status: str, value: Value, seconds: float,
                   retry: bool) -> None:
@@ -1698,29 +1749,28 @@ class Scheduler:
             worker.moved_at = now
         if token in worker.inbox or token in worker.beside:
             worker.finished += 1
-            self._unassign(worker, token)
-        if job is None:
+        if job is not None and status == UNFIT:     # the session's log raised there: it gets no more of that session
+            worker.unfit.setdefault(job.session.id, value)
+            self._take_back(worker, [token], now)
+            self._judge_fitness(job.session, now, [w for w in self.workers.values() if job.session.id in w.positions])
+        self._unassign(worker, token)
+        if job is None or status == UNFIT:
             return self._forget(worker, token)
-        if not job.delivering:
-            if status == UNFIT:             # the session's log raised there: it gets no more of that session
-                session, job.attempts = job.session, job.attempts - 1
-                session.unfit.setdefault(worker, value)
-                self._forget(worker, token)
-                self._put_back(job, now)
-                return self._break(session, now) if session.tried.keys() <= session.unfit.keys() else None
-            old = job.session.estimates.pop(job.fn, seconds)
+        session = job.session
+        if not job.delivering:              # else it was sent again
+            old = session.estimates.pop(job.fn, seconds)
             estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
             if estimate < SHORT and seconds <= 2 * SHORT:       # one long sample ends the streaming of a function
-                job.session.estimates[job.fn] = estimate
-            if status == RAISED and retry and (job.retries > 0 or job.payload is None):
-                job.retries -= 1
-                self._forget(worker, token)
-                return self._put_back(job, now)
-            job.delivering, job.size = True, len(value) if isinstance(value, bytes) else 0
-            job.session.unacknowledged += job.size
-            worker.delivering[token] = job
-            job.session.latest = worker
-        self._send(job.session.peer, ("done", job.number, status, value, worker.name, job.attempts))
+                session.estimates[job.fn] = estimate
+        if status == RAISED and retry and (job.retries > 0 or job.payload is None):
+            job.retries -= 1
+            self._forget(worker, token)
+            return self._put_back(job, now)
+        job.delivering, job.size = True, len(value) if isinstance(value, bytes) else 0
+        session.unacknowledged += job.size
+        session.latest = worker
+        worker.delivering[token] = job
+        self._send(session.peer, ("done", job.number, status, value, worker.name, job.attempts))
 
     def _release(self, session: Session, now: float, numbers: list[int], state: str = State.DONE) -> None:
         """Forget jobs: their client has the outcomes, or does not want them, or is no more."""
@@ -1737,10 +1787,10 @@ class Scheduler:
                     job.killed = KILLED, "nobody wants its outcome any more"
                 self._kill_attempt((job.worker, job.token), now)
             self._move(job, end)
-        for ready in self._queues.values():
-            if ready.session is session and len(ready.heap) > 64 + 2 * len(session.jobs):   # most of it is dead: sweep
-                ready.heap[:] = [entry for entry in ready.heap if entry[2].state == State.READY]
-                heapq.heapify(ready.heap)
+        for (owner, _, _), heap in self._queues.items():
+            if owner is session and len(heap) > 64 + 2 * len(session.jobs):     # most of it is dead: sweep
+                heap[:] = [entry for entry in heap if entry[2].state == State.READY]
+                heapq.heapify(heap)
 
     _delivered, _cancel = _release, functools.partialmethod(_release, state=State.CANCELLED)
 
@@ -1765,62 +1815,57 @@ class Scheduler:
         everybody = self._everybody
         turns: list[Turn] = []
         if everybody.idle or everybody.roomy:
-            turns = sorted(filter(None, map(self._turn, list(self._queues.values()))))
+            turns = sorted(filter(None, map(self._turn, list(self._queues))))
         while turns and (everybody.idle or everybody.roomy):
-            _, load, _, job, queue = heapq.heappop(turns)
-            if load == queue.session.load:          # else its session was given something meanwhile: not its turn yet
-                worker = self._room_for(job, queue)
+            _, load, _, key = heapq.heappop(turns)
+            heap = self._queues[key]
+            job = heap[0][2]
+            if load == job.session.load:            # else its session was given something meanwhile: not its turn yet
+                worker = self._room_for(job)
                 if worker is None:
                     continue                        # nor will there be: within a pass room only shrinks
-                heapq.heappop(queue.heap)
+                heapq.heappop(heap)
                 self._assign(job, worker, now)
-            if turn := self._turn(queue):
+            if turn := self._turn(key):
                 heapq.heappush(turns, turn)
 
-    def _turn(self, queue: Queue) -> Turn | None:
-        """Return the rank and the head of a queue: the session that has least goes first. An empty queue goes."""
-        while queue.heap and queue.heap[0][2].state != State.READY:
-            heapq.heappop(queue.heap)
-        if queue.heap:
-            priority, sequence, job = queue.heap[0]
-            return priority, queue.session.load, sequence, job, queue
-        selection = queue.selection
-        del self._queues[queue.session, selection.on, queue.soft]
-        if selection is not self._everybody and all(q.selection is not selection for q in self._queues.values()):
-            del self._selections[selection.on]      # nobody else looks there
-            for worker in selection.members:
-                worker.selections.remove(selection)
+    def _turn(self, key: Key) -> Turn | None:
+        """Return the rank of a queue: the session that has least goes first. An empty queue goes."""
+        heap, session = self._queues[key], key[0]
+        while heap and heap[0][2].state != State.READY:
+            heapq.heappop(heap)
+        if heap:
+            return heap[0][0], session.load, heap[0][1], key
+        del self._queues[key]
         return None
 
-    def _room_for(self, job: Job, queue: Queue) -> Worker | None:
-        """Return the worker that should take a job now; None if no eligible one has room."""
-        session, selection = queue.session, queue.selection
+    def _room_for(self, job: Job) -> Worker | None:
+        """Settle what a job is taken for, and return the worker that should take it now; None if none has room."""
+        session, selection = job.session, self._selections[job.on]
         if self.is_paused or session.unacknowledged > UNACKNOWLEDGED:
             return None
-        if queue.soft and not selection.members:
+        if job.soft and not selection.members:
             selection = self._everybody
-        roomy = selection.roomy if self._estimate(job) < LONG else {}
-        if session.limit is None and not session.unfit:     # as mostly
-            if session.latest in selection.idle:        # it is warm, and what it may forget goes in the same frame
-                return session.latest
-            return next(iter(selection.idle or roomy), None)
+        is_suspect = job.deaths or not job.max_deaths       # it runs alone, so that no second charge can be wrong
+        job.estimate = LONG if is_suspect else session.estimates.get(job.fn, LONG)
+        roomy = selection.roomy if job.estimate < LONG else {}
         candidates: Iterable[Worker] = itertools.chain(selection.idle, roomy)
         if session.limit is not None and len(session.workers) >= session.limit:
-            candidates = (w for w in session.workers if w in roomy)     # its own, of which none is idle
-        return next((w for w in candidates if w not in session.unfit), None)
-
-    def _estimate(self, job: Job) -> float:
-        """Return the seconds a job is taken for: LONG unless its function measures short and it is unsuspected."""
-        if job.deaths or not job.max_deaths:
-            return LONG         # a suspect runs alone, so that no second charge can be wrong
-        return job.session.estimates.get(job.fn, LONG)
+            candidates = (worker for worker in session.workers if worker in roomy)  # its own, of which none is idle
+        elif session.latest in selection.idle and session.id not in session.latest.unfit:
+            return session.latest                   # it is warm, and what it may forget goes in the same frame
+        for worker in candidates:
+            if session.id not in worker.unfit:
+                return worker
+        return None
 
     def _assign(self, job: Job, worker: Worker, now: float) -> None:
         """Begin an attempt: everything the worker lacks goes before the run, in the same frame."""
         self._token += 1
         if not worker.inbox:
             worker.moved_at = now
-        self._place(job, worker, self._token, self._estimate(job))
+        job.attempts += 1
+        self._place(job, worker, self._token)
         self._refresh(worker)
         self._equip(worker, job)
         if worker.acks:
@@ -1834,7 +1879,7 @@ class Scheduler:
             options["max_tasks"] = job.max_tasks
         if job.beside:
             options["beside"] = True
-        if job.estimate >= LONG or job.limit is not None:
+        if job.estimate >= LONG or job.job_timeout is not None:
             options["say"] = True           # tell when it begins; a short one is over before anybody asks
         self._send(worker.peer, ("run", job.token, (job.session.id, job.number), job.fn, job.payload, job.log,
                                  options or None))
@@ -1843,29 +1888,27 @@ class Scheduler:
     def _equip(self, worker: Worker, job: Job) -> None:
         """Send the part of the session's log, and the function, that this worker has not got."""
         session = job.session
-        position = worker.positions.get(session.id, 0)
-        if position >= job.log and job.fn in worker.has and worker in session.tried:
+        position = worker.positions.setdefault(session.id, 0)
+        if position >= job.log and job.fn in worker.has:
             return
         entries = session.log[position:job.log]
         for number, name in enumerate([*entries, job.fn], position):
             if name not in worker.has and name in session.objects:
                 worker.has.add(name)
-                self._send(worker.peer, ("put", name, *session.objects[name]))
+                self._send(worker.peer, ("put", name, session.objects[name]))
             if number < position + len(entries):
                 self._send(worker.peer, ("log", session.id, number, name))
         worker.positions[session.id] = position + len(entries)
-        session.tried[worker] = None
 
-    def _place(self, job: Job, worker: Worker, token: int, estimate: float) -> None:
+    def _place(self, job: Job, worker: Worker, token: int) -> None:
         """Put an attempt into a worker's inbox."""
         self._move(job, State.RUNNING)
-        job.token, job.worker, job.estimate = token, worker, estimate
-        job.attempts += 1
+        job.token, job.worker = token, worker
         if job.beside:
             worker.beside[token] = job
             return
         worker.inbox[token] = job
-        worker.load += estimate
+        worker.load += job.estimate
         session = job.session
         session.load += 1
         session.workers[worker] = session.workers.pop(worker, 0) + 1    # at the end, so that they are used in turn
@@ -1890,26 +1933,33 @@ class Scheduler:
 
     # ---- room, windows, recall ----
 
-    def _select(self, on: frozenset[str] | None) -> Selection:
-        selection = self._selections.get(on)
-        if selection is None:
-            selection = self._selections[on] = Selection(on)
-            for worker in self.workers.values():
-                self._enlist(worker, selection)
-                self._refresh(worker)
-        return selection
+    def _select(self, on: frozenset[str] | None) -> None:
+        """Look who is admitted by an `on`. That is a look at every worker, so what was found outlives its queue."""
+        if len(self._selections) >= self._sweep_at:
+            used = {None, *(on for _, on, _ in self._queues)}
+            for unused in self._selections.keys() - used:
+                selection = self._selections.pop(unused)
+                for worker in selection.members:
+                    worker.selections.remove(selection)
+            self._sweep_at = 2 * len(self._selections) + KEPT_SELECTIONS
+        self._selections[on] = selection = Selection()
+        for worker in self.workers.values():
+            self._enlist(worker, on, selection)
+            if worker in selection.members:
+                self._refresh(worker, [selection])
 
-    def _enlist(self, worker: Worker, selection: Selection) -> None:
-        if selection.on is None or selection.on & worker.tags:
+    @staticmethod
+    def _enlist(worker: Worker, on: frozenset[str] | None, selection: Selection) -> None:
+        if on is None or on & worker.tags:
             selection.members.add(worker)
             worker.selections.append(selection)
 
-    def _refresh(self, worker: Worker) -> None:
+    def _refresh(self, worker: Worker, selections: Iterable[Selection] | None = None) -> None:
         """Sort a worker by its room; it moves to the end, so that equals are used in turn."""
         able = self._is_able(worker)
         idle = able and not worker.inbox
         roomy = able and not idle and worker.load < WINDOW_SECONDS
-        for selection in worker.selections:
+        for selection in worker.selections if selections is None else selections:
             selection.idle.pop(worker, None)
             selection.roomy.pop(worker, None)
             if idle:
@@ -1927,11 +1977,9 @@ class Scheduler:
             self._arm(since + T_STALL, self._watch_window, worker)
 
     def _watch_window(self, worker: Worker, now: float) -> None:
-        """A window that does not move holds a job that is not short: ask back what has not begun.
-
-        A lone job is asked about too if it was not to tell when it begins: the answer tells.
-        """
+        """A window that does not move holds a job that is not short: ask back what has not begun."""
         worker.watched = False
+        # a lone job is asked about too if it was not to tell when it begins: the answer tells
         quiet = [job for job in worker.inbox.values() if job is not None and job.estimate < LONG and not job.begun]
         if worker.recalled or not (quiet or len(worker.inbox) > 1):
             return
@@ -1976,24 +2024,19 @@ class Scheduler:
         if position == len(session.log):
             session.log.append(name)
 
-    def _break(self, session: Session, now: float) -> None:
-        """Every worker that tried the session's log is unfit: its client fails all its futures."""
-        if session.broken is None:
-            session.broken = next(reversed(session.unfit.values()))
+    def _judge_fitness(self, session: Session, now: float, judges: Iterable[Worker] | None = None) -> None:
+        """A session whose log raised on each of these workers, or of all, is broken: its client fails its futures."""
+        raised = [worker.unfit.get(session.id) for worker in judges or self.workers.values()]
+        if raised and None not in raised and session.broken is None:
+            session.broken = raised[-1]
             self._send(session.peer, ("broken", session.broken))
             self._cancel(session, now, list(session.jobs))
 
-    def _judge_fitness(self, session: Session, now: float) -> None:
-        """Some time after a loss: if all who are left are unfit, nobody will ever run this session's jobs."""
-        left = set(self.workers.values())
-        if left and left <= session.unfit.keys():
-            self._break(session, now)
-
-    def _bye(self, member: Session | Worker | Node, now: float, reason: str) -> None:
+    def _bye(self, member: Member, now: float, reason: str) -> None:
         """A planned end: nothing is waited for."""
         self._end(member, now, {"what": reason, "planned": True})
 
-    def _give_up(self, member: Session | Worker | Node, now: float) -> None:
+    def _give_up(self, member: Member, now: float) -> None:
         """Let go of what stayed away, but for a worker for which its node vouches, and a node that has workers."""
         if now < member.lost_at + member.grace:
             return
@@ -2002,8 +2045,7 @@ class Scheduler:
         elif not (isinstance(member, Node) and member.workers):
             self._end(member, now, {"what": "its host went away"})
 
-    def _end(self, member: Session | Worker | Node, now: float, cause: dict[str, Any],
-             token: int | None = None) -> None:
+    def _end(self, member: Member, now: float, cause: dict[str, Any], token: int | None = None) -> None:
         """Forget a member and all that hung on it."""
         self._detach(member)
         self._gone(member, now)
@@ -2013,21 +2055,22 @@ class Scheduler:
             del self.nodes[member.id]
             for worker in list(member.workers.values()):
                 self._end(worker, now, cause)
-        else:
+        elif isinstance(member, Session):
             del self.sessions[member.id]
             self._cancel(member, now, list(member.jobs))
-            for worker in member.tried:
-                worker.positions.pop(member.id, None)
-                worker.has = {name for name in worker.has if name[0] != member.id}
-                self._send(worker.peer, ("leave", member.id))
+            for worker in self.workers.values():
+                worker.unfit.pop(member.id, None)
+                if worker.positions.pop(member.id, None) is not None:
+                    worker.has = {name for name in worker.has if name[0] != member.id}
+                    self._send(worker.peer, ("leave", member.id))
 
     def _died(self, node: Node, now: float, worker_id: bytes, token: int | None, cause: dict[str, Any]) -> None:
         """A node's word on the death of its worker is final, and its cell's token says who is to blame."""
         worker = self.workers.get(worker_id)
         if worker is not None and worker.node is not node:
             return
-        slot, generation = worker_id[:16], worker_id[16:]
-        self._dead[slot] = max(self._dead.pop(slot, b""), generation)
+        slot = worker_id[:16]
+        self._dead[slot] = max(self._dead.pop(slot, b""), worker_id)
         while len(self._dead) > MOURNED:
             del self._dead[next(iter(self._dead))]
         if "lost" in cause:
@@ -2051,11 +2094,9 @@ class Scheduler:
                 # max_deaths=0 promises at most once: then what may have begun is charged, and so is what had finished
                 once = not job.max_deaths and (job.begun or job.delivering)
                 self._put_back(job, now, once or (attempt == token and not job.delivering), cause)
-        for session in self.sessions.values():
-            session.unfit.pop(worker, None)
-            session.tried.pop(worker, None)
-            if session.unfit:
-                self._arm(now + T_DEAD, self._judge_fitness, session)       # time enough for who replaces it to come
+        # if all who are left are unfit, nobody will ever run its jobs; time enough for who replaces it to come
+        for session_id in dict.fromkeys(id for left in self.workers.values() for id in left.unfit):
+            self._arm(now + T_DEAD, self._judge_fitness, self.sessions[session_id])
         self._tell_workers(self.sessions.values())
 
     def _exchange_beats(self, node: Node, now: float) -> None:
@@ -2080,23 +2121,20 @@ class Scheduler:
                 self._recall(worker, now)
             self._refresh(worker)
 
-    def _kill(self, session: Session, now: float, numbers: list[int], reason: str) -> None:
+    def _kill(self, session: Session, now: float, numbers: list[int], reason: str, status: str = KILLED) -> None:
         """End jobs by force: the node of a running one reads the cell, and kills only what is still at it."""
         for number in numbers:
             job = session.jobs.get(number)
             if job is None or job.delivering or job.verdict or job.killed:
                 continue
-            job.killed = KILLED, reason             # this is the last attempt
+            job.killed = status, reason             # this is the last attempt
             if job.worker and job.state == State.RUNNING:
                 self._kill_attempt((job.worker, job.token), now)
             elif job.state == State.READY or not self._adopting:    # else a worker may tell that it runs
                 self._put_back(job, now)
 
     def _kill_attempt(self, attempt: tuple[Worker, int], now: float) -> None:
-        """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has.
-
-        Either word may be lost, and it may begin just after both have looked: a kill is repeated until it is over.
-        """
+        """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has."""
         worker, token = attempt
         if token in worker.inbox:
             self._send(worker.peer, ("recall", [token]))
@@ -2104,11 +2142,12 @@ class Scheduler:
             if job is None or job.killed:
                 reason = job.killed[1] if job and job.killed else "its job is not wanted here any more"
                 self._send(worker.node.peer, ("kill", [token], reason))
+                # either word may be lost, and it may begin just after both have looked: repeated until it is over
                 self._arm(now + T_KILL_AGAIN, self._kill_attempt, attempt)
 
     # ---- ranges: relayed as they come, to whoever asked ----
 
-    def _pull(self, reader: Session | Worker, now: float, name: Name, offset: int, length: int) -> None:
+    def _pull(self, reader: Member, now: float, name: Name, offset: int, length: int) -> None:
         """Ask a value's creator for a range. Who else asks for it meanwhile shares the answer."""
         owner = self.sessions.get(name[0]) or self.workers.get(name[0])
         if owner is None:
@@ -2119,8 +2158,7 @@ class Scheduler:
         if len(readers) == 1:
             self._send(owner.peer, ("pull", name, offset, length))
 
-    def _range(self, owner: Session | Worker, now: float, name: Name, offset: int, digest: bytes,
-               body: Any = b"") -> None:
+    def _range(self, owner: Member, now: float, name: Name, offset: int, digest: bytes, body: Any = b"") -> None:
         for peer in owner.asked.pop((name, offset, len(body)), ()):
             self._send(peer, ("range", name, offset, digest, body))
 
@@ -2165,7 +2203,8 @@ class Scheduler:
             "clients": [{"name": s.name, "connected": s.peer is not None, "jobs": len(s.jobs)}
                         for s in self.sessions.values()],
             "objects": {"count": sum(len(s.objects) for s in self.sessions.values()),
-                        "bytes": sum(len(d or b"") for s in self.sessions.values() for _, d in s.objects.values())},
+                        "bytes": sum(len(v) for s in self.sessions.values() for v in s.objects.values()
+                                     if isinstance(v, bytes))},
         }
 
     def story(self, job: Job) -> str:
@@ -2176,7 +2215,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert every invariant; the only step that walks everything. For tests, and after a stumble."""
-        queued = collections.Counter(entry[2] for ready in self._queues.values() for entry in ready.heap)
+        queued = collections.Counter(entry[2] for heap in self._queues.values() for entry in heap)
         for session in self.sessions.values():
             for number, job in session.jobs.items():
                 story = self.story(job)
@@ -2198,14 +2237,13 @@ class Scheduler:
             assert not set(worker.inbox) & set(worker.delivering), worker.name
             for token, job in worker.delivering.items():
                 assert job.token == token and job.delivering and job.state == State.RUNNING, self.story(job)
-            for selection in worker.selections:
-                assert worker in selection.members
-                assert (worker in selection.idle) == (self._is_able(worker) and not worker.inbox), worker.name
-        for ready in self._queues.values():
-            live = [entry for entry in ready.heap if entry[2].state == State.READY]
-            assert len(ready.heap) <= 64 + 2 * len(ready.session.jobs), "dead entries pile up"
-            for _, _, job in sorted(live)[:1]:
-                assert self._room_for(job, ready) is None, f"an eligible worker idles beside {self.story(job)}"
+            for on, selection in self._selections.items():
+                is_idle = self._is_able(worker) and not worker.inbox and bool(on is None or on & worker.tags)
+                assert (worker in selection.idle) == is_idle, worker.name
+        for (session, _, _), heap in self._queues.items():
+            assert len(heap) <= 64 + 2 * len(session.jobs), "dead entries pile up"
+            for _, _, job in sorted(entry for entry in heap if entry[2].state == State.READY)[:1]:
+                assert self._room_for(job) is None, f"an eligible worker idles beside {self.story(job)}"
         alive = sum(len(session.jobs) for session in self.sessions.values())
         ended = self.counters["delivered"] + self.counters["cancelled"]
         assert self.counters["accepted"] == alive + ended, "jobs went missing"
@@ -2239,8 +2277,7 @@ class _Guest:
 def find_secret(secret: str | None = None, path: str | None = None, *, make: bool = False) -> Secret:
     """Return the secret: given, `path`, MINIPOOL_SECRET_FILE, MINIPOOL_SECRET, or this user's file, in this order.
 
-    A source that is named and fails is fatal, never skipped. Raises Refused if there is none at all, unless `make`:
-    then a new one is written to this user's file.
+    A source that is named and fails is fatal. Raises Refused if there is none, unless `make`: then one is written.
     """
     if secret is not None:
         return Secret(secret)
@@ -2416,8 +2453,7 @@ class Server:
     finds, else a new one in this user's secret file. `address` can be dialled, also after host="0.0.0.0".
     After `dead_after` seconds of silence a host is lost. With `tls` all is encrypted, under the certificate and key in
     the PEM files `tls_cert` and `tls_key`, or under one that `openssl` makes at each start.
-    Raises OSError if the port is in use, ValueError for a weak password on a port that is not loopback, or if there
-    is no certificate.
+    Raises OSError if the port is in use, ValueError for a weak password beyond loopback, or without a certificate.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, secret: str | None = None,
@@ -2615,7 +2651,6 @@ def is_server_running(address: str | None = None) -> bool:
 # and a redefined helper arrives. Only bindings are compared: a list changed in place is not sent again.
 # ==================================================================================================================
 
-_Seen = tuple[Callable[..., Any], tuple[Any, ...], Any]  # a function, its arguments, what it returned
 _PicklerBase: Any = object  # _pickler() adds cloudpickle's class, once that is imported
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})  # nothing in them can refer to anything
 OUT_OF_BAND = 32 * 1024  # bytes; below, copying into the pickle is cheaper than a buffer of its own
@@ -2624,7 +2659,6 @@ _MISSING: Any = object()
 _PLACE = pickle.PickleBuffer(bytearray(1))  # where a future's value will be: writable, as that is
 # One name to be set in a module at the worker. A soft one, met while a module is filled, may be left out.
 _Slot = collections.namedtuple("_Slot", "module name value version soft")
-_NEVER = ("minipool", "minipool_worker", "cloudpickle")  # there on every worker, though often under the cwd
 _BY_NAME = (TypeVar, type(functools.lru_cache(int)))  # pickle as a name of their module, be it importable or not
 _HEADER = ("__name__", "__package__", "__file__", "__path__")
 _OWN = frozenset({*_HEADER, "__doc__", "__builtins__", "__spec__", "__loader__", "__cached__", "__minipool__"})
@@ -2649,9 +2683,8 @@ _snapshots: dict[type, tuple[int, tuple[Any, ...]]] = {}
 
 def _class_version(cls: type) -> int:
     """Return the version of `cls`, raised if it was made here and one of its attributes became another object."""
-    version = _classes.setdefault(cls, _MADE_HERE)
-    if version != _MADE_HERE:
-        return version
+    if _classes.setdefault(cls, _MADE_HERE) != _MADE_HERE:
+        return _classes[cls]
     now = (*cls.__dict__, *cls.__dict__.values())
     version, then = _snapshots.get(cls, (0, ()))
     if len(now) != len(then) or not all(map(operator.is_, now, then)):
@@ -2673,8 +2706,8 @@ def _set_class(cls: type, state: tuple[Any, Any, int]) -> None:
 @functools.cache  # files do not move while a program runs
 def _is_users(name: str, module: types.ModuleType) -> bool:
     import sysconfig
-    if name.partition(".")[0] in _NEVER:
-        return False
+    if name.partition(".")[0] in ("minipool", "minipool_worker", "cloudpickle"):
+        return False  # there on every worker, though often under the cwd
     file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
     if file is None:
         return getattr(module, "__spec__", None) is None  # made by hand; built-in modules have a spec
@@ -2696,7 +2729,7 @@ def travels_by_value(name: str) -> bool:
 class _Module:
     """One globals dictionary of the client; pickled, it is the worker's module object for it."""
 
-    def __init__(self, session: bytes, space: dict[str, Any], serial: int) -> None:
+    def __init__(self, session: bytes, space: dict[str, Any]) -> None:
         name = str(space.get("__name__", "?"))
         self.space = space
         self.names: dict[str, tuple[Any, int]] = {}  # what was sent: object and version
@@ -2705,14 +2738,7 @@ class _Module:
         self.importable = getattr(sys.modules.get(name), "__dict__", None) is space and not travels_by_value(name)
         header = {k: space[k] for k in _HEADER if k in space}
         self.reduced = (_cloudpickle().subimport, (name,)) if self.importable else (
-            _shared, (session, (name, serial), header))  # a number, as two dictionaries may bear one name: notebooks
-
-
-def _contents(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty: a local function that is not bound yet
-        return _MISSING
+            _shared, (session, id(space), name, header))  # by id, as two dictionaries may bear one name: notebooks
 
 
 class _Pickler(_PicklerBase):  # type: ignore[misc]
@@ -2725,10 +2751,10 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
         self.file = io.BytesIO()
         # What rides beside the pickle: large buffers, and futures in the place of their values' bytes. A function
         # (then it is the root) has none: its bytes tell whether it is known.
-        self.buffers = list[Any]() if root is None else None
+        self.buffers: list[Any] | None = [] if root is None else None
         super().__init__(self.file, 5, buffer_callback=functools.partial(_keep_large, self.buffers))
         self.owner, self.root, self.path, self.filled = owner, root, list[_Slot](), set[int]()
-        self.seen: dict[Any, _Seen] = {}
+        self.seen: dict[Any, tuple[Any, Any, Any]] = {}  # a function, its arguments, what it returned
         self.last: Any = _MISSING  # what is being reduced: the culprit if that fails
 
     def saw(self, get: Callable[..., Any], *args: Any) -> Any:
@@ -2786,7 +2812,7 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             self.saw(getattr, seen, name)
         for cell in fn.__closure__ or ():
-            self.saw(_contents, cell)
+            self.saw(_cloudpickle()._get_cell_contents, cell)
         _, (code, _, *new), (attributes, state), *rest = reduced = super()._dynamic_function_reduce(fn)
         if self.owner is None:
             return reduced
@@ -2821,12 +2847,12 @@ def _pickler() -> Any:
 
 
 def _keep_large(buffers: list[Any] | None, buffer: pickle.PickleBuffer) -> bool:
-    """Take a large buffer out of a pickle, a writable one as a copy: a payload is a snapshot."""
+    """Take a large buffer out of a pickle, as it is: pack() makes the snapshot."""
     if buffer is _PLACE:
         return False
     view = buffer.raw()
     if buffers is not None and view.nbytes >= OUT_OF_BAND:
-        buffers.append(view if view.readonly else bytes(view))
+        buffers.append(view)
         return False
     return True  # into the pickle
 
@@ -2853,13 +2879,12 @@ class Functions:
     def __init__(self, session: bytes, next_number: Callable[[], int]) -> None:
         self.session = session
         self.gone: list[int] = []  # numbers of entries that nobody will ask for again
-        # Globals that are a bare object(), by id: one object in all pickles, so `x is MISSING` stays true in a worker.
-        self.sentinels: dict[int, object] = {}
         self._next_number = next_number
         # Reentrant: a finalizer that submits may run inside. It guards all below; hot reads go without.
         self.lock = threading.RLock()
+        self.sentinels: dict[int, object] = {}  # globals that are an object(), by id: `x is MISSING` stays true
         self._modules: dict[int, _Module] = {}
-        self._known: weakref.WeakKeyDictionary[Any, tuple[Entry, list[_Seen]]] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[Any, tuple[Entry, list[Any]]] = weakref.WeakKeyDictionary()
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()  # by their bytes
         self._room = KEPT_BYTES  # until all that is known is forgotten, which costs another pickle
 
@@ -2906,10 +2931,7 @@ class Functions:
 
     def module(self, space: dict[str, Any]) -> _Module:
         """Return the record of a globals dictionary; kept for good, since its names' versions must never fall."""
-        with self.lock:
-            if id(space) not in self._modules:
-                self._modules[id(space)] = _Module(self.session, space, len(self._modules))
-            return self._modules[id(space)]
+        return self._modules.get(id(space)) or self._modules.setdefault(id(space), _Module(self.session, space))
 
     def _dump(self, what: str, fn: Any, value: Any) -> Any:
         """Return a pickler that has pickled `value`: `fn`, or something of a call; an error says `what` it is."""
@@ -2932,17 +2954,14 @@ class Functions:
 
 # ---- worker half: what the pickles call ----
 
-# By session and key; the worker drops those of a session that is over.
-_shared_objects: dict[bytes, dict[Any, Any]] = {}
+# By session, and by their ids at the client, which keeps them; the worker drops those of a session that is over.
+_shared_objects: dict[bytes, dict[int, Any]] = {}
 _names_lock = threading.RLock()  # reentrant: the value that a name loses may have a finalizer
 
 
-def _shared(session: bytes, key: tuple[str, int], header: dict[str, Any]) -> Any:
-    """Return this process's object for a client module; its __dict__ is the functions' globals.
-
-    Its `__minipool__` holds the version of each name that was set.
-    """
-    module = types.ModuleType(key[0])
+def _shared(session: bytes, key: int, name: str, header: dict[str, Any]) -> Any:
+    """Return this process's object for a client module; its `__minipool__` is the version of each name that was set."""
+    module = types.ModuleType(name)
     vars(module).update(header, __builtins__=__builtins__, __minipool__={})
     return _shared_objects.setdefault(session, {}).setdefault(key, module)  # atomic: jobs may load in several threads
 
@@ -2974,7 +2993,7 @@ def _sentinel(session: bytes, key: int) -> object:
 _ALIGN = 64         # so that arrays lie as well in the received buffer as where they came from
 
 
-def pack(data: bytes, buffers: Sequence[Any] = ()) -> bytes | Blob:
+def pack(data: bytes, buffers: Sequence[Any] = (), share: bool = True) -> bytes | Blob:
     """Return a pickle with its buffers as bytes if it may ride inside a message, else as a Blob to be pulled."""
     if not buffers:
         return data if len(data) <= INLINE else Blob([data])
@@ -2983,8 +3002,8 @@ def pack(data: bytes, buffers: Sequence[Any] = ()) -> bytes | Blob:
     parts: list[Any] = []
     for segment in (table, *segments):
         parts += [segment, bytes(-len(segment) % _ALIGN)]
-    blob = Blob([part for part in parts if len(part)])
-    return blob if blob.size > INLINE else blob.read(0, blob.size)
+    parts = [part for part in parts if len(part)]
+    return Blob(parts, share) if sum(map(len, parts)) > INLINE else b"".join(parts)
 
 
 def check_size(value: bytes | Blob, limit: int, what: str, fn: Any) -> None:
@@ -3054,6 +3073,7 @@ def decode_failure(status: str, value: Any) -> BaseException:
 # ==================================================================================================================
 
 CREDIT_BYTES = 32 << 20     # of inline payloads that a client may have at the server
+KEPT_COPIES = 16            # of large arguments; then read-only buffers stay where they lie: all may be the same array
 ACKNOWLEDGE = 16            # outcomes that wait for a frame to ride on; a worker that dies with more has them run again
 
 _base: Any = concurrent.futures._base
@@ -3108,8 +3128,7 @@ def job_id(name: Name) -> str:
     return f"{name[0][:4].hex()}-{name[1]}"
 
 
-# What it takes to send a job, and to send it again: its function as messages say it (the entry, its name, options), its
-# arguments (none yet while they wait for futures), how long the log was.
+# To send a job, and again: function (entry, name, options), arguments (b"" while they wait for futures), log's length
 _Call = tuple[tuple[Entry, Name, dict[str, Any]], bytes | Blob, int]
 _publishing = threading.Lock()      # held for a moment where a future's state and its being watched must agree
 
@@ -3210,14 +3229,6 @@ class Future(concurrent.futures.Future[Any]):
             if self._raw is not None:
                 self._result, self._exception, self._raw = value, error, None
 
-    def travelling(self) -> Any:
-        """Return the value's bytes, as they came if nobody has looked at it yet; raise what the job raised."""
-        raw = self._raw
-        if raw and raw[0] == OK:
-            return raw[1]
-        value = encode_value(self.result(0))
-        return value.read(0, value.size) if isinstance(value, Blob) else value
-
     def _settle(self, status: str, value: Any) -> None:
         """End the future with an outcome to be decoded; waiters wake, callbacks go to their thread. For the client."""
         self._raw = status, value
@@ -3244,7 +3255,7 @@ class Client:
 
     def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None = None,
                  connect_timeout: float, reconnect_timeout: float, tls: bool = False,
-                 child: ChildProcess | None = None, initializer: Callable[..., object] | None = None,
+                 child: minipool_worker.Node | None = None, initializer: Callable[..., object] | None = None,
                  initargs: Iterable[Any] = ()) -> None:
         self.child = child                              # the embedded pool; it ends with this client
         self.session = secrets.token_bytes(16)
@@ -3303,7 +3314,11 @@ class Client:
         call, buffers, inputs = self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ()))
         if any(getattr(given, "_client", None) is not self for given in inputs):
             raise ValueError(f"{name_of(fn)}() is given a future of another executor: give it the result")
-        packed = b"" if inputs else pack(call, buffers)
+        if inputs:          # it is packed when they are done
+            buffers = [part if isinstance(part, Future) or part.readonly else bytes(part) for part in buffers]
+        else:
+            share = len(self.peer.values) < KEPT_COPIES or not any(buffer.readonly for buffer in buffers)
+        packed = b"" if inputs else pack(call, buffers, share)
         check_size(entry.blob, self.max_value, "pickle", fn)
         check_size(packed, self.max_value, "arguments", fn)
         wired = view._wired
@@ -3336,14 +3351,18 @@ class Client:
             if not given.done():
                 return given.add_done_callback(lambda _: self._link(future, call, buffers, inputs))
         try:
-            packed = pack(call, [part.travelling() if isinstance(part, Future) else part for part in buffers])
+            for place, part in enumerate(buffers):
+                if isinstance(part, Future):
+                    raw = part._raw         # the value's bytes, as they came if nobody has looked at it yet
+                    value = raw[1] if raw and raw[0] == OK else encode_value(part.result(0))
+                    buffers[place] = value.read(0, value.size) if isinstance(value, Blob) else value
+            packed = pack(call, buffers)
             check_size(packed, self.max_value, "arguments", future)
         except concurrent.futures.CancelledError:
             return self.later(future.cancel)        # not here: a chain may be long
         except BaseException as error:      # that of a future, or its value cannot be pickled again
-            problem = error
             with self.lock:
-                return self._finish(future, DIED, lambda: problem)
+                return self._finish(future, DIED, lambda error=error: error)
         with self.lock:
             if future._call:                # else it was cancelled meanwhile
                 wired, _, log = future._call
@@ -3381,15 +3400,14 @@ class Client:
 
     def _put(self, number: int, data: bytes | Blob) -> Message:
         """Return the message that makes an object known to the server."""
-        value = self._share(number, data)
-        return "put", *((*value, None) if isinstance(value, tuple) else ((self.session, number), len(value), value))
+        return "put", (self.session, number), self._share(number, data)
 
     def _share(self, number: int, data: bytes | Blob) -> Value:
-        """Return what a message says of some data: itself if small, else name and size, to be pulled from here."""
+        """Return what a message says of some data: itself if small, else where it is to be had."""
         if not isinstance(data, Blob):
             return data
         self.peer.values[self.session, number] = data
-        return (self.session, number), data.size
+        return (self.session, number), data.size, data.place
 
     def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Append a call that every worker must have made before it begins a job submitted from now on."""
@@ -3495,7 +3513,7 @@ class Client:
         def fetched(data: Any) -> None:
             if data is not None:        # else its holder is lost, and the job runs again by itself
                 self._on_batch([("done", number, status, data, worker, attempts)])      # now as if it were small
-        self.peer.pull(value[0], value[1], fetched)
+        self.peer.pull(value, fetched)
 
     def _finish(self, future: Future, status: str, value: Any) -> None:
         """End a future, unless it has, with an outcome to be decoded; waiters wake, callbacks go to their thread."""
@@ -3554,6 +3572,7 @@ class Client:
                 log.exception("a callback raised")
             del callback                # it may hold the last reference to a future and its value
         self._flush_delivered()
+        self._log.clear()
         self.peer.stop(("bye", "the client has finished"))
         if self.child:
             self.child.stop()
@@ -3629,9 +3648,8 @@ class Executor(concurrent.futures.Executor):
     executor; None is MINIPOOL_ADDRESS, and "local" where that is not set. An int in its place is `max_workers`, which
     bounds how many workers are used (embedded: how many are started). `initializer(*initargs)` runs once per worker
     before this executor's first job there, on late and respawned workers too. Seconds: `connect_timeout` for the
-    first connection, `reconnect_timeout` for outages that are ridden out. `tls` as the server has it.
-
-    Raises ServerLost, Refused, VersionMismatch; ValueError and TypeError for bad arguments.
+    first connection, `reconnect_timeout` for outages that are ridden out. `tls` as the server has it. Raises
+    ServerLost, Refused, VersionMismatch; ValueError and TypeError for bad arguments.
     """
 
     def __init__(self, address: str | int | None = None, *, secret: str | None = None,
@@ -3654,9 +3672,9 @@ class Executor(concurrent.futures.Executor):
         if where == "local":            # a private child serves this machine, with a throw-away secret
             key = Secret.new()
             path = list(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))    # it works in another folder
-            from minipool_worker import ChildProcess  # late: who dials a server needs none of it
-            child = ChildProcess({"serve": True, "secret": key.text, "options": {
-                "name": "local", "workers": max_workers, "sys_path": path}})
+            from minipool_worker import Node  # late: who dials a server needs none of it
+            child = Node("local", secret=key.text, connect_timeout=60, name="local", workers=max_workers,
+                         sys_path=path).start()
             where, limit, patience = child.answer["address"], None, 3.0     # it is never restarted
         else:
             key = find_secret(secret)
@@ -3695,8 +3713,7 @@ class Executor(concurrent.futures.Executor):
             chunksize: int = 1, buffersize: int | None = None) -> Iterator[Any]:
         """Return an iterator of fn's results in the order of the input, as in the newest standard library.
 
-        `timeout` seconds count from this call; `chunksize` inputs travel as one job; `buffersize` bounds how many
-        results wait unread, and makes the input lazy.
+        `timeout` seconds count from this call; `chunksize` inputs are one job; `buffersize` bounds what waits unread.
         """
         _check_numbers(chunksize=chunksize, buffersize=buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -3747,8 +3764,7 @@ class Executor(concurrent.futures.Executor):
         `retries` runs a job again that many times on exceptions (of the types in `retry_on`); `priority`: larger
         first; `on`: only on these workers, nodes or tags, `prefer`: there if there is one; `name` for logs;
         `job_timeout`: seconds that it may run, then its worker is ended and the future raises JobTimeout;
-        `cancel_running`: so does `Future.cancel`; `max_deaths`: workers it may take down; `timeout`. Raises
-        TypeError for an unknown option.
+        `cancel_running`: so does `Future.cancel`; `max_deaths`: workers it may take down. Raises TypeError.
         """
         unknown = sorted(set(options) - _OPTIONS)
         if unknown:
@@ -3780,10 +3796,7 @@ class Executor(concurrent.futures.Executor):
         return view
 
     def on_start(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
-        """Run fn(*args, **kwargs) once on every worker, late ones too, before jobs submitted from now on; in order.
-
-        One that raises breaks the executor, like an initializer.
-        """
+        """Run fn(*args, **kwargs) once on every worker, late ones too, before later jobs; like an initializer."""
         self._client.add_to_log(fn, args, kwargs)
 
     def wait_for_workers(self, n: int, timeout: float | None = None) -> None:

@@ -31,7 +31,6 @@ import faulthandler
 import fcntl
 import gc
 import heapq
-import json
 import logging
 import multiprocessing.connection
 import os
@@ -45,7 +44,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import minipool
@@ -76,10 +75,6 @@ _REMOVED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"
             "MASTER_PORT", "MINIPOOL_SECRET", "MINIPOOL_SECRET_FILE")
 
 
-class NoDevice(minipool.MinipoolError, ValueError):
-    """What was asked for is not on this node; the message is one sentence that says what is."""
-
-
 class Slot(NamedTuple):
     device: str  # what a person and torch read: "cuda:0", its place on the node, or "cpu"
     label: str  # what `connect` prints: "cuda:0 NVIDIA A100 GPU-1a2b3c4d"
@@ -95,25 +90,29 @@ class _Gpu(NamedTuple):
     usable: bool = True  # False: it is lost, or CUDA sees its MIG instances in its place
 
 
-def visible_devices(mask: str | None) -> list[str] | None:
-    """Return the devices that a value of CUDA_VISIBLE_DEVICES shows, in order; None (all of them) when it is unset.
+def visible_devices(mask: str, gpus: Sequence[_Gpu] = ()) -> list[_Gpu]:
+    """Return the devices that a value of CUDA_VISIBLE_DEVICES shows, in order, with what NVML says of them in `gpus`.
 
     The driver's rules, as torch tested them: the first entry that is no device ends the list, a repeated one empties
     it, numbers are read like strtoul ("1gpu2" is 1), UUIDs may be prefixes and do not mix with numbers.
     """
-    if mask is None:
-        return None
     kind = mask[:4] if mask.startswith(("GPU-", "MIG-")) else ""
-    tokens: list[str] = []
+    # NVML cannot rule a device out where CUDA counts otherwise or where a UUID was not told; MIG has old spellings.
+    certain = any(gpu.token.isdecimal() for gpu in gpus) and all(gpu.uuid for gpu in gpus) and kind != "MIG-"
+    shown: list[_Gpu] = []
     for entry in mask.split(","):
         number = None if kind else re.match(r"\s*\+?([0-9]+)", entry)
-        token = str(int(number[1])) if number else entry
-        if token in tokens:
-            return []
         if not number and not (kind and entry.startswith(kind)):
             break
-        tokens.append(token)
-    return tokens
+        token = str(int(number[1])) if number else entry
+        fits = [gpu for gpu in gpus if gpu.token == token or (gpu.uuid or "").startswith(token)]
+        if len(fits) != 1 and certain:
+            break
+        gpu = fits[0]._replace(token=token) if len(fits) == 1 else _Gpu(token)
+        if any(gpu.token == other.token or (gpu.uuid and gpu.uuid == other.uuid) for other in shown):
+            return []       # a repeated device, perhaps by two prefixes of its UUID
+        shown.append(gpu)
+    return shown
 
 
 def _listed(names: str | Iterable[str]) -> list[str]:
@@ -137,7 +136,7 @@ def _select(usable: list[_Gpu], variable: str, gpus: str | None) -> list[Slot]:
                 and any(known.startswith(name) for known in (slot.token, slot.lock or ""))]
         if len(fits) != 1:
             here = ", ".join(slot.label for slot in found) or "no GPU at all"
-            raise NoDevice(f"--gpus {gpus}: {name!r} is {'several' if fits else 'none'} of those found here: {here}.")
+            raise ValueError(f"--gpus {gpus}: {name!r} is {'several' if fits else 'none'} of those found here: {here}.")
         chosen += fits
     return chosen
 
@@ -166,49 +165,33 @@ def _enumerate(by_index: bool) -> Iterator[_Gpu]:
                 yield _Gpu(part_uuid, part_uuid, _ask(nvml, "Name", part) or name)
 
 
-def _masked(tokens: list[str], gpus: list[_Gpu]) -> list[_Gpu]:
-    """Add what NVML knows to the tokens of a mask; as in CUDA, one that surely is not there ends the list."""
-    # NVML cannot rule a token out where CUDA counts otherwise or where a UUID was not told; MIG has old spellings.
-    certain = any(gpu.token.isdecimal() for gpu in gpus) and all(gpu.uuid for gpu in gpus)
-    shown: list[_Gpu] = []
-    for token in tokens:
-        fits = [gpu for gpu in gpus if gpu.token == token or (gpu.uuid or "").startswith(token)]
-        if len(fits) != 1 and certain and not token.startswith("MIG-"):
-            break
-        gpu = fits[0]._replace(token=token) if len(fits) == 1 else _Gpu(token)
-        if gpu.uuid and gpu.uuid in [other.uuid for other in shown]:
-            return []  # two prefixes of one UUID: a repeated device
-        shown.append(gpu)
-    return shown
-
-
 def _nvidia(environ: Mapping[str, str]) -> list[_Gpu]:
     """Return the NVIDIA devices this node may use: those of the mask, or without a mask all that NVML knows."""
-    tokens = visible_devices(environ.get(_MASK))
-    if tokens == []:
+    mask = environ.get(_MASK)
+    if mask is not None and not visible_devices(mask):
         return []
     try:
         gpus = list(_enumerate(by_index=environ.get(_ORDER, "PCI_BUS_ID") == "PCI_BUS_ID"))
     except Exception as error:  # not only NVMLError: a foreign binding may fail in any way
         amd = any(name in environ for name in _AMD)
-        usual = "LibraryNotFound" in type(error).__name__ and not tokens and not amd       # a machine without a GPU
+        usual = "LibraryNotFound" in type(error).__name__ and not mask and not amd         # a machine without a GPU
         _log.log(logging.INFO if usual else logging.WARNING, "NVML does not answer (%s: %s): %s%s",
-                 type(error).__name__, error, f"{_MASK} is taken as it is" if tokens else "no NVIDIA GPU is used",
+                 type(error).__name__, error, f"{_MASK} is taken as it is" if mask else "no NVIDIA GPU is used",
                  f"; for AMD GPUs give --devices 0,1,... --device-env {_AMD[0]}" if amd else "")
-        return [_Gpu(token) for token in tokens or ()]
-    return _masked(tokens, gpus) if tokens else [gpu for gpu in gpus if gpu.usable]
+        return visible_devices(mask or "")
+    return [gpu for gpu in gpus if gpu.usable] if mask is None else visible_devices(mask, gpus)
 
 
 def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers: int | None = None,
                devices: str | Iterable[str] | None = None, device_env: str | None = None,
                environ: Mapping[str, str] = os.environ, cores: int | None = None) -> list[Slot]:
-    """Return the workers to start: GPUs first, then CPU workers; raise NoDevice when there would be none.
+    """Return the workers to start: GPUs first, then CPU workers; raise ValueError when there would be none.
 
     `gpus` selects by place or UUID prefix among those found ("" or "none": NVML is not even asked); `devices` with
     `device_env` lists another vendor's. CPU workers stand in, one per core, for want of a device; a number adds some.
     """
     if (devices is None) != (device_env is None):
-        raise NoDevice("--devices and --device-env go together: which devices, and the variable that selects one.")
+        raise ValueError("--devices and --device-env go together: which devices, and the variable that selects one.")
     variable = device_env or _MASK
     gpus = gpus and ("" if gpus.strip() == "none" else gpus.strip())
     found = [] if gpus == "" else _nvidia(environ) if devices is None else [_Gpu(token) for token in _listed(devices)]
@@ -218,7 +201,7 @@ def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers
     hidden: dict[str, str | None] = {_MASK: "", variable: ""}  # else a preprocessing job opens a context on GPU 0
     slots = [slot for slot in chosen for _ in range(workers_per_gpu)] + [Slot("cpu", "cpu", "", hidden, None)] * cpus
     if not slots:
-        raise NoDevice("No GPU is used and no CPU worker is asked for: there is no worker to start.")
+        raise ValueError("No GPU is used and no CPU worker is asked for: there is no worker to start.")
     # PCI order makes CUDA count as NVML and nvidia-smi do; CUDA's own default is fastest first.
     defaults = {_ORDER: "PCI_BUS_ID", **dict.fromkeys(_THREADS, str(max(1, cores // len(slots))))}
     defaults |= _SHARING if workers_per_gpu > 1 else {}
@@ -255,10 +238,11 @@ class SessionState:
         self.unfit = b""                        # what an entry raised: then nothing of this client runs here
 
 
-def encode_exception(error: BaseException, where: str) -> bytes | Blob:
+def encode_exception(error: BaseException, where: str, limit: int) -> bytes | Blob:
     """Return a job's exception as it travels: itself if it is known to load again, and its text in any case.
 
-    Many exceptions pickle well and fail at loading, because __init__ wants more than `args` holds.
+    Many exceptions pickle well and fail at loading, because __init__ wants more than `args` holds. Of one that takes
+    more than `limit` bytes only the beginning of its text travels.
     """
     pickled = None
     frames = error.__traceback__.tb_next if error.__traceback__ else None       # without the worker's own frame
@@ -266,12 +250,16 @@ def encode_exception(error: BaseException, where: str) -> bytes | Blob:
         data = minipool.encode_value(error)
         data = data if isinstance(data, bytes) else data.read(0, data.size)
         pickled = bytes(data) if type(minipool.decode_value(data)) is type(error) else None
+    kind = type(error).__qualname__
     try:
         text = "".join(traceback.format_exception(type(error), error, frames))
         words = str(error)
     except BaseException:           # an exception whose __str__ raises
-        text, words = f"{type(error).__qualname__} (its text cannot be shown)", ""
-    return minipool.encode_value((pickled, type(error).__qualname__, words, text, where))
+        text, words = f"{kind} (its text cannot be shown)", ""
+    value = minipool.encode_value((pickled, kind, words, text, where))
+    if (value.size if isinstance(value, Blob) else len(value)) > limit:
+        value = minipool.encode_value((None, kind, words[:1000] + " [...]", text[:1000] + " [...]", where))
+    return value
 
 
 class Worker:
@@ -319,7 +307,8 @@ class Worker:
     def _next(self) -> Attempt | None:
         """Wait for the attempt to begin next, and mark it begun; None: it is time to go."""
         self._catch_up()
-        self.peer.lead(self._may_go_on)
+        if not self._may_go_on():
+            self.peer.lead(self._may_go_on)
         with self._lock:
             while not self._may_go_on():
                 self._wake.wait()
@@ -371,7 +360,7 @@ class Worker:
             status, value = OK, minipool.encode_value(fn(*args, **kwargs))
             minipool.check_size(value, self._max_value, "result", fn)
         except BaseException as error:          # SystemExit and KeyboardInterrupt too: the job's, not the worker's
-            status, value = RAISED, self._encode_failure(error, self._max_value)
+            status, value = RAISED, encode_exception(error, self._where, self._max_value)
             with contextlib.suppress(Exception):
                 retry = bool(retry_on and isinstance(error, retry_on))
         self._finish(attempt, status, value, time.perf_counter() - began, retry)
@@ -385,7 +374,7 @@ class Worker:
     def _finish(self, attempt: Attempt, status: str, value: bytes | Blob, seconds: float, retry: bool) -> None:
         """Keep the outcome and tell it; a lone one goes at once, one of many leaves with the next ones."""
         with self._lock:
-            told: Value = value if isinstance(value, bytes) else ((self.id, attempt.token), value.size)
+            told: Value = value if isinstance(value, bytes) else ((self.id, attempt.token), value.size, value.place)
             if isinstance(value, Blob):
                 self.peer.values[self.id, attempt.token] = value
             message = ("finished", attempt.token, status, told, seconds, retry)
@@ -411,16 +400,8 @@ class Worker:
                 fn(*args, **kwargs)
                 state.applied += 1
             except BaseException as error:
-                state.unfit = bytes(self._encode_failure(error, minipool.INLINE))      # type: ignore[arg-type]
+                state.unfit = bytes(encode_exception(error, self._where, minipool.INLINE))     # type: ignore[arg-type]
         return state.unfit
-
-    def _encode_failure(self, error: BaseException, limit: int) -> bytes | Blob:
-        """Return an exception as it travels; of one that is too long the beginning of its text."""
-        value = encode_exception(error, self._where)
-        if (value.size if isinstance(value, Blob) else len(value)) > limit:
-            cut = minipool.RemoteError(type(error).__qualname__, str(error)[:1000] + " [...]")
-            value = encode_exception(cut, self._where)
-        return value
 
     def _open_payload(self, attempt: Attempt) -> tuple[Any, Any, Any]:
         """Return args, kwargs, and the exception types to retry on."""
@@ -476,8 +457,9 @@ class Worker:
         attempt = self._inbox[token] = Attempt(token, job, fn, payload, log, options or {}, missing)
         if type(payload) is tuple:
             missing.add(payload[0])
-            self.peer.pull(payload[0], payload[1], lambda data: self._arrived(payload[0], data))
         self._check_ready(attempt)
+        if type(payload) is tuple:
+            self.peer.pull(payload, lambda data: self._arrived(payload[0], data))
 
     def _check_ready(self, attempt: Attempt) -> None:
         if attempt.options.get("beside") and not attempt.missing:
@@ -486,11 +468,11 @@ class Worker:
         elif not attempt.missing:
             heapq.heappush(self._ready, (-attempt.options.get("priority", 0), attempt.token))
 
-    def _on_put(self, name: Name, size: int, data: bytes | None) -> None:
-        if data is not None:
-            self._objects[name] = data
+    def _on_put(self, name: Name, value: Value) -> None:
+        if isinstance(value, bytes):
+            self._objects[name] = value
         elif name not in self._objects:
-            self.peer.pull(name, size, lambda buffer: self._arrived(name, buffer))
+            self.peer.pull(value, lambda data: self._arrived(name, data))
 
     def _arrived(self, name: Name, data: Any) -> None:
         """A pulled object is here, or nobody holds it: then what needs it goes back."""
@@ -611,19 +593,6 @@ class _Stderr(queue.SimpleQueue[Any]):      # reentrant: signal handlers log too
 _stderr = _Stderr()
 
 
-def _freeze(pid: int) -> bool:
-    """Stop a process and wait until it stands still; False if it is dead."""
-    give_up = time.monotonic() + 1
-    with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        os.kill(pid, signal.SIGSTOP)
-        kinds = os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG
-        while not (state := os.waitid(os.P_PID, pid, kinds)) and time.monotonic() < give_up:
-            time.sleep(0.0005)
-        # None: a driver holds it in the kernel: there it begins no other attempt
-        return state is None or state.si_code == os.CLD_STOPPED
-    return False
-
-
 @contextlib.contextmanager
 def _locked(name: str, mode: int) -> Iterator[None]:
     """Hold a lock file of this user's, or raise BlockingIOError; the kernel lets go of it, however we end."""
@@ -634,9 +603,9 @@ def _locked(name: str, mode: int) -> Iterator[None]:
         yield
 
 
-def _oom_kills(pid: int) -> tuple[str, int]:
-    """Return a process's memory cgroup, and how many processes the kernel has killed there for want of memory."""
-    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/cgroup") as cgroups:
+def _oom_kills() -> tuple[str, int]:
+    """Return this process's memory cgroup, and how many processes the kernel has killed there for want of memory."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/cgroup") as cgroups:
         for line in cgroups:
             _, controllers, path = line.strip().split(":", 2)
             if controllers in ("", "memory"):       # version 2; version 1
@@ -647,40 +616,70 @@ def _oom_kills(pid: int) -> tuple[str, int]:
 
 
 class Child:
-    """One slot, and the worker process in it, as its node sees them."""
+    """A worker process as its node sees it, from its start to its burial."""
 
-    def __init__(self, place: int, slot: Slot) -> None:
-        self.place, self.slot = place, slot
-        self.start_at = 0.0                         # when a worker is to be started here
-        self.generation = 0                         # how many have been
-        self.deaths = 0                             # how many have died since one of them finished a job
-        # of the worker that runs
-        self.process: Any = None                    # None: none does
-        self.cell: Any = None                       # [token it executes, jobs it has finished]
-        self.life: Any = None                       # our end of the pipe whose end of file it dies of
-        self.output: Any = None                     # our end of its stdout and stderr
-        self.pidfd = -1
-        self.id = b""
-        self.killed = self.lost = ""                # why we killed it; what NVML said of its GPU, which is no more
+    def __init__(self, setup: dict[str, Any], environ: Mapping[str, str | None]) -> None:
+        self.id, self.place = setup["id"], setup["slot"]
+        self.killed = ""                                    # why we killed it
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-        self.rest = b""                             # of a line not complete yet
+        self.rest = b""                                     # of its output: a line not complete yet
+        context: Any = multiprocessing.get_context("spawn")
+        self.cell = context.RawArray(ctypes.c_uint64, 2)    # [token it executes, jobs it has finished]
+        life, self.life = context.Pipe(duplex=False)        # of the end of file of ours it dies
+        self.output, output = context.Pipe(duplex=False)    # its stdout and stderr
+        os.set_blocking(self.output.fileno(), False)
+        self.process = context.Process(target=_worker_main, args=(setup, self.cell, life, output),
+                                       name=f"minipool-worker-{self.place}", daemon=False)
+        for name, value in environ.items():     # what it inherits: multiprocessing has no env=
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        with life, output:
+            self.process.start()
+        try:        # readable when the process is dead; the sentinel may lie while a grandchild lives
+            self.pidfd = os.pidfd_open(self.process.pid)
+        except (OSError, AttributeError):
+            self.pidfd = os.dup(self.process.sentinel)
+
+    def kill(self, why: str = "") -> None:
+        """Kill its process group: grandchildren too."""
+        self.killed = why or self.killed
+        for kill in (os.killpg, os.kill):       # the group exists once the child has called setsid
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(self.process.pid, signal.SIGKILL)
+
+    def end_attempt(self, token: int, why: str) -> None:
+        """Stop the process, wait until it stands still, read the cell, and kill it only if it is at that attempt."""
+        pid, give_up = self.process.pid, time.monotonic() + 1
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGSTOP)
+            kinds = os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG
+            while not (state := os.waitid(os.P_PID, pid, kinds)) and time.monotonic() < give_up:
+                time.sleep(0.0005)
+            # None: a driver holds it in the kernel: there it begins no other attempt
+            if (state is None or state.si_code == os.CLD_STOPPED) and self.cell[0] == token:
+                self.kill(why)
+            else:       # it is over
+                os.kill(pid, signal.SIGCONT)
 
 
 class Supervisor:
     """The node process: finds slots, keeps a worker in each, tells the server of every death."""
 
     def __init__(self, address: tuple[str, int], secret: Secret, options: dict[str, Any],
-                 lifeline: socket.socket | None = None) -> None:
+                 lifeline: Any = None) -> None:
         self.id = secrets.token_bytes(12)
         self.secret, self.options = secret, options
         names = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env")
         found = find_slots(**{name: options[name] for name in names if options.get(name) is not None})
         self.slots = [found[i % len(found)] for i in range(options.get("workers") or len(found))]   # dealt in turn
         self.name: str = options.get("name") or socket.gethostname().split(".")[0]
-        self.failure: BaseException | None = None
-        self._context = multiprocessing.get_context("spawn")
         self._environ = {name: os.environ.get(name) for slot in self.slots for name in slot.env}    # the node's own
-        self._children = [Child(place, slot) for place, slot in enumerate(self.slots)]
+        self._children: dict[int, Child] = {}           # those that run, by the place of their slot
+        self._due = dict.fromkeys(range(len(self.slots)), 0.0)      # when a worker is to be started in each other slot
+        self._started = 0                               # how many ever were: the generation of the next one
+        self._deaths: collections.Counter[int] = collections.Counter()      # by place, since one there finished a job
+        self._lost: dict[str | None, str] = {}          # what NVML said of the GPUs that are no more, by their lock
         self._unreported: collections.deque[Message] = collections.deque(maxlen=1000)
         self._words: collections.deque[Message] = collections.deque()           # of the server, for the main thread
         self._sources: dict[Any, Callable[[], object]] = {}     # what the main thread waits for, and what it does then
@@ -693,11 +692,11 @@ class Supervisor:
         self._born, self._beat_at, self._beat_every = time.monotonic(), 0.0, 1.0
         self._complain_at = self._born + 3
         self._stop_at: float | None = None              # when patience with running jobs ends
-        self._oom_kills = dict([_oom_kills(os.getpid())])      # by memory cgroup, as far as we know of them
+        self._oom_kills = _oom_kills()                  # as far as we know of them
         self._instance = b""
         self.on_welcome: Any = lambda: None
         self.peer = Peer("node", address, secret.role_key, lock=threading.RLock(), announce=self._announce, name="node",
-                         on_batch=self._on_batch, on_lost=self._wake, tls=bool(options.get("tls")))
+                         on_batch=self._on_batch, tls=bool(options.get("tls")))
 
     def run(self) -> None:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
@@ -707,27 +706,25 @@ class Supervisor:
         self.peer.thread.start()
         threading.Thread(target=self._watch_devices, name="minipool-devices", daemon=True).start()
         try:
-            while self._stop_at is None or (self._running() and time.monotonic() < self._stop_at):
+            while self._stop_at is None or (self._children and time.monotonic() < self._stop_at):
                 for source in multiprocessing.connection.wait(self._sources, 0.2):  # so late may a beat or respawn be
                     if source in self._sources:     # not so the output of one that was just found dead
                         self._sources[source]()
                 while self._words:
                     word = self._words.popleft()
                     getattr(self, f"_on_{word[0]}")(*word[1:])
-                for child in self._children:
-                    if self._instance and self._stop_at is None and child.start_at <= time.monotonic():
-                        self._spawn(child)
+                for place in [place for place, when in self._due.items() if when <= time.monotonic()]:
+                    if self._instance and self._stop_at is None:
+                        self._spawn(place)
                 self._look_at_the_clock()
         finally:
-            for child in self._running():
-                self._kill_group(child)
-            for child in self._running():
+            for child in self._children.values():
+                child.kill()
+            for child in list(self._children.values()):
                 multiprocessing.connection.wait([child.pidfd], 5)   # join() would wait for the sentinel, which may lie
                 self._bury(child)
             self.peer.stop(("bye", "the node stopped"))
             locks.close()
-        if self.failure:
-            raise self.failure
 
     def stop(self, patience: float = 0.0) -> None:
         """Let running jobs end for `patience` seconds, take no new ones, then go. A second call does not wait."""
@@ -737,17 +734,9 @@ class Supervisor:
             _log.info("draining: running jobs have %g s to end", patience)
         else:
             self._stop_at = 0.0
-        self._wake()
-
-    def _running(self) -> list[Child]:
-        return [child for child in self._children if child.process]
-
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            self._waker.send(b"!")
 
     def _look_at_the_clock(self) -> None:
-        """Beat, say so if there is no server yet, and leave when it is time, or when there is no hope."""
+        """Beat, say so if there is no server yet, leave when it is time; raise when there is no hope."""
         now, lost_at, trouble = time.monotonic(), self.peer.lost_at, self.peer.trouble
         lifetime, patience = self.options.get("lifetime"), self.options.get("death_timeout")
         if now >= self._beat_at:
@@ -759,10 +748,10 @@ class Supervisor:
             self._complain_at = _NEVER
             _stderr.write(f"waiting for a server at {minipool.format_address(*self.peer.address)}: {trouble}\n")
         if patience and lost_at and now >= lost_at + patience:
-            trouble = minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
-        elif self._instance or not isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
-            return      # a refusal ends it only at first: after a welcome it may be forged, or a mistake being mended
-        self.failure, self._stop_at = self.failure or trouble, 0.0
+            raise minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
+        # a refusal ends it only at first: after a welcome it may be forged, or a mistake being mended
+        if not self._instance and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
+            raise trouble
 
     # ---- talking ----
 
@@ -774,107 +763,78 @@ class Supervisor:
 
     def _on_batch(self, messages: list[Message]) -> None:
         self._words.extend(message for message in messages if message[0] != "beat")
-        self._wake()
+        with contextlib.suppress(BlockingIOError):      # the main thread has been woken often enough
+            self._waker.send(b"!")
 
     def _on_welcome(self, info: dict[str, Any]) -> None:
         """The first welcome starts the workers; a later one may be of a new server, with new tickets."""
         self.name, self._beat_every = info["name"], info["beat"]
         if self.peer.instance != self._instance:
             self._instance = self.peer.instance
-            for child in self._running():
+            for child in self._children.values():
                 with contextlib.suppress(OSError):
                     child.life.send_bytes(self.secret.role_key("worker", self._instance, child.id))
         self.on_welcome()
 
     def _on_refuse(self, error: str, text: str) -> None:
-        self.failure, self._stop_at = getattr(minipool, error, minipool.Refused)(text), 0.0
+        raise getattr(minipool, error, minipool.Refused)(text)
 
-    def _spawn(self, child: Child) -> None:
-        """Start the worker of one slot. The mask is set before its interpreter starts, by what it inherits."""
-        child.start_at, child.killed, child.rest = _NEVER, "", b""
-        child.tail.clear()
-        child.generation += 1
-        child.id = self.id + child.place.to_bytes(4, "big") + child.generation.to_bytes(4, "big")
-        child.cell = self._context.RawArray(ctypes.c_uint64, 2)
-        life, child.life = self._context.Pipe(duplex=False)
-        child.output, output = self._context.Pipe(duplex=False)
-        setup = {"id": child.id, "node": self.id, "node_name": self.name, "slot": child.place,
-                 "device": child.slot.device, "tags": self.options.get("tags") or [],
-                 "address": self.peer.address, "key": self.secret.role_key("worker", self._instance, child.id),
+    def _on_kill(self, tokens: list[int], reason: str) -> None:
+        for child in self._children.values():
+            if (token := child.cell[0]) in tokens and not child.killed:     # else it is over, or asked for again
+                child.end_attempt(token, reason)
+
+    # ---- life and death ----
+
+    def _spawn(self, place: int) -> None:
+        """Start the worker of one slot."""
+        del self._due[place]
+        self._started += 1
+        id, slot = self.id + place.to_bytes(4, "big") + self._started.to_bytes(4, "big"), self.slots[place]
+        setup = {"id": id, "node": self.id, "node_name": self.name, "slot": place,
+                 "device": slot.device, "tags": self.options.get("tags") or [],
+                 "address": self.peer.address, "key": self.secret.role_key("worker", self._instance, id),
                  "tls": bool(self.options.get("tls")), "max_tasks": self.options.get("max_tasks"),
                  "sys_path": self.options.get("sys_path") or [], "log_level": logging.getLogger().level}
-        child.process = self._context.Process(target=_worker_main, args=(setup, child.cell, life, output),
-                                              name=f"minipool-worker-{child.place}", daemon=False)
-        for name, value in (self._environ | child.slot.env).items():      # multiprocessing has no env=
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        with life, output:
-            child.process.start()
-        try:        # readable when the process is dead; the sentinel may lie while a grandchild lives
-            child.pidfd = os.pidfd_open(child.process.pid)
-        except (OSError, AttributeError):
-            child.pidfd = os.dup(child.process.sentinel)
+        child = self._children[place] = Child(setup, self._environ | slot.env)
         self._sources[child.pidfd] = lambda: self._on_death(child)
-        os.set_blocking(child.output.fileno(), False)
         self._sources[child.output] = lambda: self._read_output(child)
-
-    # ---- death ----
 
     def _on_death(self, child: Child) -> None:
         """A worker process is no more: say so, with the cell's word on whom to blame, and start another."""
-        self._kill_group(child)             # grandchildren that stayed in the group
-        oom_kills = dict([_oom_kills(os.getpid()), _oom_kills(child.process.pid)])      # while it is a zombie
+        child.kill()                        # grandchildren that stayed in the group
+        known, self._oom_kills = self._oom_kills, _oom_kills()
         code = child.process.exitcode or 0
         self._bury(child)
-        # of a cgroup that we hear of now, all kills are news; but "/" may be what version 1 says of the dead
-        was_oom = any(n > self._oom_kills.get(path, n if path == "/" else 0) for path, n in oom_kills.items())
-        self._oom_kills |= oom_kills
         what = f"was killed: {child.killed}" if child.killed else f"exited with code {code}"
         if code < 0 and not child.killed:
-            name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+            name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
+            was_oom = self._oom_kills[1] and self._oom_kills != known
             what = f"died of {name}" + (": out of memory, says its memory cgroup" if code == -9 and was_oom else
                                         ", perhaps the kernel's out-of-memory killer" if code == -9 else "")
+        slot, (token, successes) = self.slots[child.place], child.cell
         cause = {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0}
-        if child.lost:
-            cause["lost"] = f"{child.slot.label}: {child.lost}"
-        token, successes = child.cell
+        if slot.lock in self._lost:
+            cause["lost"] = f"{slot.label}: {self._lost[slot.lock]}"
         with self.peer.lock:
             self._unreported.append(("died", child.id, token, cause))
             self.peer.send(self._unreported[-1])
         if self._stop_at is None:
             if code:
-                _log.warning("worker %d on %s %s", child.place, child.slot.device, cause["what"])
+                _log.warning("worker %d on %s %s", child.place, slot.device, cause["what"])
             # at once, but a slot whose workers die five times in a row without a success rests, longer each time
-            child.deaths = 0 if successes or child.killed else child.deaths + 1
-            rest = min(60, 2 ** (child.deaths - 5)) if child.deaths >= 5 else 0
-            child.start_at = _NEVER if child.lost else time.monotonic() + rest
+            deaths = self._deaths[child.place] = 0 if successes or child.killed else self._deaths[child.place] + 1
+            rest = min(60, 2 ** (deaths - 5)) if deaths >= 5 else 0
+            if slot.lock not in self._lost:
+                self._due[child.place] = time.monotonic() + rest
 
     def _bury(self, child: Child) -> None:
-        self._sources.pop(child.pidfd)
+        del self._children[child.place], self._sources[child.pidfd]
         os.close(child.pidfd)
         self._read_output(child)
         self._sources.pop(child.output, None)
         child.output.close()
         child.life.close()
-        child.process = None
-
-    def _kill_group(self, child: Child, why: str = "") -> None:
-        child.killed = why or child.killed
-        for kill in (os.killpg, os.kill):       # the group exists once the child has called setsid
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(child.process.pid, signal.SIGKILL)
-
-    def _on_kill(self, tokens: list[int], reason: str) -> None:
-        """End attempts by force: stop the process, read the cell, and kill it only if it is still at that attempt."""
-        for token in tokens:
-            child = next((c for c in self._running() if c.cell[0] == token and not c.killed), None)    # asked again
-            if child is not None and _freeze(child.process.pid) and child.cell[0] == token:
-                self._kill_group(child, reason)
-            else:
-                with contextlib.suppress(ProcessLookupError):
-                    if child is not None:
-                        os.kill(child.process.pid, signal.SIGCONT)
 
     # ---- devices ----
 
@@ -886,12 +846,12 @@ class Supervisor:
             except BlockingIOError:
                 text = f"another node of this user has {label}: choose others by --gpus, or let one node have them all"
                 if not self._is_child:
-                    raise NoDevice(text) from None
+                    raise ValueError(text) from None
                 _log.warning("%s", text)
 
     def _watch_devices(self) -> None:
         """Ask NVML now and then whether a GPU is lost; in a thread of its own, as a broken driver may never answer."""
-        gpus = {lock for lock in {slot.lock or "" for slot in self.slots} if lock.startswith(("GPU-", "MIG-"))}
+        gpus = {slot.lock for slot in self.slots if slot.lock and slot.lock.startswith(("GPU-", "MIG-"))}
         while gpus and self._stop_at is None:
             for uuid in sorted(gpus):
                 try:
@@ -905,10 +865,11 @@ class Supervisor:
 
     def _on_device_lost(self, lock: str, text: str) -> None:
         """End the workers of a GPU that is lost, for good; those of the others do not notice."""
-        for child in [child for child in self._children if child.slot.lock == lock]:
-            child.lost, child.start_at = text, _NEVER
-            if child.process:
-                self._kill_group(child, f"its GPU is lost: {text}")
+        self._lost[lock] = text
+        for place in [place for place, slot in enumerate(self.slots) if slot.lock == lock]:
+            self._due.pop(place, None)
+            if place in self._children:
+                self._children[place].kill(f"its GPU is lost: {text}")
 
     def _read_output(self, child: Child) -> None:
         """Take what a worker printed: it never blocks on us; keep its tail, pass it on with its name before it."""
@@ -919,83 +880,65 @@ class Supervisor:
             self._sources.pop(child.output, None)
         *lines, child.rest = (child.rest + data).split(b"\n")
         child.rest = child.rest[-8192:]
-        texts = [line[:2000].decode(errors="replace") for line in lines]
-        child.tail.extend(texts)
-        for text in texts:
-            _stderr.write(f"[{self.name}-{child.place}] {text}\n")
-
-
-class ChildProcess:
-    """A child that serves an embedded pool or a node: told what to do by one line, ended by the end of its stdin."""
-
-    def __init__(self, job: dict[str, Any]) -> None:
-        self._line, theirs = socket.socketpair()
-        with theirs:        # a session of its own: Ctrl-C in the terminal is for the client alone
-            self._process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_child"],
-                                             stdin=theirs.fileno(), start_new_session=True)
-        try:
-            self._line.settimeout(job.get("connect_timeout") or 60)
-            self._line.sendall(json.dumps(job).encode() + b"\n")
-            with self._line.makefile("rb") as file:
-                line = file.readline()
-            if not line.endswith(b"\n"):
-                raise minipool.ServerLost(f"the child process ended with exit code {self._process.wait(5)}")
-            self.answer: dict[str, Any] = json.loads(line)
-            if "error" in self.answer:
-                kinds = minipool.ServerLost, minipool.Refused, minipool.VersionMismatch, OSError
-                kind = next((kind for kind in kinds if kind.__name__ == self.answer["error"]), ValueError)
-                raise kind(self.answer["text"])
-        except BaseException as error:
-            self.stop()
-            if isinstance(error, TimeoutError):
-                raise minipool.ServerLost("no server answered in time") from None
-            raise
-
-    def stop(self) -> None:
-        """End the child, and with it its workers."""
-        self._line.close()
-        if not self.wait(10):
-            self._process.kill()
-            self._process.wait()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until the child has ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout)
-        return self._process.returncode is not None
+        for line in lines:
+            child.tail.append(line[:2000].decode(errors="replace"))
+            _stderr.write(f"[{self.name}-{child.place}] {child.tail[-1]}\n")
 
 
 class Node:
     """A node inside a program: a handle on a child process that supervises this machine's workers.
 
-    `address`, `secret` and `tls` as in `Executor`; the rest is named as the flags of `connect`: `name`, `gpus`,
-    `workers_per_gpu`, `cpu_workers`, `devices`, `device_env`, `tags`, `max_tasks`. `start()` returns when the server
-    has welcomed it. Raises ServerLost, Refused, VersionMismatch, or ValueError for devices that are not there.
+    `address`, `secret` and `tls` as in `Executor`: for "local" the child is an embedded pool, server and all. The rest
+    is named as the flags of `connect`: `name`, `gpus`, `workers_per_gpu`, `cpu_workers`, `devices`, `device_env`,
+    `tags`, `max_tasks`. `start()` returns when the server has welcomed it. Raises ServerLost, Refused,
+    VersionMismatch, or ValueError for devices that are not there.
     """
 
     def __init__(self, address: str | None = None, *, secret: str | None = None, connect_timeout: float = 10.0,
                  **options: Any) -> None:
-        self._job = {"serve": False, "connect_timeout": connect_timeout, "options": options,
-                     "address": minipool.format_address(*minipool.parse_address(address)),
-                     "secret": minipool.find_secret(secret).text}
-        self.child: ChildProcess | None = None
+        place = None if address == "local" else minipool.format_address(*minipool.parse_address(address))
+        self._job = {"address": place, "secret": minipool.find_secret(secret).text, "options": options}
+        self._patience = connect_timeout
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Node:
-        """Start the child process and wait for its welcome."""
-        self.child = ChildProcess(self._job)
+        """Start the child process, tell it what to do, and wait for its answer at the welcome."""
+        self._line, theirs = multiprocessing.Pipe()         # the end of file of ours ends it
+        with theirs:        # a session of its own: Ctrl-C in the terminal is for the client alone
+            self._process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "_child"],
+                                             stdin=theirs.fileno(), start_new_session=True)
+        try:
+            self._line.send(self._job)
+            if not self._line.poll(self._patience):
+                raise minipool.ServerLost("no server answered in time")
+            self.answer = self._line.recv()
+            if isinstance(self.answer, BaseException):
+                raise self.answer
+        except BaseException as error:
+            self.stop()
+            if isinstance(error, EOFError | ConnectionResetError):
+                code = self._process.returncode
+                raise minipool.ServerLost(f"the child process ended with exit code {code}") from None
+            raise
         return self
 
     def stop(self) -> None:
         """End the workers and the node at once; their jobs run again elsewhere."""
-        if self.child:
-            self.child.stop()
+        if self._process:
+            self._line.close()
+            if not self.wait(10):
+                self._process.kill()
+                self._process.wait()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the node has ended; False if `timeout` seconds passed first."""
-        return self.child is None or self.child.wait(timeout)
+        try:
+            return not self._process or self._process.wait(timeout) is not None
+        except subprocess.TimeoutExpired:
+            return False
 
     def __enter__(self) -> Node:
-        return self if self.child else self.start()
+        return self if self._process else self.start()
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
@@ -1012,30 +955,29 @@ def is_node_running() -> bool:
 # 4 CLI
 # ==================================================================================================================
 
-def child_main(lifeline: socket.socket) -> int:
-    """Be the child of a Node or of an embedded pool: one line of JSON in, one out, and end of file ends it all."""
+def child_main(lifeline: multiprocessing.connection.Connection) -> int:
+    """Be the child of a Node: its job is one message in, the answer one out, and end of file ends it all."""
 
-    def answer(**fields: Any) -> None:
+    def answer(about: object) -> None:
         with contextlib.suppress(OSError):      # at each welcome, of which the first is read: it must not wait
-            lifeline.send(json.dumps(fields).encode() + b"\n", socket.MSG_DONTWAIT)
+            lifeline.send(about)
 
     level = logging.getLevelNamesMapping().get(os.environ.get("MINIPOOL_LOG", "").upper(), logging.WARNING)
     logging.basicConfig(stream=_stderr, format="%(name)s: %(message)s", level=level)
-    with contextlib.ExitStack() as stack:
-        try:
-            job = json.loads(lifeline.makefile("rb").readline())    # an empty one, of a dead parent, is no JSON
-            address = job.get("address")
-            if job["serve"]:
-                gc.set_threshold(100_000)       # as `serve` does
-                server = minipool.Server(port=0, secret=job["secret"], embedded=True)
-                address = stack.enter_context(server).address
-            supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), job["options"], lifeline)
-            devices = [slot.device for slot in supervisor.slots]
-            supervisor.on_welcome = lambda: answer(address=address, devices=devices)
-            supervisor.run()
-        except (OSError, ValueError, minipool.MinipoolError) as error:
-            answer(error=type(error).__name__, text=str(error))
-            return 1
+    try:
+        job = lifeline.recv()
+        os.set_blocking(lifeline.fileno(), False)
+        address = job["address"]
+        if address is None:                 # an embedded pool, whose server ends with this process
+            gc.set_threshold(100_000)       # as `serve` does
+            address = minipool.Server(port=0, secret=job["secret"], embedded=True).start().address
+        supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), job["options"], lifeline)
+        devices = [slot.device for slot in supervisor.slots]
+        supervisor.on_welcome = lambda: answer({"address": address, "devices": devices})
+        supervisor.run()
+    except (EOFError, OSError, ValueError, minipool.MinipoolError) as error:
+        answer(error)
+        return 1
     return 0
 
 
@@ -1083,7 +1025,7 @@ def main(arguments: list[str] | None = None) -> int:
     writer.start()
     try:
         if arguments == ["_child"]:
-            return child_main(socket.socket(fileno=os.dup(0)))
+            return child_main(multiprocessing.connection.Connection(os.dup(0)))
         return minipool.run_command(parser.parse_args(arguments), log_to=_stderr)
     finally:
         _stderr.put(None)

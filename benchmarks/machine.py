@@ -13,6 +13,7 @@ import os
 import platform
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import threading
@@ -20,8 +21,10 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-MIB = 1 << 20
-CHUNK = 256 << 10       # bytes of one write: about what a pipe or a socket takes at once
+MB, MIB = 1_000_000, 1 << 20
+CHUNK = 256 << 10       # bytes of one write: about what a pipe or a socket takes at once; and of a range
+DIGEST = hashlib.sha256().digest_size
+SIZE = struct.Struct("!Q")
 
 # what calibrate() returns: its title, its unit, and how many digits say something
 CALIBRATION = {
@@ -53,25 +56,26 @@ def descendants(pid: int) -> list[int]:
 
 
 def status(pid: int, field: str) -> float:
-    """A field of /proc/PID/status in MiB: VmRSS is what it has in memory now, VmHWM the most it ever had."""
+    """A field of /proc/PID/status in MB: VmRSS is what it has in memory now, VmHWM the most it ever had."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / MB
 
 
-def forget_peak(pid: int) -> None:
+def forget_peaks(pids: Iterable[int]) -> None:
     """Let VmHWM begin anew, where the kernel allows that."""
-    with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/clear_refs").write_text("5")
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def pss(pids: Iterable[int]) -> float:
-    """MiB that these processes hold together, a shared page divided among those who share it."""
+    """MB that these processes hold together, a shared page divided among those who share it."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):      # it may end at any moment
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             total += next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
-    return total / 1024
+    return total * 1024 / MB
 
 
 def command_line(pid: int) -> str:
@@ -92,9 +96,10 @@ def describe() -> str:
 
 def pipe(source: socket.socket, target: socket.socket) -> None:
     """Pass on what comes until no more comes."""
+    buffer = memoryview(bytearray(CHUNK))
     with contextlib.suppress(OSError):
-        while data := source.recv(CHUNK):
-            target.sendall(data)
+        while size := source.recv_into(buffer):
+            target.sendall(buffer[:size])
 
 
 def answer(port: int) -> None:
@@ -123,7 +128,17 @@ def drain(_port: int) -> None:
         client.sendall(b"!")
 
 
-HELPERS = {"answer": answer, "drain": drain}
+def echo_values(_port: int) -> None:
+    """Receive values on one connection and send each back once it is whole, as a worker does with its job's."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    print(listener.getsockname()[1], flush=True)
+    with listener.accept()[0] as client, contextlib.suppress(ConnectionError):
+        no_delay(client)
+        while True:
+            send_value(client, receive_value(client))
+
+
+HELPERS = {"answer": answer, "drain": drain, "echo_values": echo_values}
 
 
 @contextlib.contextmanager
@@ -148,6 +163,35 @@ def dial(port: int) -> socket.socket:
     return sock
 
 
+def send_value(sock: socket.socket, value: memoryview) -> None:
+    """Send a value in ranges, before each its SHA-256; the kernel carries one while the next is hashed."""
+    sock.sendall(SIZE.pack(len(value)), socket.MSG_MORE)
+    for start in range(0, len(value), CHUNK):
+        part = value[start:start + CHUNK]
+        sock.sendall(hashlib.sha256(part).digest(), socket.MSG_MORE)
+        sock.sendall(part)
+
+
+def receive_value(sock: socket.socket) -> memoryview:
+    """Receive such a value where it will stay, and check it. Raises ConnectionError at the end of the stream."""
+    value = memoryview(bytearray(SIZE.unpack(receive_exactly(sock, SIZE.size))[0]))
+    for start in range(0, len(value), CHUNK):
+        expected, part = receive_exactly(sock, DIGEST), value[start:start + CHUNK]
+        have = 0
+        while have < len(part):
+            have += sock.recv_into(part[have:])
+        if hashlib.sha256(part).digest() != expected:
+            raise ValueError("a range was spoiled")
+    return value
+
+
+def receive_exactly(sock: socket.socket, size: int) -> bytes:
+    data = sock.recv(size, socket.MSG_WAITALL)
+    if len(data) < size:
+        raise ConnectionError("the stream has ended")
+    return data
+
+
 def round_trip(port: int, times: int) -> float:
     """The median milliseconds of a round trip of 100 bytes."""
     taken = []
@@ -169,7 +213,7 @@ def loopback(size: int) -> float:
             sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
         sock.recv(1)
-        return size / (time.perf_counter() - begin) / 1e6
+        return size / (time.perf_counter() - begin) / MB
 
 
 def interpreter_start(times: int) -> float:
@@ -186,7 +230,7 @@ def digest(size: int) -> float:
     data = bytes(size)
     begin = time.perf_counter()
     hashlib.sha256(data).digest()
-    return size / (time.perf_counter() - begin) / 1e6
+    return size / (time.perf_counter() - begin) / MB
 
 
 def calibrate(quick: bool = False) -> dict[str, float]:

@@ -29,6 +29,10 @@ import minipool
 
 MIB = 1 << 20
 
+# server and node are to be as on other hosts, with which no memory is shared
+os.environ["MINIPOOL_SHARED_MEMORY"] = "0"
+minipool.open_place = lambda place, size: None
+
 
 class Shared:
     """Bytes that are sent from where they lie: nothing of them is copied into the pickle."""

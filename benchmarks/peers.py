@@ -6,8 +6,11 @@ measures one pool carries no other.
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -77,7 +80,16 @@ class Peer:
         """The processes between client and workers, where there are any."""
         return []
 
+    def at_server(self) -> int:
+        """How many jobs the servers hold: what else is submitted waits at the client."""
+        return 0
+
     # ---- jobs ----
+
+    @staticmethod
+    def answer(value: Any) -> Any:
+        """What comes of a job that returns `value`."""
+        return value
 
     def submit(self, fn: Callable[..., Any], *args: Any) -> Any:
         return self.pool.submit(fn, *args)
@@ -98,6 +110,48 @@ class Peer:
     def with_shared(self, fn: Callable[..., Any], value: Any, items: Sequence[Any]) -> list[Any]:
         """Return fn(value, item) of each item, a job each; the value is to travel to each worker once."""
         raise NotImplementedError
+
+
+# ---- what no pool can beat by much ----
+
+class Bare(Peer):
+    """No pool, and no job: client, server and worker as bare sockets on loopback, and only the worker answers.
+
+    A round trip is 100 bytes through four hops. A value goes in ranges with their SHA-256, made by who sends it and
+    checked by who receives it; the server passes them on as they come.
+    """
+
+    name, title = "bare", "bare relay"
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(0)                 # none that takes a job
+
+    @classmethod
+    def version(cls) -> str:
+        return ""
+
+    def open(self) -> None:
+        self._stack = contextlib.ExitStack()
+        for part, attribute in (("answer", "_trips"), ("echo_values", "_values")):
+            worker = self._stack.enter_context(machine.helper(part))
+            server = self._stack.enter_context(machine.helper("answer", worker))
+            setattr(self, attribute, self._stack.enter_context(machine.dial(server)))
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def submit(self, fn: Callable[..., Any], *args: Any) -> Any:
+        self._trips.sendall(b"%100d" % args[0])
+
+    def result(self, handle: Any, timeout: float | None = None) -> Any:
+        return int(self._trips.recv(100, socket.MSG_WAITALL))
+
+    def gather(self, handles: Sequence[Any]) -> list[Any]:
+        return [self.result(handle) for handle in handles]
+
+    def echo(self, fn: Callable[..., Any], value: Any) -> Any:
+        machine.send_value(self._values, memoryview(value))
+        return machine.receive_value(self._values)
 
 
 # ---- the standard library, and loky ----
@@ -301,13 +355,15 @@ for program in reversed(programs):
 
     def open(self) -> None:
         import chaos
-
-        import minipool
         self._folder = tempfile.TemporaryDirectory()
         self._programs = chaos.Pool(Path(self._folder.name), 1, self.workers)
-        self.pool = minipool.Executor(f"127.0.0.1:{self._programs.port}", secret=self._programs.secret.read_text(),
-                                      connect_timeout=30)
+        self.pool = self.another_client()
         chaos.wait_for_workers(self.pool, self.workers)
+
+    def another_client(self) -> Any:
+        import minipool
+        return minipool.Executor(f"127.0.0.1:{self._programs.port}", secret=self._programs.secret.read_text(),
+                                 connect_timeout=30)
 
     def close(self) -> None:
         self.pool.shutdown()
@@ -316,6 +372,10 @@ for program in reversed(programs):
 
     def servers(self) -> list[int]:
         return [self._programs.server.pid]
+
+    def at_server(self) -> int:
+        jobs = self.pool.info()["jobs"]
+        return sum(jobs[state] for state in ("waiting", "ready", "running"))
 
     def with_shared(self, fn: Callable[..., Any], value: Any, items: Sequence[Any]) -> list[Any]:
         """In a closure: a function travels once, and with it what it holds."""
@@ -353,6 +413,31 @@ with Executor(2) as pool:
         return [pid for pid in machine.children(os.getpid()) if "worker.py _child" in machine.command_line(pid)]
 
 
+class Models(Minipool):
+    """Over TCP, with workers that are models: they answer without running anything. In no table of peers."""
+
+    def open(self) -> None:
+        import chaos
+        self._folder = tempfile.TemporaryDirectory()
+        self._programs = chaos.Pool(Path(self._folder.name), 0, 0)
+        command = [Path(__file__).with_name("models.py"), self._programs.port, self._programs.secret, self.workers]
+        self._models = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE)
+        assert self._models.stdout
+        self._models.stdout.readline()          # all have joined; a client there meanwhile would be told of each
+        self.pool = self.another_client()
+        chaos.wait_for_workers(self.pool, self.workers)
+
+    def close(self) -> None:
+        self._models.kill()
+        self._models.communicate()
+        super().close()
+
+    @staticmethod
+    def answer(value: Any) -> Any:
+        from models import ANSWER
+        return ANSWER
+
+
 PEERS: dict[str, type[Peer]] = {peer.name: peer for peer in (
-    Minipool, Embedded, ProcessPool, MultiprocessingPool, Loky, Dask, DaskUnqueued, Ray)}
+    Minipool, Embedded, Bare, ProcessPool, MultiprocessingPool, Loky, Dask, DaskUnqueued, Ray)}
 OURS = Minipool.name, Embedded.name

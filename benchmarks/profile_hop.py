@@ -329,7 +329,7 @@ def show_steps(size):
         scheduler.receive(2, [("worker", {**common, "id": id, "node": node, "node_name": "n", "slot": 0, "tags": [],
                                           "device": "cpu", "has": [], "positions": {}}, [])], 0.0)
         scheduler.receive(3, [("client", {**common, "session": session, "max_workers": None, "workers_seen": 0}, []),
-                              ("put", (session, 1), 10, bytes(10))], 0.0)
+                              ("put", (session, 1), bytes(10))], 0.0)
         numbers = itertools.count(1)
         now = itertools.count(1)
 

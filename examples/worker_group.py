@@ -426,8 +426,8 @@ class WorkerGroup:
                     future.group, future.rank = self, rank
                     futures.append(future)
             except BaseException as error:
-                if not all([future.cancel() for future in futures]):    # some have begun what others will never get
-                    self._lose(len(futures), error)
+                if not all([future.cancel() for future in futures]):    # some have begun what `rank` will never get
+                    self._lose(rank, error)
                 raise
         with self._lock:
             self._futures.update(futures)

@@ -146,7 +146,7 @@ class Outsider:
             self.hellos += [first, first, second]
             self.proofs += [keys.dialer_proof, keys.server_proof, minipool.REFUSED]
         self.keys = keys
-        self.sent = [[("delivered", [1])], [("ask", 1, "info"), ("cancel", [1, 2])], [("put", (b"s", 1), 3, b"abc")],
+        self.sent = [[("delivered", [1])], [("ask", 1, "info"), ("cancel", [1, 2])], [("put", (b"s", 1), b"abc")],
                      [("range", (b"s", 1), 0, minipool.hashlib.sha256(b"body" * 9).digest(), b"body" * 9)],
                      [("submit", 7, (b"s", 1), self.rng.randbytes(500), 0, {"retries": 2})]]
         self.up = self.record(keys.up)
@@ -417,7 +417,7 @@ class Nonsense:
         return self.rng.choice([self.id(), self.rng.randbytes(self.rng.choice((0, 1, 20, 33, 1000)))])
 
     def value(self):
-        return self.data() if self.rng.random() < 0.7 else (self.name(), self.number())
+        return self.data() if self.rng.random() < 0.7 else (self.name(), self.number(), self.text())
 
     def options(self):
         rng = self.rng
@@ -512,7 +512,7 @@ class Honest:
     def submit(self):
         """A job for the honest worker, which returns its number."""
         self.submitted += 1
-        function = [("put", (HONEST_CLIENT, 1 << 40), len(CODE), CODE)] if self.submitted == 1 else []
+        function = [("put", (HONEST_CLIENT, 1 << 40), CODE)] if self.submitted == 1 else []
         job = self.submitted, (HONEST_CLIENT, 1 << 40), b"%d" % self.submitted, 0, {"on": [TAG]}
         return [*function, ("submit", *job)]
 
@@ -522,7 +522,7 @@ class Honest:
         match kind:
             case "refuse" | "broken": self.dismissed = f"the honest {who} heard {message}"
             case "bye": self.dismissed = f"the honest {who} was sent away"
-            case "put": self.objects[fields[0]] = fields[2]
+            case "put": self.objects[fields[0]] = fields[1]
             case "drop": [self.objects.pop(name, None) for name in fields[0]]
             case "run": return self.execute(*fields)
             case "recall": return [("recalled", fields[0], [])]

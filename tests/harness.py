@@ -12,6 +12,7 @@ Each call feeds one event, keeps what the scheduler sends under the name of whom
 
 from __future__ import annotations
 
+import collections
 import itertools
 
 from minipool import OK, RAISED, T_DEAD, UNFIT, Scheduler, check_message
@@ -23,7 +24,7 @@ class Cluster:
     def __init__(self, workers=("w1",), clients=("c1",), *, tags=None, limit=None, restarted=False, dead_after=T_DEAD):
         self.now, self.lives = 100.0, 0
         self.peers, self.sent, self.connections = itertools.count(1), {}, {}
-        self.generations = dict.fromkeys(workers, 1)
+        self.generations = collections.defaultdict(lambda: 1)
         self.tags, self.limit, self.dead_after = tags or {}, limit, dead_after
         self.attempts = {}              # token: (worker, client, job), of all runs ever sent
         self.numbers = itertools.count(1)
@@ -127,7 +128,7 @@ class Cluster:
         """Submit jobs in one frame; return the number of the one, or a list of numbers."""
         numbers = [number or next(self.numbers) for _ in range(count)]
         options = {**options, **({"again": True} if again else {})} or None
-        self.feed(client, ("put", (self.session(client), fn), 1, b"f"), *[
+        self.feed(client, ("put", (self.session(client), fn), b"f"), *[
             ("submit", n, (self.session(client), fn), b"arguments", log, options) for n in numbers])
         return numbers[0] if count == 1 else numbers
 
@@ -166,7 +167,7 @@ class Cluster:
 
     def log_entry(self, position, client="c1"):
         name = (self.session(client), 1000 + position)
-        self.feed(client, ("put", name, 1, b"x"), ("log", self.session(client), position, name))
+        self.feed(client, ("put", name, b"x"), ("log", self.session(client), position, name))
 
     def unfit(self, worker, jobs, client="c1"):
         self.feed(worker, *[("finished", self.token(job, client), UNFIT, b"it raised", 0.0, False) for job in jobs])

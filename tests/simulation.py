@@ -137,7 +137,7 @@ class Client(Actor):
     def welcomed(self, info, missing):
         """Send what a new server, or a cut, may have cost it: objects, log entries, then jobs."""
         self.is_in = True
-        frame = [("put", name, 1, b"x") for name in [*self.functions, *self.log]]
+        frame = [("put", name, b"x") for name in [*self.functions, *self.log]]
         frame += [("log", self.session, i, self.log[i]) for i in range(info["log"], len(self.log))]
         for number in missing[0] if missing else ():
             if number in self.pending:
@@ -176,7 +176,7 @@ class Client(Actor):
         self.world.entries[name] = kind
         self.log.append(name)
         if self.is_in:
-            self.say(("put", name, 1, b"x"), ("log", self.session, len(self.log) - 1, name))
+            self.say(("put", name, b"x"), ("log", self.session, len(self.log) - 1, name))
 
     def replace_function(self, index):
         """Redefine a function that no job needs: the old one is dropped, a new one put."""
@@ -184,7 +184,7 @@ class Client(Actor):
         if self.is_in and all(record.fn != old for record in self.pending.values()):
             self.functions[index] = (self.session, old[1] + 3)
             self.acknowledge()      # first: a job whose result is not known to be here may run again
-            self.say(("drop", [old]), ("put", self.functions[index], 1, b"x"), ("ask", 1, "info"))
+            self.say(("drop", [old]), ("put", self.functions[index], b"x"), ("ask", 1, "info"))
 
     def cancel(self, number):
         self.end(number, "cancelled")
@@ -287,7 +287,7 @@ class Worker(Actor):
     def on_refuse(self, error, text):
         self.world.crash(self)
 
-    def on_put(self, name, size, data):
+    def on_put(self, name, value):
         self.has.add(name)
 
     def on_drop(self, names):
@@ -377,7 +377,7 @@ class Worker(Actor):
         client = self.world.client_of(job[0])
         if retry and client:
             client.jobs[job[1]].raises += 1
-        value = ((self.id, token), len(body)) if rng.random() < 0.1 else body
+        value = ((self.id, token), len(body), "") if rng.random() < 0.1 else body
         finished = ("finished", token, status, value, self.seconds(run), retry)
         self.outcomes[token] = (job, finished, body)
         self.say(finished)
@@ -540,10 +540,10 @@ class World:
     def judge_limits(self, entry):
         """A job that is known to run has its end asked for when its time is over."""
         begun = {job.token: job for worker in self.scheduler.workers.values() for job in worker.inbox.values()
-                 if job and job.begun and job.limit is not None and job.state == State.RUNNING}
+                 if job and job.begun and job.job_timeout is not None and job.state == State.RUNNING}
         self.limited = {token: self.limited.get(token, self.now) for token in begun}
         for token, since in self.limited.items():
-            in_time = self.now < since + begun[token].limit + 1e-6
+            in_time = self.now < since + begun[token].job_timeout + 1e-6
             assert entry != "tick" or in_time or begun[token].killed, "a job runs on after its time"
 
     # ---- links ----

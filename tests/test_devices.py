@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import minipool_worker
-from minipool_worker import NoDevice, find_slots, visible_devices
+from minipool_worker import find_slots, visible_devices
 
 A100 = {"uuid": "GPU-1a2b3c4d-0000", "name": "NVIDIA A100"}
 H200 = {"uuid": "GPU-5e6f7a8b-0000", "name": "NVIDIA H200"}
@@ -48,7 +48,6 @@ def masked(mask, **options):
 
 class TestTheMask:
     @pytest.mark.parametrize(("mask", "devices"), [
-        (None, None),
         ("", []), ("-1", []), ("NoDevFiles", []), (" ", []), (",0", []),
         ("0", ["0"]), ("2,0", ["2", "0"]), (" 1 , 3", ["1", "3"]), ("+1", ["1"]), ("01", ["1"]),
         ("0,1,-1,2", ["0", "1"]), ("0,1,,2", ["0", "1"]), ("0,x,1", ["0"]),
@@ -60,7 +59,7 @@ class TestTheMask:
         ("MIG-GPU-89/1/0", ["MIG-GPU-89/1/0"]),
     ])
     def test_is_read_as_the_driver_reads_it(self, mask, devices):
-        assert visible_devices(mask) == devices
+        assert [gpu.token for gpu in visible_devices(mask)] == devices
 
     def test_is_handed_on_verbatim_and_in_its_order(self, machine):
         machine(A100, H200)
@@ -180,13 +179,13 @@ class TestAskingForGpus:
     @pytest.mark.parametrize("gpus", ["7", "GPU-ff", "GPU-", "0,7", "x"])
     def test_that_are_not_there_says_what_is(self, machine, gpus):
         machine(A100, H200)
-        with pytest.raises(NoDevice, match="found here: cuda:0 NVIDIA A100 GPU-1a2b3c4d, cuda:1 NVIDIA H200"):
+        with pytest.raises(ValueError, match="found here: cuda:0 NVIDIA A100 GPU-1a2b3c4d, cuda:1 NVIDIA H200"):
             slots(gpus=gpus)
 
     @pytest.mark.parametrize("gpus", ["all", "0"])
     def test_where_there_are_none_is_refused(self, machine, gpus):
         machine("LibraryNotFound")
-        with pytest.raises(NoDevice, match="no GPU at all"):
+        with pytest.raises(ValueError, match="no GPU at all"):
             slots(gpus=gpus)
 
     @pytest.mark.parametrize("gpus", ["", "none"])
@@ -212,7 +211,7 @@ class TestCpuWorkers:
 
     def test_that_number_zero_where_no_gpu_is_are_refused(self, machine):
         machine("LibraryNotFound")
-        with pytest.raises(NoDevice, match="no worker to start"):
+        with pytest.raises(ValueError, match="no worker to start"):
             slots(cpu_workers=0)
 
     def test_count_the_cores_this_process_may_use(self, machine):
@@ -237,7 +236,7 @@ class TestOtherVendors:
 
     @pytest.mark.parametrize("half", [{"devices": "0"}, {"device_env": "HIP_VISIBLE_DEVICES"}])
     def test_need_both_the_devices_and_the_variable(self, half):
-        with pytest.raises(NoDevice, match="go together"):
+        with pytest.raises(ValueError, match="go together"):
             slots(**half)
 
 

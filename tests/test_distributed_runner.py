@@ -20,6 +20,8 @@ sys.path.append(str(ROOT / "examples"))
 from distributed_runner import DistributedRunner, DistributedWorker
 from distributed_worker import text_event
 
+pytestmark = pytest.mark.slow     # a recipe: what passes on one Python holds for the others
+
 SOON = 60
 SLACK = 3       # the machines that run tests are busy: a promise of two seconds is held to six there
 

@@ -148,7 +148,7 @@ class TestAServerThatIsToEnd:
         assert [future.result(60) for future in futures] == [1] * 5
         assert all(lines(log) == ["1"] for log in logs)
 
-    def test_delivers_large_results_of_running_jobs_before_it_ends(self, cluster, client, gate, tmp_path):
+    def test_delivers_large_results_of_running_jobs_at_its_end(self, cluster, client, gate, tmp_path, between_hosts):
         def large(path):
             Path(f"{path}-begun").touch()
             while not os.path.exists(path):
@@ -240,7 +240,8 @@ class TestWithoutThreads:
         starved.unlink()
         a_new_client_is_soon_served(cluster)
 
-    def test_a_value_too_large_for_one_write_arrives_at_the_latest_when_there_are_some_again(self, client, starved):
+    def test_a_value_too_large_for_one_write_arrives_at_the_latest_when_there_are_some_again(self, client, starved,
+                                                                                             between_hosts):
         assert client.submit(double, 1).result(60) == 2
         starved.touch()
         value = b"x" * 20_000_000

@@ -654,7 +654,10 @@ class TestSnapshots:
         assert future.result(SOON) == bytearray(1_000_000)
 
     @pytest.mark.parametrize("limit", [64 << 10, 256 << 10, 512 << 10])
-    def test_sizes_around_the_limits_of_messages_and_ranges(self, pool, limit):
+    @pytest.mark.parametrize("where", ["on one host", "between hosts"])
+    def test_sizes_around_the_limits_of_messages_and_ranges(self, pool, limit, where, request):
+        if where == "between hosts":
+            request.getfixturevalue("between_hosts")
         sizes = [*range(limit - 60, limit + 3)]
         values = [os.urandom(8) + bytes(size - 8) for size in sizes]
         assert list(pool.map(same, values)) == values

@@ -403,7 +403,6 @@ class Cap:
 
     def __init__(self, megabytes):
         one = Path("/sys/fs/cgroup/memory")
-        self.version = 1 if one.is_dir() else 2
         root, limit = (one, "memory.limit_in_bytes") if one.is_dir() else (Path("/sys/fs/cgroup"), "memory.max")
         self.folder = root / f"minipool-test-{secrets.token_hex(4)}"
         self.folder.mkdir()
@@ -433,6 +432,11 @@ def cap():
 
 @pytest.mark.root
 class TestTheKernelsOutOfMemoryKiller:
+    def put(self, ex, cap, workers):
+        """Cap the node and its workers, as Slurm and containers do."""
+        for pid in (ex.info()["nodes"][0]["pid"], *wait_for_workers(ex, workers)):
+            cap.hold(pid)
+
     def check(self, ex):
         greedy = ex.options(max_deaths=0).submit(lambda: len(b"x" * (500 << 20)))
         with pytest.raises(WorkerDied, match="out of memory, says its memory cgroup") as caught:
@@ -442,21 +446,13 @@ class TestTheKernelsOutOfMemoryKiller:
 
     def test_is_named_when_node_and_workers_are_capped(self, cap, embedded):
         ex = embedded(2)
-        for pid in (ex.info()["nodes"][0]["pid"], *wait_for_workers(ex, 2)):       # as Slurm and containers do
-            cap.hold(pid)
+        self.put(ex, cap, 2)
         self.check(ex)
-        self.check(ex)
-
-    def test_is_named_when_only_the_worker_is_capped(self, cap, embedded):
-        if cap.version == 1:
-            pytest.skip("version 1 of cgroups does not tell where a dead process was; a node looks at its own then")
-        ex = embedded(1)
-        cap.hold(*wait_for_workers(ex, 1))
         self.check(ex)
 
     def test_is_not_blamed_for_another_kill(self, cap, embedded):
         ex = embedded(1)
-        cap.hold(*wait_for_workers(ex, 1))
+        self.put(ex, cap, 1)
         with pytest.raises(WorkerDied) as caught:
             ex.options(max_deaths=0).submit(lambda: os.kill(os.getpid(), signal.SIGKILL)).result(60)
         assert "memory cgroup" not in str(caught.value)

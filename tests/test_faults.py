@@ -23,7 +23,7 @@ def slowly(number):
 
 
 @pytest.fixture
-def faulty(cluster):
+def faulty(cluster, between_hosts):
     """An executor that reaches its pool of two workers through a proxy that misbehaves: (executor, proxy)."""
     cluster.node(cpu_workers=2)
     with FaultProxy("127.0.0.1", cluster.port) as proxy:

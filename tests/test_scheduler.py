@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import minipool
-from minipool import CATALOGUE, INLINE, LEGAL, UNACKNOWLEDGED, Malformed, Scheduler, State, check_message
+from minipool import CATALOGUE, DIED, INLINE, LEGAL, OK, UNACKNOWLEDGED, Malformed, Scheduler, State, check_message
 from tests.harness import Cluster
 
 SOURCE = Path(minipool.__file__)
@@ -71,7 +71,8 @@ class TestMessages:
 
     @pytest.mark.parametrize(("position", "field"), [
         (1, -1), (1, 1 << 62), (1, 10**400), (1, True), (1, 1.0), (1, None), (2, b"ok"), (3, "text"), (3, ()),
-        (3, ((b"a", -1), 1)), (3, ((b"a", 1), -1)), (3, ((b"a", 1), 1 << 62)), (3, (("a", 1), 1)), (3, (b"a", 1)),
+        (3, ((b"a", -1), 1, "")), (3, ((b"a", 1), -1, "")), (3, ((b"a", 1), 1 << 62, "")), (3, (("a", 1), 1, "")),
+        (3, (b"a", 1)), (3, ((b"a", 1), 1)), (3, ((b"a", 1), 1, None)), (3, ((b"a", 1), 1, "x" * 65)),
         (4, float("nan")), (4, float("inf")), (4, -0.1), (4, 1e300), (4, "1"), (5, 1)], ids=repr)
     def test_a_field_that_no_honest_peer_sends_is_refused(self, position, field):
         message = list(self.GOOD)
@@ -395,7 +396,7 @@ class TestClients:
         pool = Cluster()
         _running, *queued = [pool.submit() for _ in range(300)]
         pool.feed("c1", ("cancel", queued))
-        assert sum(len(queue.heap) for queue in pool.scheduler._queues.values()) <= 64
+        assert sum(len(heap) for heap in pool.scheduler._queues.values()) <= 64
 
     def test_cancelling_a_job_that_waits_for_a_claim_frees_it(self):
         pool = Cluster(workers=[], restarted=True)
@@ -777,7 +778,7 @@ class TestRanges:
     def value_of(self, pool):
         """A job of c1 whose outcome stays in w1: the name to pull."""
         name = pool.id_of("w1"), 1
-        pool.finish(pool.submit(), value=(name, 10))
+        pool.finish(pool.submit(), value=(name, 10, ""))
         pool.clear()
         return name
 
@@ -1071,3 +1072,81 @@ def test_the_words_of_the_states_are_in_the_story():
     pool = Cluster()
     job = pool.submit(name="train")
     assert re.search(r"'train'.*ready > running.*on host-1, attempts 1", pool.scheduler.story(pool.job(job)))
+
+
+class TestSelections:
+    def test_what_an_on_admits_is_looked_up_once_however_often_its_queue_empties(self):
+        pool, looked = Cluster(workers=["w1", "w2"]), []
+        select = pool.scheduler._select
+        pool.scheduler._select = lambda on: (looked.append(on), select(on))
+        for _ in range(5):
+            job = pool.submit(on=["host-2"])
+            assert pool.runs() == [("w2", job, 1)]
+            pool.finish(job)
+        assert len(looked) == 1
+
+    def test_selections_where_nobody_looks_any_more_go(self):
+        pool = Cluster(workers=["w1"])
+        for number in range(300):
+            pool.finish(pool.submit(on=["host-1", f"nobody-{number}"]))
+        assert len(pool.scheduler._selections) < 200
+        assert len(pool.scheduler.workers[pool.id_of("w1")].selections) < 200
+
+    def test_one_that_is_looked_up_again_knows_who_joined_and_left_meanwhile(self):
+        pool = Cluster(workers=["w1"], tags={"w1": ["blue"], "w2": ["blue"]})
+        job = pool.submit(on=["blue"])
+        pool.finish(job)
+        pool.feed("c1", ("delivered", [job]))
+        pool.join_worker("w2")
+        pool.lose("w1")
+        pool.clear()
+        job = pool.submit(on=["blue"])
+        assert pool.runs() == [("w2", job, 1)]
+
+
+class TestRuns:
+    """What runs beside a worker's jobs: at once, there or nowhere."""
+
+    def test_a_busy_worker_is_given_a_run_at_once(self):
+        pool = Cluster(workers=["w1"])
+        long, run = pool.submit(), pool.submit(on=["host-1"], beside=True)
+        assert pool.runs() == [("w1", long, 1), ("w1", run, 1)]
+        pool.finish(run)
+        assert pool.outcomes() == [(run, OK)] and pool.state(long) == "running"
+
+    def test_a_run_takes_no_room(self):
+        pool = Cluster(workers=["w1"])
+        run, job = pool.submit(on=["host-1"], beside=True), pool.submit()
+        assert pool.runs() == [("w1", run, 1), ("w1", job, 1)]
+
+    def test_it_is_lost_with_its_worker_and_begins_nowhere_else(self):
+        pool = Cluster(workers=["w1", "w2"])
+        run = pool.submit(on=["host-1"], beside=True)
+        pool.lose("w1")
+        assert pool.outcomes() == [(run, DIED)]
+        pool.respawn("w1")
+        assert [r for r in pool.runs() if r[1] == run] == [("w1", run, 1)]      # that of before
+
+    def test_a_worker_that_is_not_there_is_an_error_at_once(self):
+        pool = Cluster(workers=["w1"])
+        assert pool.outcomes() == [] and pool.submit(on=["host-7"], beside=True)
+        assert [status for _, status in pool.outcomes()] == [DIED]
+
+    def test_a_run_that_a_cut_did_not_let_through_is_sent_again(self):
+        pool = Cluster(workers=["w1"])
+        run = pool.submit(on=["host-1"], beside=True)
+        pool.cut("w1")
+        pool.join_worker("w1")
+        assert [job for _, job, _ in pool.runs()] == [run, run]
+
+    def test_a_run_that_a_worker_tells_of_is_not_made_twice(self):
+        pool = Cluster(workers=["w1"])
+        run = pool.submit(on=["host-1"], beside=True)
+        pool.cut("w1")
+        pool.join_worker("w1", attempts=[(pool.token(run), (pool.session("c1"), run), "beside")])
+        assert len(pool.runs()) == 1
+
+    def test_a_new_server_adopts_it_beside_the_inbox(self):
+        pool = Cluster(workers=[], clients=[], restarted=True)
+        pool.join_worker("w1", attempts=[(7, (pool.session("c1"), 1), "beside")])
+        assert pool.inbox("w1") == [] and pool.state(1) == "running"

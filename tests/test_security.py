@@ -74,7 +74,7 @@ class Line:
         """Three frames of one direction of one connection."""
         connection = Connection(Plain(socket.socket()), key, key, "server")
         frames = []
-        long = [("put", (b"s", 1), 900, b"abc" * 300)]
+        long = [("put", (b"s", 1), b"abc" * 300)]
         for batch in ([("delivered", [1])], [("ask", 1, "info"), ("cancel", [2])], long):
             connection._encode_frame(batch, b"")
             frames.append(b"".join(connection._rest))
@@ -330,7 +330,7 @@ class TestRecordedSessions:
     @pytest.mark.parametrize("round", range(5))
     def test_played_again_are_refused(self, server, join, tape, address, round):
         member = join("client", address=[("127.0.0.1", tape.port)])
-        member.say(("put", (b"a client", 1), 1, b"f"), ("submit", 1, (b"a client", 1), b"", 0, None))
+        member.say(("put", (b"a client", 1), b"f"), ("submit", 1, (b"a client", 1), b"", 0, None))
         member.say(("ask", 1, "info"))
         member.hear("answer")
         accepted = server._scheduler.counters["accepted"]
@@ -413,7 +413,7 @@ class TestOthersJobs:
     @pytest.mark.parametrize("words", [
         lambda jobs: ("cancel", jobs), lambda jobs: ("delivered", jobs), lambda jobs: ("kill", jobs, "because"),
         lambda jobs: ("leave", b"c1".ljust(16, b".")), lambda jobs: ("drop", [(b"c1".ljust(16, b"."), 1)]),
-        lambda jobs: ("put", (b"c1".ljust(16, b"."), 1), 4, b"evil"), lambda jobs: ("gone", (b"c1".ljust(16, b"."), 1)),
+        lambda jobs: ("put", (b"c1".ljust(16, b"."), 1), b"evil"), lambda jobs: ("gone", (b"c1".ljust(16, b"."), 1)),
         lambda jobs: ("log", b"c1".ljust(16, b"."), 0, (b"c2".ljust(16, b"."), 1)), lambda jobs: ("bye", "gone"),
     ], ids=["cancel", "delivered", "kill", "leave", "drop", "put", "gone", "log", "bye"])
     def test_are_not_a_client_s_to_touch(self, words):
@@ -433,12 +433,12 @@ class TestOthersJobs:
         pool = Cluster(clients=["c1", "c2"])
         name = (pool.session("c1"), 1)
         with contextlib.suppress(Malformed):
-            pool.feed("c2", ("put", name, 4, b"evil"), ("submit", 1, name, b"", 0, None))
+            pool.feed("c2", ("put", name, b"evil"), ("submit", 1, name, b"", 0, None))
             pool.finish(1, client="c2")
         sent = pool.told("w1", "put")
         pool.submit(client="c1")
         sent += pool.told("w1", "put")
-        assert sent[-1:] == [(name, 1, b"f")] or (name, 4, b"evil") not in sent
+        assert sent[-1:] == [(name, b"f")] or (name, b"evil") not in sent
 
     def test_keep_their_function_when_another_client_drops_it(self):
         pool = Cluster(clients=["c1", "c2"])
@@ -468,7 +468,7 @@ class TestOthersJobs:
 
     def test_are_pulled_whole_though_another_client_asks_for_a_range_that_cannot_be(self):
         pool = Cluster(clients=["c1", "c2"])
-        job, value = pool.submit(), ((pool.id_of("w1"), 1), 300_000)
+        job, value = pool.submit(), ((pool.id_of("w1"), 1), 300_000, "")
         pool.finish(job, value=value)
         pool.clear()
         with contextlib.suppress(Malformed):
@@ -493,14 +493,14 @@ class TestSenselessNumbers:
         good.say(a_worker(OTHER_WORKER, tags=["good"]))
         good.hear("welcome")
         client = join("client")
-        client.say(("put", (b"a client", 1), 1, b"f"), ("submit", 1, (b"a client", 1), b"", 0, {"on": ["good"]}))
+        client.say(("put", (b"a client", 1), b"f"), ("submit", 1, (b"a client", 1), b"", 0, {"on": ["good"]}))
         assert good.hear("run")[1] < minipool.BIGGEST
 
     @pytest.mark.parametrize("limit", [1e300, float("inf"), 10**400, 1e10, -1],
                              ids=["vast", "infinite", "no float", "300 years", "negative"])
     def test_no_time_limit_stops_the_server_s_clock(self, server, join, limit, caplog):
         worker, client = join("worker", WORKER), join("client")
-        client.say(("put", (b"a client", 1), 1, b"f"), ("submit", 1, (b"a client", 1), b"", 0, {"job_timeout": limit}))
+        client.say(("put", (b"a client", 1), b"f"), ("submit", 1, (b"a client", 1), b"", 0, {"job_timeout": limit}))
         worker.hear("welcome")
         if worker.connection.has_input(1):              # else its client was thrown out
             worker.say(("started", worker.hear("run")[1]))
@@ -544,7 +544,7 @@ class TestSenselessNumbers:
     def test_a_cause_nested_too_deeply_to_be_told_ends_nobody_s_connection(self, server, join, address):
         worker, client = join("worker", WORKER), join("client")
         worker.hear("welcome")
-        client.say(("put", (b"a client", 1), 1, b"f"), ("submit", 1, (b"a client", 1), b"", 0, {"max_deaths": 0}))
+        client.say(("put", (b"a client", 1), b"f"), ("submit", 1, (b"a client", 1), b"", 0, {"max_deaths": 0}))
         token, depth = worker.hear("run")[1], 50_000        # which is opened without recursion, and written with it
         worker.say(("started", token))
         client.hear("began")

@@ -39,7 +39,7 @@ class TestAPoolWithTls:
         with minipool.Executor(encrypted.address, secret=SECRET.text, tls=True) as ex:
             assert list(ex.map(abs, range(-500, 0))) == list(range(500, 0, -1))
 
-    def test_carries_large_values_both_ways(self, encrypted):
+    def test_carries_large_values_both_ways(self, encrypted, between_hosts):
         value = os.urandom(1 << 20) * 20
         with minipool.Executor(encrypted.address, secret=SECRET.text, tls=True) as ex:
             assert ex.submit(bytes.swapcase, value).result(60) == value.swapcase()

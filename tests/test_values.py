@@ -1,4 +1,5 @@
 """What travels, how, and what the worker makes of it; the worker is another process in another directory."""
+import concurrent.futures
 import functools
 import importlib
 import io
@@ -32,7 +33,7 @@ while head := source.read(8):
         args, kwargs, *_ = minipool.decode_value(bytearray(call))
         status, value = minipool.OK, minipool.encode_value(fn(*args, **kwargs))
     except BaseException as error:
-        status, value = minipool.RAISED, minipool_worker.encode_exception(error, "worker 1")
+        status, value = minipool.RAISED, minipool_worker.encode_exception(error, "worker 1", 1 << 30)
     data = value if isinstance(value, bytes) else bytes(value.read(0, value.size))
     answer = pickle.dumps((status, data))
     sink.write(struct.pack("<Q", len(answer)) + answer)
@@ -120,7 +121,7 @@ class TestHooks:
         assert callable(cloudpickle.Pickler._dynamic_function_reduce)
         assert callable(cloudpickle.Pickler._function_getnewargs)
         for name in ("_dynamic_class_reduce", "_function_setstate", "_class_setstate", "_extract_code_globals",
-                     "subimport"):
+                     "_get_cell_contents", "subimport"):
             assert callable(getattr(inner, name))
 
     def test_a_function_reduces_to_the_parts_that_are_replaced(self):
@@ -412,9 +413,10 @@ class TestValues:
 
     def test_a_writable_buffer_is_a_snapshot(self, session):
         data = bytearray(100_000)
-        blob, buffers, _ = session.dumps_call(max, (pickle.PickleBuffer(data),), {})
+        call, buffers, _ = session.dumps_call(max, (pickle.PickleBuffer(data),), {})
+        packed = [as_bytes(minipool.pack(call, buffers, share)) for share in (True, False)]
         data[0] = 1
-        assert len(blob) < 1000 and type(buffers[0]) is bytes and buffers[0][0] == 0
+        assert len(call) < 1000 and packed[0] == packed[1] and data not in packed[0] and bytes(len(data)) in packed[0]
 
     def test_a_read_only_buffer_stays_where_it_lies(self, session):
         data = bytes(100_000)
@@ -423,6 +425,14 @@ class TestValues:
 
     def test_a_small_buffer_stays_in_the_pickle(self, session):
         assert session.dumps_call(max, (pickle.PickleBuffer(bytearray(1000)),), {})[1] == []
+
+    def test_the_bytes_of_a_future_s_value_take_its_place_among_the_buffers(self, session):
+        future, data = concurrent.futures.Future(), bytes(100_000)
+        blob, buffers, inputs = session.dumps_call(max, (future, pickle.PickleBuffer(data)), {"again": [future]})
+        assert buffers[0] is future and inputs == [future] and len(buffers) == 2
+        buffers[0] = minipool.encode_value("value")
+        (value, buffer), named = minipool.decode_value(as_bytes(minipool.pack(blob, buffers)))
+        assert (value, named, bytes(buffer)) == ("value", {"again": ["value"]}, data)
 
     def test_arrays_arrive_writable_and_come_back(self, session):
         numpy = pytest.importorskip("numpy")

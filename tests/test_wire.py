@@ -335,8 +335,8 @@ def deliver(data, key=b"up"):
 class TestFrames:
     def test_what_goes_in_comes_out(self, pair):
         client, server = pair
-        messages = [("client", {"session": b"s", "limit": None}, [1, 2]), ("put", (b"s", 1), 3, b"abc"),
-                    ("submit", 7, (b"s", 1), ((b"s", 2), 1 << 40), 0, {"retries": 2, "on": ("a", "b")}),
+        messages = [("client", {"session": b"s", "limit": None}, [1, 2]), ("put", (b"s", 1), b"abc"),
+                    ("submit", 7, (b"s", 1), ((b"s", 2), 1 << 40, ""), 0, {"retries": 2, "on": ("a", "b")}),
                     ("ask", 1, "jobs")]
         client.post(messages)
         client.flush()
@@ -388,7 +388,7 @@ class TestFrames:
 
     def test_a_message_too_fat_to_send_ends_its_connection_and_no_other(self):
         (fat, a), (other, b) = connect(), connect()
-        fat.post([("put", (b"s", 1), 1, bytes(minipool.MAX_CONTROL))])
+        fat.post([("put", (b"s", 1), bytes(minipool.MAX_CONTROL))])
         fat.flush(0)
         with pytest.raises(EOFError):
             a.receive()
@@ -487,7 +487,7 @@ class TestOpening:
         ("submit", True, (b"", 1), b"", 0, None), ("submit", 1.0, (b"", 1), b"", 0, None),
         ("submit", 1, (b"", -1), b"", 0, None), ("submit", 1, ("", 1), b"", 0, None), ("submit", 1, b"", b"", 0, None),
         ("submit", 1, (b"", 1, 1), b"", 0, None), ("submit", 1, (b"x" * 65, 1), b"", 0, None),
-        ("submit", 1, (b"", 1), "text", 0, None), ("submit", 1, (b"", 1), ((b"", 1), -1), 0, None),
+        ("submit", 1, (b"", 1), "text", 0, None), ("submit", 1, (b"", 1), ((b"", 1), -1, ""), 0, None),
         ("submit", 1, (b"", 1), (b"", 1), 0, None), ("submit", 1, (b"", 1), b"", 0, []),
         *(("submit", 1, (b"", 1), b"", 0, options) for options in (
             {"on": 5}, {"on": [5]}, {"on": [[]]}, {"priority": "x"}, {"priority": float("nan")}, {"retries": None},
@@ -695,7 +695,7 @@ def pull(reader, size, name=(b"w", 1)):
     """Begin to pull a value; return the list that its outcome will be in."""
     outcome = []
     with reader.lock:
-        reader.pull(name, size, outcome.append)
+        reader.pull((name, size, ""), outcome.append)
     if reader.connection:
         reader.connection.flush()
     return outcome
@@ -728,7 +728,7 @@ class TestPull:
         blob = Blob([os.urandom(size)])
         outcome = pull(reader, size)
         asked = answer_pulls(reader, pair[1], ranges_of(blob))
-        assert outcome == [bytes(blob.parts[0])]
+        assert outcome == [blob.read(0, size)]
         assert asked == list(range(0, max(size, 1), minipool.RANGE))
         assert (reader._pulls, reader._asked) == ({}, {})
 
@@ -769,15 +769,16 @@ class TestPull:
         reader.connection = None
         outcome = pull(reader, 10)
 
-        def serve():
-            with contextlib.suppress(EOFError, OSError):
-                reader._serve(pair[0])
-        threading.Thread(target=serve, daemon=True).start()
+        serving = threading.Thread(target=reader._serve, args=(pair[0],), daemon=True)
+        serving.start()
         assert pair[1].receive() == [("pull", (b"w", 1), 0, 10)]
         pair[1].post([("range", (b"w", 1), 0, hashlib.sha256(b"0123456789").digest(), b"0123456789")])
         pair[1].flush()
         wait_until(lambda: outcome)
         assert outcome == [b"0123456789"]
+        pair[1].close()
+        serving.join(5)
+        assert not serving.is_alive()
 
     def test_a_holder_answers_ranges_and_says_gone_for_what_it_has_not_got(self, pair, reader):
         reader.values[(b"c", 5)] = Blob([b"01234", b"56789"])

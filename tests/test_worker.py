@@ -49,6 +49,7 @@ WAYS_TO_DIE = {
     "abort()": (os.abort, -signal.SIGABRT),
     "SIGKILL": (lambda: os.kill(os.getpid(), signal.SIGKILL), -signal.SIGKILL),
     "SIGTERM": (lambda: os.kill(os.getpid(), signal.SIGTERM), -signal.SIGTERM),
+    "a signal without a name": (lambda: os.kill(os.getpid(), 40), -40),
 }
 
 

@@ -20,6 +20,8 @@ import worker_group
 from group_layout import NamedSharding, choose, describe, environment
 from worker_group import GroupOptions, MultiWorkerFuture, group
 
+pytestmark = pytest.mark.slow     # a recipe: what passes on one Python holds for the others
+
 SOON = 60
 SLACK = 3       # the machines that run tests are busy: a promise of two seconds is held to six there
 VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
