@@ -338,8 +338,7 @@ def _items(group: WorkerGroup, generators: dict[int, int]) -> Iterator[Any]:
                 return value
             yield items[0]
     finally:
-        if generators and not group._over.is_set():
-            group._begin(_close, {rank: ((number,), {}) for rank, number in generators.items()})
+        group._dropped.extend(generators.items())       # at the next call: a collector may run this
 
 
 class RankHandle:
@@ -370,6 +369,7 @@ class WorkerGroup:
         self._views = [self._executor.options(on=place["name"], max_deaths=0, retries=0, name=f"rank {rank} of {what}")
                        for rank, place in enumerate(places)]
         self._pids: list[int] = []                              # of the ranks, once they sit
+        self._dropped: list[tuple[int, int]] = []               # generators that nobody reads: rank and number
         self._lock = threading.Lock()
         # all below is guarded by it
         self._futures: weakref.WeakSet[RankFuture] = weakref.WeakSet()     # of all calls; many have ended
@@ -417,18 +417,23 @@ class WorkerGroup:
         with _order:
             self.ensure_open()
             try:
+                while self._dropped:
+                    rank, number = self._dropped.pop()
+                    self._views[rank].submit(_close, self._token, number)
                 for rank, (args, kwargs) in calls.items():
                     future = self._views[rank].submit(fn, self._token, *args, **kwargs)
                     future.__class__ = RankFuture       # what submit() makes is a Future; it differs by a method only
                     future.group, future.rank = self, rank
                     futures.append(future)
             except BaseException as error:
-                if not all([future.cancel() for future in futures]):    # some have begun what others will never get
-                    self._lose(len(futures), error)
+                if not all([future.cancel() for future in futures]):    # some have begun what `rank` will never get
+                    self._lose(rank, error)
                 raise
         with self._lock:
             self._futures.update(futures)
             self._start_watcher()
+        if self._lost:
+            self._end_calls()       # lost meanwhile, and the watcher may have ended the others already
         return MultiWorkerFuture(futures, list(calls), list(calls) if returned is None else returned, self)
 
     # ---- calls ----
@@ -632,7 +637,8 @@ class WorkerGroup:
             self._end_calls()
         with contextlib.suppress(RuntimeError, WorkerDied):     # the executor was shut down before: all have ended
             leaving = [view.submit(_leave, self._token) for view in self._views]
-            for future in concurrent.futures.wait(leaving, max(5.0, min(give_up - time.monotonic(), 1e6)))[1]:
+            left = 0.0 if self._lost else min(give_up - time.monotonic(), 1e6)
+            for future in concurrent.futures.wait(leaving, max(5.0, left))[1]:
                 self._end_calls()
                 self._executor.kill(future)
         return clean
