@@ -979,9 +979,9 @@ class Peer:
     """What client, worker and node have in common: dial, handshake, announce, send, pull, serve; and dial again.
 
     The owner gives callbacks: `announce()` returns the messages to open a connection with, `on_batch(messages)`
-    gets what arrives, `on_lost()` hears of a lost connection. All run in `thread`, which the owner starts; no user
-    code does. `lock` is the owner's: a connection becomes visible together with its announcement under it, so that
-    what the owner does under the lock is either in the announcement or sent after it, never neither.
+    gets what arrives, `on_lost()` hears of a lost connection. All run in the I/O thread, `thread`, which the owner
+    starts, but `on_batch` also in one that waits, see lead(); no user code does. `lock` is the owner's: a connection
+    becomes visible with its announcement under it, so what is done under it is in that or sent after it, never neither.
     """
 
     def __init__(self, role: str, address: tuple[str, int], key: KeySource, *,
@@ -1134,9 +1134,9 @@ class Peer:
     # ---- large values ----
 
     def pull(self, value: tuple[Name, int, str], done: Callable[[Any], None]) -> None:
-        """Fetch a large value; `done(buffer)` is called in the I/O thread, `done(None)` if nobody holds it.
+        """Fetch a large value; `done(buffer)` is called where it arrives, `done(None)` if nobody holds it.
 
-        At once if it lies in this host's memory. The caller is in that thread, holds the lock, and flushes.
+        At once if it lies in this host's memory. The caller is the thread that reads, holds the lock, and flushes.
         """
         name, size, place = value
         if name in self._pulls:
@@ -3435,7 +3435,7 @@ class Client:
                 else:
                     self._finish(future, KILLED, {"reason": reason})
 
-    # ---- the I/O thread ----
+    # ---- the thread that reads ----
 
     def _announce(self) -> list[Message]:
         self._known_objects.clear()     # a put may have been lost with the old connection: each is sent again at need

@@ -284,7 +284,7 @@ class Worker:
         self._leaving = ""                              # why no new job is begun
         self._dismissed = False                         # the server let us go
         self._done_jobs = 0
-        self._read_at = time.monotonic()                # when the I/O thread last saw the socket empty
+        self._read_at = time.monotonic()                # when the socket was last seen empty
         self.peer = Peer("worker", setup["address"], lambda *_: setup["key"], lock=self._lock, identity=self.id,
                          announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, name="worker",
                          tls=setup["tls"])
@@ -409,7 +409,7 @@ class Worker:
         call = minipool.decode_value(self._objects.pop(payload[0]) if isinstance(payload, tuple) else payload)
         return call if len(call) == 3 else (*call, None)
 
-    # ---- the I/O thread ----
+    # ---- the thread that reads: the I/O thread, or the main thread while it has nothing to run ----
 
     def _announce(self) -> list[Message]:
         """Return the announcement: this is all I hold."""
