@@ -264,7 +264,6 @@ _CHECKS: dict[Any, Check] = {
 }
 
 CATALOGUE: dict[str, tuple[frozenset[str], dict[str, Check]]] = {}     # by kind: who sends it, what each field may be
-_UNKNOWN: tuple[frozenset[str], dict[str, Check]] = frozenset(), {}
 
 
 def _fields(**kinds: Any) -> dict[str, Check]:
@@ -349,7 +348,7 @@ def check_message(message: Any, sender: str) -> None:
     """
     if type(message) is not tuple or not message or type(message[0]) is not str:
         raise Malformed("a message is a tuple that begins with its kind")
-    senders, fields = CATALOGUE.get(message[0], _UNKNOWN)
+    senders, fields = CATALOGUE.get(message[0]) or (frozenset(), {})
     if sender not in senders:
         raise Malformed(f"a {sender} sends no {message[0]!r}")
     if len(message) - 1 != len(fields):
@@ -906,8 +905,8 @@ def _is_spare(file: Any) -> bool:
 class Blob:
     """A large value: a snapshot, read by range without ever being joined.
 
-    Its buffers are copied into a memory file, from which a process of this host has it (see open_place); `place` says
-    which. Where there is none, or none is wanted, `place` is empty, and only buffers that can be written to are copied.
+    Its buffers are copied into a memory file at `place`, from which a process of this host has it (see open_place).
+    Where there is none, or none is wanted, only buffers that can be written to are copied.
     """
 
     def __init__(self, parts: Sequence[Any], share: bool = True) -> None:
@@ -1623,6 +1622,8 @@ class Scheduler:
                     worker.acks.append(token)
             elif kind == "outcome":
                 resend.append(token)        # it comes by the usual way: it may be one that wants a retry
+            elif kind != "inbox" and job is not None and not job.begun:
+                self._started(worker, now, token)       # the old connection may have lost the word
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
         self._send(worker.peer, ("resend", resend))
         self._send_acks(worker)
@@ -3647,9 +3648,8 @@ class Executor(concurrent.futures.Executor):
     `address`: "host", "host:port", "[::1]:port"; "local" is an embedded pool of this machine, closed with the
     executor; None is MINIPOOL_ADDRESS, and "local" where that is not set. An int in its place is `max_workers`, which
     bounds how many workers are used (embedded: how many are started). `initializer(*initargs)` runs once per worker
-    before this executor's first job there, on late and respawned workers too. Seconds: `connect_timeout` for the
-    first connection, `reconnect_timeout` for outages that are ridden out. `tls` as the server has it. Raises
-    ServerLost, Refused, VersionMismatch; ValueError and TypeError for bad arguments.
+    before its first job there, on late and respawned workers too. Seconds: `connect_timeout` for the first connection,
+    `reconnect_timeout` for outages. Raises ServerLost, Refused, VersionMismatch; ValueError, TypeError for arguments.
     """
 
     def __init__(self, address: str | int | None = None, *, secret: str | None = None,

@@ -1074,6 +1074,19 @@ def test_the_words_of_the_states_are_in_the_story():
     assert re.search(r"'train'.*ready > running.*on host-1, attempts 1", pool.scheduler.story(pool.job(job)))
 
 
+class TestTheWordThatAJobBegan:
+    @pytest.mark.parametrize("options", [{}, {"on": ["host-1"], "beside": True}], ids=["job", "run"])
+    def test_is_known_though_it_was_lost_with_a_connection(self, options):
+        pool = Cluster()
+        job = pool.submit(job_timeout=5, **options)
+        pool.cut("w1")
+        kind = "beside" if options else "begun"
+        pool.join_worker("w1", [(pool.token(job), (pool.session("c1"), job), kind)])
+        assert pool.told("c1", "began") == [(job, "host-1", 1)]
+        pool.pass_time(6)
+        assert bool(pool.told("n1", "kill")) == (not options)       # a run is not killed: its thread cannot be
+
+
 class TestSelections:
     def test_what_an_on_admits_is_looked_up_once_however_often_its_queue_empties(self):
         pool, looked = Cluster(workers=["w1", "w2"]), []
