@@ -499,7 +499,7 @@ class TestDeath:
         wait_until(lambda: len(pids(pool)) == 4)
 
     def test_by_a_time_limit_is_that(self, pool):
-        with group(pool.options(job_timeout=0.3), Rank, 2) as two:
+        with group(pool.options(job_timeout=3), Rank, 2) as two:        # it is a limit for the constructors too
             with pytest.raises(JobTimeout):
                 two.call_rank(0, "pause", 30).result(SOON)
             with pytest.raises(WorkerDied, match="lost rank 0 on local-0: .*job_timeout"):
