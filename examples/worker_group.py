@@ -38,7 +38,6 @@ import sys
 import threading
 import time
 import types
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -370,12 +369,12 @@ class WorkerGroup:
                        for rank, place in enumerate(places)]
         self._pids: list[int] = []                              # of the ranks, once they sit
         self._dropped: list[tuple[int, int]] = []               # generators that nobody reads: rank and number
+        self._absent: dict[int, float] = {}                     # since when a rank's worker is not in the pool
         self._lock = threading.Lock()
         # all below is guarded by it
-        self._futures: weakref.WeakSet[RankFuture] = weakref.WeakSet()     # of all calls; many have ended
+        self._futures: set[RankFuture] = set()                  # those that are out, and that ended since the last look
         self._lost: tuple[int, BaseException] | None = None     # the first rank that was lost, and how
         self._watcher: threading.Thread | None = None
-        self._absent: dict[int, float] = {}                     # since when a rank's worker is not in the pool
         self._over = threading.Event()                          # it is lost or shut down
         self._is_shut = False
 
@@ -577,16 +576,19 @@ class WorkerGroup:
         return [future for future in self._futures if not future.done()]
 
     def _watch(self) -> None:
-        """As long as calls are out, look whether their ranks live; end what waits for one that does not."""
+        """As long as calls are out, look whether the ranks live; end what waits for one that does not."""
         idle = 0
         while not self._over.wait(LOOK):
             with self._lock:
-                idle = 0 if self._pending() else idle + 1
+                ended = self._futures.difference(self._pending())
+            self._look()
+            with self._lock:
+                if not self._absent:        # else one of them may know of what that rank died
+                    self._futures -= ended
+                idle = 0 if self._futures else idle + 1
                 if idle * LOOK > PATIENCE:
                     self._watcher = None
                     return
-            if not idle:
-                self._look()
         if self._lost:
             time.sleep(GRACE)
             self._end_calls()

@@ -499,11 +499,36 @@ class TestDeath:
         wait_until(lambda: len(pids(pool)) == 4)
 
     def test_by_a_time_limit_is_that(self, pool):
-        with group(pool.options(job_timeout=0.3), Rank, 2) as two:
+        with group(pool.options(job_timeout=3), Rank, 2) as two:        # it is a limit for the constructors too
             with pytest.raises(JobTimeout):
                 two.call_rank(0, "pause", 30).result(SOON)
             with pytest.raises(WorkerDied, match="lost rank 0 on local-0: .*job_timeout"):
                 two.call("note")
+
+    def test_of_the_server_harms_no_call_that_runs(self, cluster):
+        cluster.node("n", cpu_workers=2)
+        with cluster.executor() as ex:
+            ex.wait_for_workers(2, SOON)
+            with group(ex, Rank, 2) as two:
+                future = two.call("pause", 2)
+                wait_until(lambda: all(part.running() for part in future))
+                cluster.server.process.kill()
+                cluster.server.process.wait()
+                cluster.server = cluster.serve()
+                assert future.get_results(timeout=SOON) == [0, 1]
+                assert two.call("note").get_results(timeout=SOON) == [0, 1] and two.is_alive()
+
+    def test_of_a_rank_on_another_node_is_noticed(self, server):
+        with Node(server.address, secret=server.secret, cpu_workers=1, name="a"), \
+             Node(server.address, secret=server.secret, cpu_workers=1, name="b"), \
+             Executor(server.address, secret=server.secret) as ex:
+            ex.wait_for_workers(2, SOON)
+            with GroupOptions(ex, per_node=1).group(Rank) as two:
+                first, second = two.call("get", "variables").get_results()
+                assert (first["NODE_RANK"], second["NODE_RANK"], second["LOCAL_RANK"]) == ("0", "1", "0")
+                assert first["MASTER_ADDR"] == second["MASTER_ADDR"]
+                with pytest.raises(WorkerDied, match="lost rank 1 on b-0: .*SIGKILL"):
+                    two.call("die_on", 1, 30).futures[0].result(SOON)
 
     def test_of_the_client_frees_the_instances(self, server, tmp_path):
         with Node(server.address, secret=server.secret, cpu_workers=1, name="n"):
