@@ -10,7 +10,7 @@ import pytest
 from minipool import Scheduler, Session, State
 from tests.simulation import World, first_seed, replay, run
 
-ORDINARY = 100_000          # events of an ordinary run: some ten seconds
+ORDINARY = 50_000           # events of an ordinary run: some ten seconds
 ENOUGH = 150_000            # events within which each planted bug must be noticed
 
 
