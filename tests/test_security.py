@@ -618,11 +618,13 @@ class TestTickets:
 
 def listening(pids):
     """Return the addresses that these processes listen on."""
-    inodes = set()
+    links = []
     for pid in pids:
-        with contextlib.suppress(OSError):
-            links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
-            inodes |= {link[8:-1] for link in links if link.startswith("socket:[")}
+        with contextlib.suppress(OSError):              # the process ended meanwhile
+            for entry in os.scandir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):      # or closed this one
+                    links.append(os.readlink(entry.path))
+    inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
     found = []
     for table in ("tcp", "tcp6"):
         rows = [line.split() for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
