@@ -1608,7 +1608,7 @@ class Scheduler:
             if kind != "inbox" and job is not None and job.state == State.WAITING:
                 self._unassign(worker, token)       # as an attempt that nobody wanted
                 job.attempts = max(1, job.attempts)         # its client may have counted this one
-                job.estimate, job.beside = LONG, kind == "beside"
+                job.estimate, job.beside = LONG, job.beside or kind == "beside"
                 self._place(job, worker, token)     # it survived the server: the job is not run again
                 self._started(worker, now, token)
                 if job.killed:

@@ -1159,6 +1159,13 @@ class TestRuns:
         pool.join_worker("w1", attempts=[(pool.token(run), (pool.session("c1"), run), "beside")])
         assert len(pool.runs()) == 1
 
+    def test_a_run_whose_outcome_a_new_server_adopts_is_still_one(self):
+        pool = Cluster(workers=[], restarted=True)
+        run = pool.submit(on=["host-1"], beside=True, again=True)
+        pool.join_worker("w1", attempts=[(7, (pool.session("c1"), run), "outcome")])
+        pool.died("w1")
+        assert pool.outcomes() == [(run, DIED)]
+
     def test_a_new_server_adopts_it_beside_the_inbox(self):
         pool = Cluster(workers=[], clients=[], restarted=True)
         pool.join_worker("w1", attempts=[(7, (pool.session("c1"), 1), "beside")])

@@ -61,9 +61,9 @@ class NoFence(Scheduler):
 class RunsTakeRoom(Scheduler):
     """Lets what is to run beside a job wait for its end."""
 
-    def _place(self, job, worker, token, estimate):
+    def _place(self, job, worker, token):
         job.beside, beside = False, job.beside
-        super()._place(job, worker, token, estimate)
+        super()._place(job, worker, token)
         job.beside = beside
 
 
