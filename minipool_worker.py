@@ -548,6 +548,9 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
         libc = ctypes.CDLL(None)        # its alarm() as handler: a second (SIGHUP is 1) for _watch_node's group kill
         libc.signal(signal.SIGHUP, ctypes.cast(libc.alarm, ctypes.c_void_p))
         libc.prctl(1, signal.SIGHUP)    # PR_SET_PDEATHSIG
+    # where memory runs out, the kernel is to take a worker, never the node that has to tell of it
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("500")
     for descriptor in (1, 2):           # what jobs print goes to the node, which never lets it block for long
         os.dup2(output.fileno(), descriptor)
     output.close()

@@ -640,7 +640,8 @@ class Insider:
             self.talkers[peer][2] = True
         try:
             for message in batch:
-                body = message[0] == "range" and len(batch) == 1 if type(message) is tuple and message else False
+                body = type(message) is tuple and message[:1] == ("range",) and type(message[-1]) is bytes and (
+                    len(message) == 5 and len(batch) == 1)
                 minipool.check_message(message[:4] if body else message, role)
             if any(message[0] in minipool.ANNOUNCED for message in batch[not announced:]):
                 raise Malformed("only the first message is an announcement")
