@@ -96,9 +96,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     # pools and clients
-    "Executor", "Future", "Server", "is_server_running", "as_completed", "wait", "gather",
+    "Executor", "Future", "Server", "is_server_running", "as_completed", "wait", "gather", "get_executor",
     # inside a job
-    "current_job",
+    "current_job", "secede", "rejoin",
     # errors
     "MinipoolError", "WorkerDied", "JobTimeout", "JobKilled", "RemoteError", "ServerLost", "Refused",
     "VersionMismatch", "TooLarge",
@@ -306,6 +306,8 @@ _message("missing", "server", "jobs that this server does not know: send them ag
 _message("run", "server", "execute this attempt of a job", token=int, job="name", fn="name", payload="value",
          log=int, options="dict?")
 _message("started", "worker", "the main thread began this attempt", token=int)
+_message("slot", "worker", "this attempt, which waits for others, leaves its slot to them; or (held) has it again",
+         token=int, held=bool)
 _message("finished", "worker", "this attempt ended; retry: its exception is one that the job wants retried",
          token=int, status=str, value="value", seconds=float, retry=bool)
 _message("began", "server", "a worker began this job", number=int, worker=str, attempts=int)
@@ -423,6 +425,7 @@ class Secret:
 
     Never in argv, a URL, a log or a repr. Each role has a key derived from it: a proof for one is none for another.
     """
+    prefix = b""        # of the ids of sessions that end with a worker, as its jobs opened them
 
     def __init__(self, text: str, source: str = "") -> None:
         self.text, self.source = text.strip(), source       # and where it was found
@@ -1299,7 +1302,7 @@ class Worker(Member):
         self.tags = frozenset([self.name, node.name, *info["tags"]])    # all that `on` can name
         self.finished = 0
         self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: one that nobody wants
-        self.beside: dict[int, Job] = {}            # attempts beside the inbox: they take no room
+        self.beside: dict[int, Job | None] = {}     # attempts that take no room
         self.delivering: dict[int, Job] = {}        # outcomes it keeps for clients
         self.load = 0.0                             # estimated seconds of work in the inbox
         self.moved_at = 0.0                         # when it last finished something
@@ -1613,10 +1616,12 @@ class Scheduler:
                 self._started(worker, now, token)
                 if job.killed:
                     self._kill_attempt((worker, token), now)
+            if kind in ("begun", "parked"):     # the old connection may have lost the word
+                self._slot(worker, now, token, kind == "begun")
             if self._current(worker, token) is None:
                 self._unassign(worker, token)
-                if kind == "begun":         # what comes of it is stale: the slot is wanted for others
-                    worker.inbox[token] = None
+                if kind in ("begun", "parked"):     # what comes of it is stale: the slot is wanted for others
+                    (worker.inbox if kind == "begun" else worker.beside)[token] = None
                     self._kill_attempt((worker, token), now)
                 else:
                     worker.acks.append(token)
@@ -1624,7 +1629,7 @@ class Scheduler:
                 resend.append(token)        # it comes by the usual way: it may be one that wants a retry
             elif kind != "inbox" and job is not None and not job.begun:
                 self._started(worker, now, token)       # the old connection may have lost the word
-        worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
+        self._weigh(worker)
         self._send(worker.peer, ("resend", resend))
         self._send_acks(worker)
 
@@ -1852,7 +1857,7 @@ class Scheduler:
         roomy = selection.roomy if job.estimate < LONG else {}
         candidates: Iterable[Worker] = itertools.chain(selection.idle, roomy)
         if session.limit is not None and len(session.workers) >= session.limit:
-            candidates = (worker for worker in session.workers if worker in roomy)  # its own, of which none is idle
+            candidates = [w for w in session.workers if w in roomy or w in selection.idle]     # its own
         elif session.latest in selection.idle and session.id not in session.latest.unfit:
             return session.latest                   # it is warm, and what it may forget goes in the same frame
         for worker in candidates:
@@ -1902,7 +1907,7 @@ class Scheduler:
         worker.positions[session.id] = position + len(entries)
 
     def _place(self, job: Job, worker: Worker, token: int) -> None:
-        """Put an attempt into a worker's inbox."""
+        """Put an attempt into a worker's inbox, or beside it."""
         self._move(job, State.RUNNING)
         job.token, job.worker = token, worker
         if job.beside:
@@ -1914,20 +1919,37 @@ class Scheduler:
         session.load += 1
         session.workers[worker] = session.workers.pop(worker, 0) + 1    # at the end, so that they are used in turn
 
+    def _slot(self, worker: Worker, now: float, token: int, held: bool) -> None:
+        """A job that waits for others leaves its slot to them, and goes on beside them until it has one again."""
+        if token in (worker.beside if held else worker.inbox):
+            if (job := self._current(worker, token)) and not job.begun:
+                self._started(worker, now, token)
+            if held:        # it goes before what came meanwhile
+                worker.inbox = {token: worker.beside.pop(token), **worker.inbox}
+                if len(worker.inbox) > 1 and not worker.recalled:
+                    self._recall(worker, now)
+            else:
+                worker.beside[token] = worker.inbox.pop(token)
+            self._weigh(worker)
+
+    @staticmethod
+    def _weigh(worker: Worker) -> None:
+        worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
+
     def _unassign(self, worker: Worker, token: int) -> None:
         """Take an attempt out of a worker's inbox or shelf, or from beside them."""
-        worker.beside.pop(token, None)
-        if token in worker.inbox:
-            job = worker.inbox.pop(token)
+        was_inside = token in worker.inbox
+        job = worker.inbox.pop(token, None) or worker.beside.pop(token, None)
+        if was_inside:
             worker.load = worker.load - (job.estimate if job else LONG) if worker.inbox else 0.0
-            if job is not None:
-                session = job.session
-                session.load -= 1
-                session.workers[worker] -= 1
-                if not session.workers[worker]:
-                    del session.workers[worker]
             if not worker.inbox:
                 self._send_acks(worker)
+        if job is not None and (was_inside or not job.beside):
+            session = job.session
+            session.load -= 1
+            session.workers[worker] -= 1
+            if not session.workers[worker]:
+                del session.workers[worker]
         job = worker.delivering.pop(token, None)
         if job is not None:
             job.session.unacknowledged -= job.size
@@ -2016,7 +2038,8 @@ class Scheduler:
         """No answer: the process cannot even read. All but the job it must be at run elsewhere, under new tokens."""
         if not worker.recalled or now < worker.recall_at + T_RECALL:
             return
-        lost = [token for token in worker.recalled[1:] if token in worker.inbox and self._current(worker, token)]
+        lost = [token for token in worker.recalled[1:] if token in worker.inbox
+                and (job := self._current(worker, token)) and not job.begun]
         self._take_back(worker, lost, now)
         worker.inbox.update(dict.fromkeys(lost))    # they keep the slot busy: the worker still has them
         worker.load = LONG
@@ -2088,13 +2111,19 @@ class Scheduler:
             selection.members.remove(worker)
         if token is None and not cause.get("planned"):
             token = next(iter(worker.inbox), 0)
+        guilty, waiting = self._current(worker, token or 0), list(worker.beside)
+        # who submitted what took itself down as well is charged with it: nobody is left to count that one's deaths
+        is_own = guilty is not None and guilty.session.id.startswith(worker.id)
         for attempt in [*worker.inbox, *worker.beside, *worker.delivering]:
             job = self._current(worker, attempt)
             self._unassign(worker, attempt)
             if job is not None:
                 # max_deaths=0 promises at most once: then what may have begun is charged, and so is what had finished
                 once = not job.max_deaths and (job.begun or job.delivering)
-                self._put_back(job, now, once or (attempt == token and not job.delivering), cause)
+                blamed = attempt == token or (is_own and attempt in waiting and not job.beside)
+                self._put_back(job, now, once or (blamed and not job.delivering), cause)
+        for session in [s for s in self.sessions.values() if s.id.startswith(worker.id)]:
+            self._end(session, now, cause)      # what its jobs submitted goes with them
         # if all who are left are unfit, nobody will ever run its jobs; time enough for who replaces it to come
         for session_id in dict.fromkeys(id for left in self.workers.values() for id in left.unfit):
             self._arm(now + T_DEAD, self._judge_fitness, self.sessions[session_id])
@@ -2137,9 +2166,10 @@ class Scheduler:
     def _kill_attempt(self, attempt: tuple[Worker, int], now: float) -> None:
         """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has."""
         worker, token = attempt
-        if token in worker.inbox:
+        held = {**worker.beside, **worker.inbox}
+        job = held.get(token)
+        if token in held and not (job and job.beside):
             self._send(worker.peer, ("recall", [token]))
-            job = worker.inbox[token]
             if job is None or job.killed:
                 reason = job.killed[1] if job and job.killed else "its job is not wanted here any more"
                 self._send(worker.node.peer, ("kill", [token], reason))
@@ -2230,7 +2260,7 @@ class Scheduler:
                 names = [worker.name for worker in holders]
                 assert holders == ([job.worker] if job.state == State.RUNNING else []), f"{story}: held by {names}"
             load = sum(job is not None and job.session is session for w in self.workers.values()
-                       for job in w.inbox.values())
+                       for job in [*w.inbox.values(), *(j for j in w.beside.values() if j and not j.beside)])
             assert session.load == load == sum(session.workers.values()), "a session's load is miscounted"
             sizes = sum(job.size for job in session.jobs.values() if job.delivering)
             assert session.unacknowledged == sizes, "a session's unacknowledged bytes are miscounted"
@@ -2275,13 +2305,13 @@ class _Guest:
         self.steps: Iterator[int] | None = None     # the server's half of the handshake, under way
 
 
-def find_secret(secret: str | None = None, path: str | None = None, *, make: bool = False) -> Secret:
+def find_secret(secret: str | Secret | None = None, path: str | None = None, *, make: bool = False) -> Secret:
     """Return the secret: given, `path`, MINIPOOL_SECRET_FILE, MINIPOOL_SECRET, or this user's file, in this order.
 
     A source that is named and fails is fatal. Raises Refused if there is none, unless `make`: then one is written.
     """
     if secret is not None:
-        return Secret(secret)
+        return secret if isinstance(secret, Secret) else Secret(secret)
     path = path or os.environ.get("MINIPOOL_SECRET_FILE")
     if not path and os.environ.get("MINIPOOL_SECRET"):
         return Secret(os.environ["MINIPOOL_SECRET"], "MINIPOOL_SECRET")
@@ -3115,13 +3145,30 @@ class JobInfo(NamedTuple):
     device: str
 
 
-_running = threading.local()        # .job: a function that returns the JobInfo, in a thread that runs a job
+_here: Any = None                   # in a worker process, its minipool_worker.Worker
+_running = threading.local()        # .attempt: in a thread that runs a job, what the worker knows of that
 
 
 def current_job() -> JobInfo | None:
     """Return id, name, attempt, worker and device of the job that this thread runs; None outside a job."""
-    describe = getattr(_running, "job", None)
-    return describe() if describe else None
+    attempt = getattr(_running, "attempt", None)
+    return _here.describe(attempt) if attempt else None
+
+
+def _slot(held: bool) -> None:
+    if current_job() is None:
+        raise RuntimeError("secede() and rejoin() are for use inside a job")
+    _here.slot(_running.attempt, held)
+
+
+def secede() -> None:
+    """Leave the slot of the job that this thread runs to other jobs; it goes on beside them. See rejoin()."""
+    _slot(False)
+
+
+def rejoin() -> None:
+    """Take a slot again: wait until the job that has it ends, and go before those that have not begun."""
+    _slot(True)
 
 
 def job_id(name: Name) -> str:
@@ -3197,8 +3244,9 @@ class Future(concurrent.futures.Future[Any]):
         """Return the job's exception, None if it has a value; TimeoutError after `timeout` seconds."""
         if self._state != _FINISHED:
             give_up = FOREVER if timeout is None else time.monotonic() + timeout
-            self._client.peer.lead(lambda: self._state not in (_PENDING, _RUNNING), give_up)
-            super().exception(timeout and max(0.0, give_up - time.monotonic()))
+            with self._client.lend():       # to the jobs of the pool, the slot of the one that waits here
+                self._client.peer.lead(lambda: self._state not in (_PENDING, _RUNNING), give_up)
+                super().exception(timeout and max(0.0, give_up - time.monotonic()))
         # wait(FIRST_EXCEPTION) asks, which holds the conditions of all its futures: no user code under them
         if self._raw and not (self._watched and self._condition._is_owned()):       # type: ignore[attr-defined]
             self._decode()
@@ -3259,7 +3307,8 @@ class Client:
                  child: minipool_worker.Node | None = None, initializer: Callable[..., object] | None = None,
                  initargs: Iterable[Any] = ()) -> None:
         self.child = child                              # the embedded pool; it ends with this client
-        self.session = secrets.token_bytes(16)
+        self.lend: Callable[[], Any] = contextlib.nullcontext
+        self.session = secret.prefix + secrets.token_bytes(16)
         self.lock = threading.RLock()
         self.numbers = itertools.count(1)               # of jobs and objects alike
         self.functions = Functions(self.session, lambda: next(self.numbers))
@@ -3304,7 +3353,7 @@ class Client:
             self.close()
             raise
         self._patience = reconnect_timeout
-        _clients.add(self)
+        _clients[self] = lambda: None
 
     def submit(self, view: Executor, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future:
         """Take a snapshot of the call, and send it or queue it here."""
@@ -3577,7 +3626,7 @@ class Client:
         self.peer.stop(("bye", "the client has finished"))
         if self.child:
             self.child.stop()
-        _clients.discard(self)
+        _clients.pop(self, None)
 
     def close(self, wait: bool = True) -> None:
         """Take no more jobs; once all have ended, end the connection, the threads and the child."""
@@ -3593,7 +3642,7 @@ class Client:
             self.later(None)
 
 
-_clients: weakref.WeakSet[Client] = weakref.WeakSet()       # those that are open
+_clients: dict[Client, Callable[[], Executor | None]] = {}      # those that are open, and whose they are
 
 
 def _forget_all() -> None:
@@ -3652,7 +3701,7 @@ class Executor(concurrent.futures.Executor):
     `reconnect_timeout` for outages. Raises ServerLost, Refused, VersionMismatch; ValueError, TypeError for arguments.
     """
 
-    def __init__(self, address: str | int | None = None, *, secret: str | None = None,
+    def __init__(self, address: str | int | None = None, *, secret: str | Secret | None = None,
                  max_workers: int | None = None, initializer: Callable[..., object] | None = None,
                  initargs: tuple[Any, ...] = (), max_tasks_per_child: int | None = None, name: str | None = None,
                  tls: bool = False, connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
@@ -3683,6 +3732,7 @@ class Executor(concurrent.futures.Executor):
                               tls=tls and child is None, child=child, initializer=initializer, initargs=initargs)
         # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
         weakref.finalize(self, self._client.later, self._client.close).atexit = False   # a collector takes no lock
+        _clients[self._client] = weakref.ref(self)
         if address is None and child and not _said:
             _said.append(True)
             self._say_embedded(collections.Counter(child.answer["devices"]))
@@ -3848,6 +3898,19 @@ class Executor(concurrent.futures.Executor):
         devices = ", ".join(sorted({worker["device"] for worker in self._client.workers})) or "no device yet"
         where = "embedded" if self._client.child else format_address(*self._client.peer.address)
         return f"<minipool.Executor {where}, {len(self._client.workers)} workers on {devices}>"
+
+
+def get_executor() -> Executor:
+    """Return the executor that was opened last and is still open; inside a job, one on the same pool.
+
+    A job that waits for a result of that one lends its slot to others meanwhile. Raises RuntimeError if there is none.
+    """
+    if _here:
+        return _here.executor()     # type: ignore[no-any-return]
+    for client, executor in reversed(list(_clients.items())):
+        if not client.closing and (found := executor()):
+            return found
+    raise RuntimeError("no executor is open: make one first, for example Executor()")
 
 
 # ==================================================================================================================

@@ -262,6 +262,20 @@ def encode_exception(error: BaseException, where: str, limit: int) -> bytes | Bl
     return value
 
 
+class _Ticket(Secret):
+    """What a worker has in place of the secret: the keys of its own two roles, renewed when the server is a new one."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self._setup, self.prefix = setup, setup["id"]
+
+    def role_key(self, role: str, *_: bytes) -> bytes:
+        """Return the key as a worker of this identity, or as a client."""
+        return bytes(self._setup["keys"][32 * (role == "client"):][:32])
+
+
+_opening = threading.Lock()     # held while the executor of the jobs here is made
+
+
 class Worker:
     """The worker process: `run()` is its main thread's life."""
 
@@ -275,7 +289,10 @@ class Worker:
         self._inbox: dict[int, Attempt] = {}            # attempts that have not begun, by token
         self._ready: list[tuple[float, int]] = []       # of those with nothing missing; a heap in the order of the
         self._begun: Attempt | None = None              # server's queue, which may still name some that were recalled
-        self._beside: dict[int, Attempt] = {}           # those that run in threads of their own, whatever else does
+        self._beside: dict[int, Attempt] = {}           # those that take no slot: runs, and jobs that wait for others
+        self._returning = 0                             # jobs that wait for their slot again
+        self._extra = 0                                 # threads that took over for one that is back
+        self._executor: minipool.Executor | None = None # of the jobs here
         self._outcomes: dict[int, tuple[Name, Message]] = {}    # by token: job, and the message that tells it
         self._objects: dict[Name, Any] = {}             # small or pulled objects, as bytes
         self._functions: dict[Name, Any] = {}           # those that were opened; for the main thread
@@ -285,27 +302,32 @@ class Worker:
         self._dismissed = False                         # the server let us go
         self._done_jobs = 0
         self._read_at = time.monotonic()                # when the socket was last seen empty
-        self.peer = Peer("worker", setup["address"], lambda *_: setup["key"], lock=self._lock, identity=self.id,
+        self.peer = Peer("worker", setup["address"], _Ticket(setup).role_key, lock=self._lock, identity=self.id,
                          announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, name="worker",
                          tls=setup["tls"])
 
     # ---- the main thread ----
 
     def run(self) -> None:
-        """Take what is next and execute it, until the server lets us go."""
+        """Run jobs until the server lets us go."""
         self.peer.thread.start()
+        self._work()
+        minipool._clients.clear()       # what jobs left to the pool is not waited for here
+        self.peer.stop(("bye", self._leaving))
+
+    def _work(self) -> None:
+        """Take what is next and execute it; in the main thread, or one that runs jobs while others wait."""
         while attempt := self._next():
             self._execute(attempt)
             limit = min(self.setup.get("max_tasks") or _NEVER, attempt.options.get("max_tasks") or _NEVER)
-            if self._done_jobs >= limit and not self._leaving:
+            if self._done_jobs >= limit and not self._leaving and not self._beside:
                 # the one planned exit: take nothing new, hand back what has not begun, deliver every outcome
                 with self._lock:
                     self._leaving = "it has run as many jobs as it may"
                     self.peer.send(("retire", self._leaving))
-        self.peer.stop(("bye", self._leaving))
 
     def _next(self) -> Attempt | None:
-        """Wait for the attempt to begin next, and mark it begun; None: it is time to go."""
+        """Wait for the attempt to begin next, and mark it begun; None: it is time to go, or this thread is one more."""
         self._catch_up()
         if not self._may_go_on():
             self.peer.lead(self._may_go_on)
@@ -314,13 +336,20 @@ class Worker:
                 self._wake.wait()
             if self._dismissed:
                 return None
+            if self._is_extra():
+                self._extra -= 1
+                return None
             attempt = self._begun = self._inbox.pop(heapq.heappop(self._ready)[1])
             self._cell[0] = attempt.token
             return attempt
 
     def _may_go_on(self) -> bool:
         with self._lock:
-            return self._dismissed or (self._has_ready() and self._welcomed and not self._leaving)
+            return self._dismissed or self._is_extra() or (self._has_ready() and self._welcomed and not self._leaving
+                                                           and not self._begun and not self._returning)
+
+    def _is_extra(self) -> bool:
+        return bool(self._extra) and threading.current_thread() is not threading.main_thread()
 
     def _has_ready(self) -> bool:
         while self._ready and self._ready[0][1] not in self._inbox:
@@ -356,7 +385,7 @@ class Worker:
             args, kwargs, retry_on = self._open_payload(attempt)
             if attempt is self._begun:
                 os.environ["MINIPOOL_JOB"] = minipool.job_id(attempt.job)
-            minipool._running.job = lambda: self._describe(attempt)
+            minipool._running.attempt = attempt
             status, value = OK, minipool.encode_value(fn(*args, **kwargs))
             minipool.check_size(value, self._max_value, "result", fn)
         except BaseException as error:          # SystemExit and KeyboardInterrupt too: the job's, not the worker's
@@ -365,7 +394,8 @@ class Worker:
                 retry = bool(retry_on and isinstance(error, retry_on))
         self._finish(attempt, status, value, time.perf_counter() - began, retry)
 
-    def _describe(self, attempt: Attempt) -> minipool.JobInfo:
+    def describe(self, attempt: Attempt) -> minipool.JobInfo:
+        """Return what current_job() tells."""
         options = attempt.options
         device = "cuda:0" if self.device.startswith("cuda") else self.device
         return minipool.JobInfo(minipool.job_id(attempt.job), options.get("name", ""), options.get("attempt", 1),
@@ -379,17 +409,64 @@ class Worker:
                 self.peer.values[self.id, attempt.token] = value
             message = ("finished", attempt.token, status, told, seconds, retry)
             self._outcomes[attempt.token] = (attempt.job, message)
-            if self._beside.pop(attempt.token, None) is None:
+            if attempt is self._begun:
                 self._begun = None
                 self._cell[0] = 0
                 self._cell[1] += 1
                 self._done_jobs += 1
+            elif not self._beside.pop(attempt.token).options.get("beside"):
+                self._extra += 1        # it ends without a slot, and its thread may be the main one
+            if self._returning or self._extra:
+                self._wake.notify_all()
             more = self._has_ready()
             connection = self.peer.connection
             if connection:
                 connection.post([message])
         if connection:
             connection.flush(0 if more else minipool.BORROWED_FRAMES)
+
+    def slot(self, attempt: Attempt, held: bool) -> bool:
+        """Leave a job's slot to others, and start a thread that runs them; or wait until it is free again (held).
+
+        The cell goes on naming the job until another begins: till then, what goes wrong is its doing. True: it changed.
+        """
+        with self._wake:
+            if attempt.options.get("beside") or not (attempt.token in self._beside if held else attempt is self._begun):
+                return False
+            if held:
+                self._returning += 1
+                self._wake.wait_for(lambda: not self._begun)
+                self._returning -= 1
+                self._extra += 1
+                self._begun = self._beside.pop(attempt.token)
+                self._cell[0], os.environ["MINIPOOL_JOB"] = attempt.token, minipool.job_id(attempt.job)
+            else:
+                self._beside[attempt.token], self._begun = attempt, None
+                threading.Thread(target=self._work, name="minipool-jobs", daemon=True).start()
+            self.peer.send(("slot", attempt.token, held))
+        return True
+
+    @contextlib.contextmanager
+    def _lend(self) -> Iterator[None]:
+        """Lend the slot of the job that this thread runs, for as long as that waits for others of the pool."""
+        attempt: Attempt | None = getattr(minipool._running, "attempt", None)
+        if attempt is None or not self.slot(attempt, False):
+            yield
+            return
+        try:
+            yield
+        finally:
+            self.slot(attempt, True)
+
+    def executor(self) -> minipool.Executor:
+        """Return an executor for the jobs of this process, on a client's connection of its own."""
+        with _opening:
+            if self._executor is None:
+                self._executor = minipool.Executor(
+                    minipool.format_address(*self.setup["address"]), secret=_Ticket(self.setup), tls=self.setup["tls"],
+                    name=self._name)
+                self._executor._client.lend = self._lend
+            return self._executor.options()         # a view: its user may shut that down
 
     def _apply_log(self, attempt: Attempt) -> bytes:
         """Run the entries of the session's log that this worker has not run; return what one raised, now or before."""
@@ -415,7 +492,7 @@ class Worker:
         """Return the announcement: this is all I hold."""
         attempts = [(token, job, "outcome") for token, (job, _) in self._outcomes.items()]
         attempts += [(a.token, a.job, "inbox") for a in self._inbox.values()]
-        attempts += [(a.token, a.job, "beside") for a in self._beside.values()]
+        attempts += [(a.token, a.job, "beside" if a.options.get("beside") else "parked") for a in self._beside.values()]
         if self._begun:
             attempts.append((self._begun.token, self._begun.job, "begun"))
         info = {key: self.setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
@@ -536,7 +613,7 @@ def _watch_node(worker: Worker, life: Any) -> None:
     """Take fresh tickets from the node's pipe; at its end the node is dead, and this process group goes with it."""
     with contextlib.suppress(OSError, EOFError):
         while True:
-            worker.setup["key"] = life.recv_bytes()
+            worker.setup["keys"] = life.recv_bytes()
     os.killpg(0, signal.SIGKILL)
 
 
@@ -559,7 +636,7 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the node's business
     logging.basicConfig(level=setup["log_level"], format="%(name)s: %(message)s")
     sys.path[:] = list(dict.fromkeys([*sys.path, *setup["sys_path"]]))
-    worker = Worker(setup, cell)
+    minipool._here = worker = Worker(setup, cell)
     threading.Thread(target=_watch_node, args=(worker, life), name="minipool-parent", daemon=True).start()
     worker.run()
 
@@ -776,7 +853,7 @@ class Supervisor:
             self._instance = self.peer.instance
             for child in self._children.values():
                 with contextlib.suppress(OSError):
-                    child.life.send_bytes(self.secret.role_key("worker", self._instance, child.id))
+                    child.life.send_bytes(self._keys(child.id))
         self.on_welcome()
 
     def _on_refuse(self, error: str, text: str) -> None:
@@ -787,6 +864,9 @@ class Supervisor:
             if (token := child.cell[0]) in tokens and not child.killed:     # else it is over, or asked for again
                 child.end_attempt(token, reason)
 
+    def _keys(self, worker: bytes) -> bytes:
+        return b"".join(self.secret.role_key(role, self._instance, worker) for role in ("worker", "client"))
+
     # ---- life and death ----
 
     def _spawn(self, place: int) -> None:
@@ -796,7 +876,7 @@ class Supervisor:
         id, slot = self.id + place.to_bytes(4, "big") + self._started.to_bytes(4, "big"), self.slots[place]
         setup = {"id": id, "node": self.id, "node_name": self.name, "slot": place,
                  "device": slot.device, "tags": self.options.get("tags") or [],
-                 "address": self.peer.address, "key": self.secret.role_key("worker", self._instance, id),
+                 "address": self.peer.address, "keys": self._keys(id),
                  "tls": bool(self.options.get("tls")), "max_tasks": self.options.get("max_tasks"),
                  "sys_path": self.options.get("sys_path") or [], "log_level": logging.getLogger().level}
         child = self._children[place] = Child(setup, self._environ | slot.env)

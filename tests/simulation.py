@@ -28,6 +28,7 @@ Where the invariants are checked (I1 to I20: the design's list of what must hold
     I19            time may leap                                    World.pass_time
     R14 R25        no job waits unbegun where it need not           World.judge_windows
     run            beside the inbox, on its worker or nowhere       World.judge_run
+    R29            a job that waits for others takes no room        World.judge_slots
     I20            a new server finds its way back                  World.restart_server, then all of the above
 """
 
@@ -99,8 +100,8 @@ class Client(Actor):
 
     role = "client"
 
-    def __init__(self, world, number):
-        self.world, self.session = world, b"client-%09d" % number
+    def __init__(self, world, number, home=None):
+        self.world, self.session = world, (home.id if home else b"client-") + b"%09d" % number
         self.jobs, self.numbers = {}, itertools.count(1)
         self.pending = {}                   # those without an end
         self.functions = [(self.session, i) for i in range(3)]      # number % 3 says how long it takes
@@ -255,12 +256,14 @@ class Worker(Actor):
         self.inbox, self.running, self.ends_at, self.cell = [], None, 0.0, 0
         self.outcomes, self.has, self.logs, self.applied, self.unfit = {}, set(), {}, {}, {}
         self.beside = {}                    # runs that take no room
+        self.parked = {}                    # jobs that wait for others, and have left their slot to them
         self.deaf_until, self.read_at, self.is_retiring = 0.0, world.now, False
 
     def announcement(self):
         attempts = [(run[1], run[2], "inbox") for run in self.inbox]
         attempts += [(self.running[1], self.running[2], "begun")] if self.running else []
         attempts += [(run[1], run[2], "beside") for run in self.beside.values()]
+        attempts += [(run[1], run[2], "parked") for run in self.parked.values()]
         attempts += [(token, outcome[0], "outcome") for token, outcome in self.outcomes.items()]
         info = {"id": self.id, "node": self.node.id, "node_name": self.node.name, "slot": self.slot, "device": "cpu",
                 "pid": 1, "tags": ["odd" if self.slot % 2 else "even"], "has": list(self.has),
@@ -280,7 +283,7 @@ class Worker(Actor):
 
     def on_bye(self, reason):
         """Leave as planned: nothing of this process is needed any more."""
-        in_hand = self.running or self.beside or self.outcomes
+        in_hand = self.running or self.beside or self.parked or self.outcomes
         assert self.is_retiring and not in_hand, "sent away with something in hand"
         self.world.crash(self)
 
@@ -361,6 +364,18 @@ class Worker(Actor):
 
     def seconds(self, run):
         return (SHORT, MEDIUM, LONG)[run[3][1] % 3]
+
+    def park(self):
+        """The running job waits for others; the cell shows it until another begins."""
+        run, self.running = self.running, None
+        self.parked[run[1]] = run
+        self.say(("slot", run[1], False))
+
+    def unpark(self):
+        """What it waited for is there: it has the slot before those that have not begun."""
+        _, self.running = self.parked.popitem()
+        self.cell, self.ends_at = self.running[1], self.world.now + SHORT
+        self.say(("slot", self.cell, True))
 
     def finish(self):
         """End the running job."""
@@ -451,11 +466,15 @@ class World:
         before = {(s.id, n): (job.token, job.deaths, job.state, job.delivering)
                   for s in self.scheduler.sessions.values() for n, job in s.jobs.items()}
         oldest = {next(iter(w.inbox), 0) for w in self.scheduler.workers.values()}
+        ancestors = {token for w in self.scheduler.workers.values() for token in w.beside
+                     if any(job and job.session.id.startswith(w.id) for job in w.inbox.values())}
         actions = getattr(self.scheduler, entry)(*arguments, self.now)
         self.scheduler.check()
-        self.judge_blame(before, oldest, arguments[1] if len(arguments) > 1 else [])
+        self.judge_blame(before, oldest, ancestors, arguments[1] if len(arguments) > 1 else [])
         self.judge_windows(entry)
         self.judge_limits(entry)
+        if entry == "receive":
+            self.judge_slots(*arguments)
         assert not self.told_dead & set(self.scheduler.workers), "a worker that its node buried is in the pool"
         if self.record:
             self.history.append((entry, *arguments, self.now, actions))
@@ -505,8 +524,11 @@ class World:
             job = self.find(name)
             assert job is None or job.token == token, "the outcome of a stale attempt"
 
-    def judge_blame(self, before, oldest, messages):
-        """A charge needs a death: of the worker whose cell showed the attempt, or of one that nobody could read."""
+    def judge_blame(self, before, oldest, ancestors, messages):
+        """A charge needs a death: of the worker whose cell showed the attempt, or of one that nobody could read.
+
+        Or the worker died of a job that those who wait there have submitted.
+        """
         shown = {m[2] for m in messages if type(m) is tuple and m[0] == "died"} if type(messages) is list else set()
         for session in self.scheduler.sessions.values():
             for number, job in session.jobs.items():
@@ -518,7 +540,8 @@ class World:
                     if not job.max_deaths and (delivering or token in self.begun):
                         continue        # at most once: the end of its worker is the end of what has begun
                     assert not delivering, "charged wrongly"
-                    assert token in shown or not shown and token in oldest, "an innocent job was charged"
+                    is_guilty = token in shown or token in ancestors or not shown and token in oldest
+                    assert is_guilty, "an innocent job was charged"
                     assert token in self.begun or not shown, "charged, and had not begun"
                 elif token in shown and state == State.RUNNING and not delivering:
                     worker_is_known = job.worker is not None and job.token == token
@@ -534,8 +557,16 @@ class World:
                 assert entry != "tick" or self.now <= crowded[key] + 0.2, "jobs wait behind one that is not short"
             if worker.recalled and entry == "tick" and self.now >= worker.recall_at + T_RECALL:
                 waiting = [worker.inbox.get(token) for token in worker.recalled[1:]]
-                assert not any(job and job.state == State.RUNNING for job in waiting), "a recall is waited for"
+                unbegun = [job for job in waiting if job and job.state == State.RUNNING and not job.begun]
+                assert not unbegun, "a recall is waited for"
         self.crowded = crowded
+
+    def judge_slots(self, peer, messages):
+        """Who says that it has left its slot, or has it again, is believed at once."""
+        worker = self.scheduler._peers.get(peer)
+        for token, held in {m[1]: m[2] for m in messages if m[0] == "slot"}.items() if worker else ():
+            if token in worker.inbox or token in worker.beside:
+                assert (token in worker.inbox) == held, "a job that waits for others takes room"
 
     def judge_limits(self, entry):
         """A job that is known to run has its end asked for when its time is over."""
@@ -643,6 +674,12 @@ class World:
         if worker.alive and worker.running:
             if worker.ends_at <= self.now:
                 worker.finish()
+            elif self.rng.random() < 0.05:
+                worker.park()
+        elif worker.alive and worker.parked and self.rng.random() < 0.5:
+            if self.rng.random() < 0.1:     # it left its slot for good
+                return worker.conclude(worker.parked.popitem()[1])
+            worker.unpark()
         elif worker.alive and worker.is_in:
             worker.begin()
 
@@ -744,6 +781,7 @@ class World:
         node = self.nodes[index]
         for actor in (node, *node.workers):
             actor.alive = False
+            self.end_clients_of(actor)
             if actor.link is not None:
                 actor.link.cut(self.rng)
         self.nodes[index] = Node(self, next(self.names), len(node.workers))
@@ -751,23 +789,35 @@ class World:
     def fault_client(self):
         """A client leaves for good, with or without a word; another one comes."""
         index = self.rng.randrange(len(self.clients))
+        self.leave(index, says_so=self.rng.random() < 0.5)
+
+    def leave(self, index, says_so=False):
         client = self.clients[index]
-        if client.is_in and self.rng.random() < 0.5:
+        if client.is_in and says_so:
             client.say(("bye", "done"))
         elif client.link is not None:
             client.link.cut(self.rng)
         client.alive = False
         self.former.append(client)
-        self.clients[index] = Client(self, next(self.names))
+        homes = [w for node in self.nodes for w in node.workers if w.alive and w.is_in]
+        home = self.rng.choice(homes) if homes and self.rng.random() < 0.3 else None
+        self.clients[index] = Client(self, next(self.names), home)
 
     def crash(self, worker):
         """A process ends. Its connection loses what it loses; its node sees the cell."""
         worker.alive = False
         if worker.link is not None:
             worker.link.cut(self.rng)
+        self.end_clients_of(worker)
         died = ("died", worker.id, worker.cell, {"what": "signal 9"})
         worker.node.deaths[worker.slot] = died
         worker.node.say(died) if worker.node.is_in else None
+
+    def end_clients_of(self, worker):
+        """What the jobs of a process have opened ends with it."""
+        for index, client in enumerate(self.clients):
+            if client.session.startswith(worker.id):
+                self.leave(index)
 
     def respawn(self, worker):
         worker.node.workers[worker.slot] = Worker(self, worker.node, worker.slot, worker.generation + 1)
@@ -837,7 +887,8 @@ class World:
         living = [w for node in self.nodes for w in node.workers]
         assert {w.id for w in living} == set(self.scheduler.workers), "the server knows other workers than live"
         for worker in living:
-            assert not worker.inbox and not worker.beside and not worker.outcomes, "a worker keeps what nobody wants"
+            kept = worker.inbox or worker.beside or worker.parked or worker.outcomes
+            assert not kept, "a worker keeps what nobody wants"
             assert not gone & set(worker.logs), "a worker keeps the globals of a session that is gone"
 
 

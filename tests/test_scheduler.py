@@ -1170,3 +1170,119 @@ class TestRuns:
         pool = Cluster(workers=[], clients=[], restarted=True)
         pool.join_worker("w1", attempts=[(7, (pool.session("c1"), 1), "beside")])
         assert pool.inbox("w1") == [] and pool.state(1) == "running"
+
+
+class TestLentSlots:
+    """A job that waits for others leaves its slot to them (R29)."""
+
+    def lend(self, pool, job, worker="w1"):
+        pool.feed(worker, ("slot", pool.token(job), False))
+
+    def take_again(self, pool, job, worker="w1"):
+        pool.feed(worker, ("slot", pool.token(job), True))
+
+    def test_a_lent_slot_is_given_to_another_job_at_once(self):
+        pool = Cluster(workers=["w1"])
+        outer, inner = pool.submit(), pool.submit()
+        assert pool.runs() == [("w1", outer, 1)]
+        self.lend(pool, outer)
+        assert pool.runs() == [("w1", inner, 1)] and pool.state(outer) == "running"
+
+    def test_who_has_it_again_ends_as_ever_and_nothing_joins_it(self):
+        pool = Cluster(workers=["w1"])
+        outer, inner = pool.submit(), pool.submit()
+        self.lend(pool, outer)
+        pool.finish(inner)
+        self.take_again(pool, outer)
+        late = pool.submit()
+        pool.clear()
+        pool.finish(outer)
+        assert pool.outcomes() == [(outer, OK)] and pool.runs() == [("w1", late, 1)]
+
+    def test_what_came_meanwhile_and_has_not_begun_is_asked_back(self):
+        pool = Cluster(workers=["w1", "w2"])
+        outer, other = pool.submit(), pool.submit()
+        self.lend(pool, outer)
+        queued = pool.submit()
+        self.take_again(pool, outer)
+        assert pool.told("w1", "recall") == [([pool.token(outer), pool.token(queued)],)]
+        pool.finish(other)
+        pool.clear()
+        pool.feed("w1", ("recalled", [pool.token(outer), pool.token(queued)], [pool.token(queued)]))
+        assert pool.runs() == [("w2", queued, 1)]
+
+    def test_the_word_said_twice_is_said_once(self):
+        pool = Cluster(workers=["w1"])
+        outer = pool.submit()
+        for say in (self.lend, self.lend, self.take_again, self.take_again):
+            say(pool, outer)
+        pool.finish(outer)
+        assert pool.outcomes() == [(outer, OK)] and pool.inbox("w1") == []
+
+    def test_a_job_that_waits_is_charged_only_if_the_cell_shows_it(self):
+        pool = Cluster(workers=["w1"])
+        outer, inner = pool.submit(), pool.submit()
+        self.lend(pool, outer)
+        pool.died("w1", pool.token(inner))
+        assert (pool.job(outer).deaths, pool.job(inner).deaths) == (0, 1)
+        pool.respawn("w1")
+        self.lend(pool, outer)
+        pool.died("w1", pool.token(outer))
+        assert (pool.job(outer).deaths, pool.job(inner).deaths) == (1, 1)
+
+    @pytest.mark.parametrize("is_new", [False, True], ids=["the same server", "a new server"])
+    def test_a_word_that_was_lost_is_made_up_for_by_the_announcement(self, is_new):
+        pool = Cluster(workers=["w1"])
+        outer = pool.submit()
+        token = pool.token(outer)
+        pool.cut("w1")
+        if is_new:
+            pool.start_server()
+            pool.join_client("c1", [outer])
+        pool.join_worker("w1", attempts=[(token, (pool.session("c1"), outer), "parked")])
+        assert pool.inbox("w1") == [] and pool.state(outer) == "running"
+        pool.cut("w1")
+        pool.join_worker("w1", attempts=[(token, (pool.session("c1"), outer), "begun")])
+        assert pool.inbox("w1") == [token]
+
+    def test_one_that_is_not_wanted_any_more_keeps_no_slot(self):
+        pool = Cluster(workers=["w1"])
+        outer = pool.submit(cancel_running=True)
+        token = pool.token(outer)
+        self.lend(pool, outer)
+        pool.feed("c1", ("cancel", [outer]))
+        assert pool.told("n1", "kill") == [([token], "nobody wants its outcome any more")]
+        job = pool.submit()
+        assert pool.runs()[-1] == ("w1", job, 1)
+        pool.end(token)
+        assert pool.outcomes() == []
+
+    def test_its_time_limit_holds_while_it_waits(self):
+        pool = Cluster(workers=["w1"])
+        outer = pool.submit(job_timeout=5)
+        pool.start(outer)
+        self.lend(pool, outer)
+        pool.pass_time(6)
+        assert pool.told("n1", "kill")[0][0] == [pool.token(outer)]
+
+    def test_a_worker_that_leaves_waits_for_it(self):
+        pool = Cluster(workers=["w1", "w2"])
+        outer = pool.submit()
+        self.lend(pool, outer)
+        pool.feed("w1", ("retire", "enough"))
+        assert pool.told("w1", "bye") == []
+        pool.finish(outer)
+        pool.feed("c1", ("delivered", [outer]))
+        assert len(pool.told("w1", "bye")) == 1
+
+    def test_a_job_that_takes_its_worker_down_is_charged_to_who_submitted_it_there(self):
+        pool = Cluster(workers=["w1", "w2"], clients=["c1", "c2"])
+        outer, bystander = pool.submit(), pool.submit()
+        self.lend(pool, outer)
+        inner = pool.id_of("w1") + b"jobs"
+        pool.session = lambda client: inner if client == "c3" else Cluster.session(client)
+        pool.join_client("c3")
+        killer = pool.submit(client="c3")
+        pool.died("w1", pool.token(killer, "c3"))
+        assert (pool.job(outer).deaths, pool.job(bystander).deaths) == (1, 0)
+        assert inner not in pool.scheduler.sessions
