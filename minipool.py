@@ -1455,15 +1455,8 @@ class Scheduler:
 
     def _hear(self, node: Node, now: float) -> None:
         node.heard_at = now
-        self._suspect(node, False)
 
     _beat = _hear           # that it was received says all
-
-    def _suspect(self, node: Node, is_suspect: bool) -> None:
-        if node.is_suspect != is_suspect:
-            node.is_suspect = is_suspect
-            for worker in node.workers.values():
-                self._refresh(worker)
 
     def _enter(self, now: float) -> None:
         """Note the time; whoever enters first after we were stopped or starved excuses all hosts: not their fault."""
@@ -1629,7 +1622,7 @@ class Scheduler:
                 resend.append(token)        # it comes by the usual way: it may be one that wants a retry
             elif kind != "inbox" and job is not None and not job.begun:
                 self._started(worker, now, token)       # the old connection may have lost the word
-        self._weigh(worker)
+        worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
         self._send(worker.peer, ("resend", resend))
         self._send_acks(worker)
 
@@ -1699,7 +1692,9 @@ class Scheduler:
     def _put_back(self, job: Job, now: float, charged: bool = False, cause: dict[str, Any] | None = None) -> None:
         """Put a job into the queue, or back; a charge counts, and beyond max_deaths it is the end, as is a kill."""
         job.deaths += charged
-        there = next((w for w in self.workers.values() if w.name in (job.on or ())), None) if job.beside else None
+        if job.on not in self._selections:
+            self._select(job.on)
+        there = next(iter(self._selections[job.on].members), None) if job.beside else None
         if job.killed or job.deaths > job.max_deaths or (job.beside and (not there or job.worker not in (None, there))):
             return self._fail(job, cause or {"what": "is not there"})
         job.worker, job.delivering, job.begun = None, False, False
@@ -1707,8 +1702,6 @@ class Scheduler:
         if there:
             return self._assign(job, there, now)
         if job.payload is not None:         # else it waits until its client has sent it
-            if job.on not in self._selections:
-                self._select(job.on)
             heap = self._queues.setdefault((job.session, job.on, job.soft), [])
             heapq.heappush(heap, (-job.priority, job.sequence, job))
 
@@ -1930,11 +1923,7 @@ class Scheduler:
                     self._recall(worker, now)
             else:
                 worker.beside[token] = worker.inbox.pop(token)
-            self._weigh(worker)
-
-    @staticmethod
-    def _weigh(worker: Worker) -> None:
-        worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
+            worker.load = LONG if worker.inbox else 0.0         # nothing joins what is there
 
     def _unassign(self, worker: Worker, token: int) -> None:
         """Take an attempt out of a worker's inbox or shelf, or from beside them."""
@@ -2136,7 +2125,10 @@ class Scheduler:
         dead_at = node.heard_at + self.dead_after
         if now >= dead_at:
             return self._end(node, now, {"what": f"its host was silent for {self.dead_after:g} s"})
-        self._suspect(node, now >= node.heard_at + T_SUSPECT)
+        if node.is_suspect != (now >= node.heard_at + T_SUSPECT):
+            node.is_suspect = not node.is_suspect
+            for worker in node.workers.values():
+                self._refresh(worker)
         self._send(node.peer, ("beat",))
         self._arm(min(now + self.beat, dead_at), self._exchange_beats, node)
         self._give_up(node, now)
@@ -3734,20 +3726,16 @@ class Executor(concurrent.futures.Executor):
         weakref.finalize(self, self._client.later, self._client.close).atexit = False   # a collector takes no lock
         _clients[self._client] = weakref.ref(self)
         if address is None and child and not _said:
-            _said.append(True)
-            self._say_embedded(collections.Counter(child.answer["devices"]))
-
-    @staticmethod
-    def _say_embedded(devices: dict[str, int]) -> None:
-        """Say what was started, so that nobody believes to be on a cluster."""
-        text = ", ".join(f"{n} worker{'s' * (n > 1)} on {device}" for device, n in devices.items())
-        line = (f"minipool: embedded pool, {text}, {os.cpu_count()} cores (max_workers= for more, MINIPOOL_ADDRESS= "
-                "for a server)")
-        if is_server_running():
-            warnings.warn(f"{line}; a server runs on this machine's port {DEFAULT_PORT}: "
-                          f"Executor('127.0.0.1') would use it", RuntimeWarning, stacklevel=3)
-        else:
-            print(line, file=sys.stderr, flush=True)
+            _said.append(True)          # so that nobody believes to be on a cluster
+            devices = collections.Counter(child.answer["devices"])
+            text = ", ".join(f"{n} worker{'s' * (n > 1)} on {device}" for device, n in devices.items())
+            line = (f"minipool: embedded pool, {text}, {os.cpu_count()} cores (max_workers= for more, "
+                    "MINIPOOL_ADDRESS= for a server)")
+            if is_server_running():
+                warnings.warn(f"{line}; a server runs on this machine's port {DEFAULT_PORT}: "
+                              "Executor('127.0.0.1') would use it", RuntimeWarning, stacklevel=2)
+            else:
+                print(line, file=sys.stderr, flush=True)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         """Return a Future of fn(*args, **kwargs), which runs on one worker. Every keyword reaches `fn`.
@@ -3985,10 +3973,10 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> None:
-    with contextlib.closing(Client(parse_address(options.address), find_secret(path=options.secret_file),
-                                   name="minipool status", tls=options.tls, connect_timeout=5,
-                                   reconnect_timeout=5)) as client:
-        info = client.ask("info", timeout=10)
+    where = format_address(*parse_address(options.address))
+    with Executor(where, secret=find_secret(path=options.secret_file), name="minipool status", tls=options.tls,
+                  connect_timeout=5, reconnect_timeout=5) as executor:
+        info = executor.options(timeout=10).info()
     if options.json:
         return print(json.dumps(info, indent=2))
     workers, jobs = info["workers"], info["jobs"]

@@ -273,9 +273,6 @@ class _Ticket(Secret):
         return bytes(self._setup["keys"][32 * (role == "client"):][:32])
 
 
-_opening = threading.Lock()     # held while the executor of the jobs here is made
-
-
 class Worker:
     """The worker process: `run()` is its main thread's life."""
 
@@ -460,13 +457,11 @@ class Worker:
 
     def executor(self) -> minipool.Executor:
         """Return an executor for the jobs of this process, on a client's connection of its own."""
-        with _opening:
-            if self._executor is None:
-                self._executor = minipool.Executor(
-                    minipool.format_address(*self.setup["address"]), secret=_Ticket(self.setup), tls=self.setup["tls"],
-                    name=self._name)
-                self._executor._client.lend = self._lend
-            return self._executor.options()         # a view: its user may shut that down
+        if self._executor is None or self._executor._client.broken:
+            self._executor = minipool.Executor(minipool.format_address(*self.setup["address"]), name=self._name,
+                                               secret=_Ticket(self.setup), tls=self.setup["tls"])
+            self._executor._client.lend = self._lend
+        return self._executor.options()         # a view: its user may shut that down
 
     def _apply_log(self, attempt: Attempt) -> bytes:
         """Run the entries of the session's log that this worker has not run; return what one raised, now or before."""

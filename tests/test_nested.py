@@ -9,7 +9,7 @@ import minipool
 from minipool import Executor, WorkerDied, current_job, gather, get_executor, rejoin, secede
 
 SOON = 60
-running, most = 0, 0        # jobs that run user code at this moment in this worker process, and the most there ever were
+running, most = 0, 0        # jobs at work at this moment in this worker process, and the most there ever were
 
 
 def down(n):
