@@ -1183,7 +1183,7 @@ class Peer:
                 body = blob.read(offset, length)
                 connection.post([("range", name, offset, hashlib.sha256(body).digest(), body)])
         elif message[0] == "range":
-            self._take_range(*message[1:])
+            self._take_range(connection, *message[1:])
         elif message[0] == "gone":
             with self.lock:
                 pull = self.forget_pull(message[1])
@@ -1194,14 +1194,17 @@ class Peer:
         connection.flush()
         return True
 
-    def _take_range(self, name: Name, offset: int, digest: bytes, body: Any = b"") -> None:
+    def _take_range(self, connection: Connection, name: Name, offset: int, digest: bytes, body: Any = b"") -> None:
         """Check an arrived range; a spoiled one is asked for again, three times, then the value counts as lost."""
-        intact = hashlib.sha256(body).digest() == digest
         with self.lock:
             place = self._asked.pop((name, offset), None)
-            if place is None:
+            self._ask_more()
+        connection.flush()          # the next one is on its way while this one is checked
+        intact = hashlib.sha256(body).digest() == digest
+        with self.lock:
+            pull = self._pulls.get(name)
+            if place is None or pull is None:
                 return
-            pull = self._pulls[name]
             if not intact or len(body) != len(place):
                 pull.spoiled[offset] += 1
                 pull.wanted.appendleft(offset)
@@ -3382,6 +3385,8 @@ class Client:
                 self._send_backlog()
             connection, busy = self.peer.connection, len(self._sent) > 2 * len(self.workers)
         if connection:      # few jobs out: go now; many: go on submitting while the writer makes batches
+            if self._delivered and not busy:
+                self._flush_delivered()     # in the same frame: alone they would cost the next answer time
             connection.flush(0 if busy else BORROWED_FRAMES)
         if inputs:
             self._link(future, call, buffers, iter(inputs))

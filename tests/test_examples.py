@@ -60,12 +60,6 @@ class TestInference:
         assert re.search(r" on (cpu|cuda:0 \(.+\)): [\d,]+ images, [\d,]+ images/s$", done.stdout, re.MULTILINE)
         assert float(re.search(r"([\d.]+)% right", done.stdout)[1]) > 90
 
-    def test_without_pytorch_one_sentence_says_what_to_install(self, tmp_path):
-        done = run_example("gpu_inference.py", tmp_path, hidden=["torch"])
-        assert done.returncode == 1
-        assert "pip install torch" in done.stderr
-        assert "Traceback" not in done.stderr
-
 
 class TestGrpo:
     @needs("numpy")
@@ -76,12 +70,6 @@ class TestGrpo:
         rewards = [float(reward) for reward in re.findall(r"^step +\d+  reward ([\d.]+)$", done.stdout, re.MULTILINE)]
         assert rewards[0] < 0.3 and rewards[-1] > 0.8
         assert "40 steps on 4 ranks, two groups on the same workers" in done.stdout
-
-    def test_without_numpy_one_sentence_says_what_to_install(self, tmp_path):
-        done = run_example("grpo_group.py", tmp_path, hidden=["numpy"])
-        assert done.returncode == 1
-        assert "pip install numpy" in done.stderr
-        assert "Traceback" not in done.stderr
 
 
 class TestDdp:
@@ -95,8 +83,36 @@ class TestDdp:
         assert len(losses) == 5 and losses[-1] < losses[0] / 4
         assert "replicas are the same" in done.stdout
 
-    def test_without_pytorch_one_sentence_says_what_to_install(self, tmp_path):
-        done = run_example("ddp.py", tmp_path, hidden=["torch"])
-        assert done.returncode == 1
-        assert "pip install torch" in done.stderr
-        assert "Traceback" not in done.stderr
+
+class TestDiffusion:
+    @needs("torch")
+    @pytest.mark.slow
+    @pytest.mark.timeout(240)
+    def test_a_drawing_comes_out_of_noise_step_by_step(self, tmp_path):
+        done = run_example("diffusion.py", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert re.findall(r"^step (\d) of 6$", done.stdout, re.MULTILINE) == ["1", "3", "6"]
+        first, _, last = re.split(r"^step .*$", done.stdout, flags=re.MULTILINE)[1:]
+        assert len(set(first) & set(".:-=+*#%")) >= 6       # every shade: noise
+        assert last.count("@") > 5 * sum(map(last.count, ".:-=+*#%"))
+        assert "a ring on two ranks" in done.stdout
+
+
+@pytest.mark.slow
+class TestDistributedComputingPool:
+    def test_what_the_workers_tell_each_other_need_not_be_found_twice(self, tmp_path):
+        done = run_example("distributed_computing_pool.py", tmp_path)
+        assert done.returncode == 0, done.stderr
+        counts = [int(n.replace(",", "")) for n in re.findall(r"workers solved ([\d,]+) positions", done.stdout)]
+        assert len(counts) == 2 and counts[1] < counts[0]
+        assert done.stdout.count("0 of 16 first moves win") == 2
+
+
+@pytest.mark.parametrize("name, module, package", [
+    ("gpu_inference.py", "torch", "torch"), ("grpo_group.py", "numpy", "numpy"), ("ddp.py", "torch", "torch"),
+    ("diffusion.py", "torch", "torch")])
+def test_without_what_it_needs_one_sentence_says_what_to_install(tmp_path, name, module, package):
+    done = run_example(name, tmp_path, hidden=[module])
+    assert done.returncode == 1
+    assert f"pip install {package}" in done.stderr
+    assert "Traceback" not in done.stderr
