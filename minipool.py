@@ -294,7 +294,7 @@ ANNOUNCED = {
     "client": _fields(session=bytes, python=str, name=str, max_workers="int?", workers_seen=int),
     "node": _fields(id=bytes, python=str, name=str, host=str, pid=int, slots=list),
     "worker": _fields(id=bytes, python=str, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
-                      has="names", positions="positions"),
+                      has="names", positions="positions", returns=bool),
 }
 
 # a job's life
@@ -1303,6 +1303,7 @@ class Worker(Member):
         super().__init__(info["id"])
         self.node, self.device, self.pid, self.name = node, info["device"], info["pid"], f"{node.name}-{info['slot']}"
         self.tags = frozenset([self.name, node.name, *info["tags"]])    # all that `on` can name
+        self.returns: bool = info["returns"]        # it was in the pool of an earlier server
         self.finished = 0
         self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: one that nobody wants
         self.beside: dict[int, Job | None] = {}     # attempts that take no room
@@ -1631,7 +1632,7 @@ class Scheduler:
 
     def _end_adoption(self, is_due: bool, now: float) -> None:
         """Once all workers are back that clients knew, or it is due: jobs sent again that none claims run anew."""
-        connected = sum(worker.peer is not None for worker in self.workers.values())
+        connected = sum(worker.peer is not None and worker.returns for worker in self.workers.values())
         if not self._adopting or not (is_due or 0 < self._expected_workers <= connected):
             return
         self._adopting = False

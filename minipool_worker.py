@@ -183,7 +183,7 @@ def _nvidia(environ: Mapping[str, str]) -> list[_Gpu]:
 
 
 def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers: int | None = None,
-               devices: str | Iterable[str] | None = None, device_env: str | None = None,
+               devices: str | Iterable[str] | None = None, device_env: str | None = None, workers: int | None = None,
                environ: Mapping[str, str] = os.environ, cores: int | None = None) -> list[Slot]:
     """Return the workers to start: GPUs first, then CPU workers; raise ValueError when there would be none.
 
@@ -202,9 +202,10 @@ def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers
     slots = [slot for slot in chosen for _ in range(workers_per_gpu)] + [Slot("cpu", "cpu", "", hidden, None)] * cpus
     if not slots:
         raise ValueError("No GPU is used and no CPU worker is asked for: there is no worker to start.")
+    slots = [slots[i % len(slots)] for i in range(workers or len(slots))]       # so many in all: dealt in turn
     # PCI order makes CUDA count as NVML and nvidia-smi do; CUDA's own default is fastest first.
     defaults = {_ORDER: "PCI_BUS_ID", **dict.fromkeys(_THREADS, str(max(1, cores // len(slots))))}
-    defaults |= _SHARING if workers_per_gpu > 1 else {}
+    defaults |= _SHARING if any(slot.lock and slots.count(slot) > 1 for slot in slots) else {}
     common = {**dict.fromkeys(_REMOVED), **{name: value for name, value in defaults.items() if name not in environ}}
     return [slot._replace(env={**common, **slot.env}) for slot in slots]
 
@@ -295,6 +296,7 @@ class Worker:
         self._functions: dict[Name, Any] = {}           # those that were opened; for the main thread
         self._sessions: dict[bytes, SessionState] = {}
         self._welcomed = False                          # the server has settled what we hold: jobs may begin
+        self._name = ""                                 # as the first welcome said
         self._leaving = ""                              # why no new job is begun
         self._dismissed = False                         # the server let us go
         self._done_jobs = 0
@@ -491,7 +493,7 @@ class Worker:
         if self._begun:
             attempts.append((self._begun.token, self._begun.job, "begun"))
         info = {key: self.setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
-        info |= {"pid": os.getpid(), "python": PYTHON, "has": list(self._objects),
+        info |= {"pid": os.getpid(), "python": PYTHON, "has": list(self._objects), "returns": bool(self._name),
                  "positions": {session: len(state.log) for session, state in self._sessions.items()}}
         return [("worker", info, attempts)]
 
@@ -620,9 +622,6 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
         libc = ctypes.CDLL(None)        # its alarm() as handler: a second (SIGHUP is 1) for _watch_node's group kill
         libc.signal(signal.SIGHUP, ctypes.cast(libc.alarm, ctypes.c_void_p))
         libc.prctl(1, signal.SIGHUP)    # PR_SET_PDEATHSIG
-    # where memory runs out, the kernel is to take a worker, never the node that has to tell of it
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write("500")
     for descriptor in (1, 2):           # what jobs print goes to the node, which never lets it block for long
         os.dup2(output.fileno(), descriptor)
     output.close()
@@ -711,6 +710,9 @@ class Child:
                 os.environ[name] = value
         with life, output:
             self.process.start()
+        # where memory runs out, the kernel is to take a worker, never the node that has to tell of it
+        with contextlib.suppress(OSError), open(f"/proc/{self.process.pid}/oom_score_adj", "w") as score:
+            score.write("500")
         try:        # readable when the process is dead; the sentinel may lie while a grandchild lives
             self.pidfd = os.pidfd_open(self.process.pid)
         except (OSError, AttributeError):
@@ -745,9 +747,8 @@ class Supervisor:
                  lifeline: Any = None) -> None:
         self.id = secrets.token_bytes(12)
         self.secret, self.options = secret, options
-        names = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env")
-        found = find_slots(**{name: options[name] for name in names if options.get(name) is not None})
-        self.slots = [found[i % len(found)] for i in range(options.get("workers") or len(found))]   # dealt in turn
+        names = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env", "workers")
+        self.slots = find_slots(**{name: options[name] for name in names if options.get(name) is not None})
         self.name: str = options.get("name") or socket.gethostname().split(".")[0]
         self._environ = {name: os.environ.get(name) for slot in self.slots for name in slot.env}    # the node's own
         self._children: dict[int, Child] = {}           # those that run, by the place of their slot

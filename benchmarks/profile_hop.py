@@ -327,7 +327,7 @@ def show_steps(size):
         common = {"python": minipool.PYTHON, "name": "n", "host": "h", "pid": 1}
         scheduler.receive(1, [("node", {**common, "id": node, "slots": []})], 0.0)
         scheduler.receive(2, [("worker", {**common, "id": id, "node": node, "node_name": "n", "slot": 0, "tags": [],
-                                          "device": "cpu", "has": [], "positions": {}}, [])], 0.0)
+                                          "device": "cpu", "has": [], "positions": {}, "returns": False}, [])], 0.0)
         scheduler.receive(3, [("client", {**common, "session": session, "max_workers": None, "workers_seen": 0}, []),
                               ("put", (session, 1), bytes(10))], 0.0)
         numbers = itertools.count(1)

@@ -497,7 +497,8 @@ def honest_words():
     return {
         "node": ("node", {"id": HONEST_NODE, "python": PYTHON, "name": TAG, "host": "here", "pid": 1, "slots": []}),
         "worker": ("worker", {"id": HONEST_WORKER, "python": PYTHON, "node": HONEST_NODE, "node_name": TAG, "slot": 0,
-                              "pid": 2, "device": "cpu", "tags": [TAG], "has": [], "positions": {}}, []),
+                              "pid": 2, "device": "cpu", "tags": [TAG], "has": [], "positions": {},
+                              "returns": False}, []),
         "client": ("client", {"session": HONEST_CLIENT, "python": PYTHON, "name": TAG, "max_workers": None,
                               "workers_seen": 1}, [])}
 

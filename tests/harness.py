@@ -103,7 +103,7 @@ class Cluster:
 
     def join_worker(self, name, attempts=(), node="n1", **info):
         info = {"id": self.id_of(name), "node": node.encode(), "node_name": "host", "slot": int(name[1:]), "pid": 7,
-                "device": "cpu", "tags": self.tags.get(name, []), "has": [], "positions": {}, **info}
+                "device": "cpu", "tags": self.tags.get(name, []), "has": [], "positions": {}, "returns": True, **info}
         self.connect(name, ("worker", info, list(attempts)))
 
     def cut(self, who):

@@ -257,7 +257,7 @@ class Worker(Actor):
         self.outcomes, self.has, self.logs, self.applied, self.unfit = {}, set(), {}, {}, {}
         self.beside = {}                    # runs that take no room
         self.parked = {}                    # jobs that wait for others, and have left their slot to them
-        self.deaf_until, self.read_at, self.is_retiring = 0.0, world.now, False
+        self.deaf_until, self.read_at, self.is_retiring, self.was_in = 0.0, world.now, False, False
 
     def announcement(self):
         attempts = [(run[1], run[2], "inbox") for run in self.inbox]
@@ -266,7 +266,7 @@ class Worker(Actor):
         attempts += [(run[1], run[2], "parked") for run in self.parked.values()]
         attempts += [(token, outcome[0], "outcome") for token, outcome in self.outcomes.items()]
         info = {"id": self.id, "node": self.node.id, "node_name": self.node.name, "slot": self.slot, "device": "cpu",
-                "pid": 1, "tags": ["odd" if self.slot % 2 else "even"], "has": list(self.has),
+                "pid": 1, "tags": ["odd" if self.slot % 2 else "even"], "has": list(self.has), "returns": self.was_in,
                 "positions": {session: len(log) for session, log in self.logs.items()}}
         return "worker", info, attempts
 
@@ -277,7 +277,7 @@ class Worker(Actor):
             self.read_at = self.world.now
 
     def on_welcome(self, info):
-        self.is_in = True
+        self.is_in = self.was_in = True
         if self.is_retiring:
             self.say(("retire", "enough"))
 

@@ -354,7 +354,7 @@ class TestWindows:
     @pytest.mark.parametrize("now", [0.1, 0.7, 1.1, 4.35, 1e5 + 0.3, 123456.789])
     def test_a_watch_ends_whatever_the_rounding(self, now):
         pool = Cluster()
-        pool.pass_time(now)
+        pool.now += now
         pool.learn_short()
         pool.submit(3)
         pool.pass_time(0.06)
@@ -634,6 +634,13 @@ class TestRestart:
         pool.generations["w2"] = 1
         pool.join_worker("w2")
         assert [run[1:] for run in pool.runs()] == [(job, 1)]
+
+    def test_a_worker_that_was_never_in_before_does_not_count_among_those_that_are_back(self):
+        pool = Cluster(workers=["w1"], clients=[], restarted=True)
+        pool.join_client(seen=2)
+        pool.submit(again=True)
+        pool.join_worker("w2", returns=False)
+        assert pool.runs() == []            # who runs it may still be on its way back
 
     def test_what_may_begin_only_once_and_nobody_claims_fails(self):
         pool = Cluster(restarted=True)

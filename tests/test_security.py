@@ -290,7 +290,8 @@ def a_node(id=b"node        "):
 
 def a_worker(identity, attempts=(), **info):
     return "worker", {"id": identity, "node": b"node        ", "node_name": "node", "slot": 0, "pid": 1,
-                      "device": "cpu", "python": PYTHON, "tags": [], "has": [], "positions": {}, **info}, list(attempts)
+                      "device": "cpu", "python": PYTHON, "tags": [], "has": [], "positions": {},
+                      "returns": False, **info}, list(attempts)
 
 
 @pytest.fixture
