@@ -81,8 +81,8 @@ def name_of(base):
 def describe(name, thing):
     """Yield the entries of one public name."""
     if not getattr(thing, "__module__", "").startswith("minipool"):
-        yield (f"### `{name}()`\n\n[`concurrent.futures.{name}`](https://docs.python.org/3/library/"
-               f"concurrent.futures.html#concurrent.futures.{name}), which takes these futures as its own.\n")
+        yield (f"### `{name}()`\n\nThe standard library's, which takes these futures as its own: see\n"
+               f"[its page](https://docs.python.org/3/library/concurrent.futures.html#concurrent.futures.{name}).\n")
     elif inspect.isclass(thing):
         bases = ", ".join(f"`{name_of(base)}`" for base in thing.__bases__ if base is not object)
         call = signature(name, thing.__init__) if thing in CONSTRUCTED else ""

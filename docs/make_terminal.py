@@ -53,8 +53,8 @@ class Terminal:
         self.command, self.text = command, ""
         self._screen, inside = pty.openpty()
         words = command.replace("python ", f"{sys.executable} ", 1)
-        self._process = subprocess.Popen(["/bin/sh", "-c", f"exec env {words}"], cwd=folder, env=environment, stdin=inside,
-                                         stdout=inside, stderr=inside, start_new_session=True)
+        self._process = subprocess.Popen(["/bin/sh", "-c", f"exec env {words}"], cwd=folder, env=environment,
+                                         stdin=inside, stdout=inside, stderr=inside, start_new_session=True)
         os.close(inside)
 
     def read_until(self, pattern):
