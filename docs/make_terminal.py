@@ -12,6 +12,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ class Terminal:
     def __init__(self, command, folder, environment):
         self.command, self.text = command, ""
         self._screen, inside = pty.openpty()
-        words = command.replace("python ", f"{sys.executable} ", 1)
+        words = command.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
         self._process = subprocess.Popen(["/bin/sh", "-c", f"exec env {words}"], cwd=folder, env=environment,
                                          stdin=inside, stdout=inside, stderr=inside, start_new_session=True)
         os.close(inside)
@@ -70,9 +71,13 @@ class Terminal:
                     return
                 raise SystemExit(f"{self.command}: ended, and said: {self.text}") from None
 
+    def has_ended(self):
+        """Whether the command is no more."""
+        return self._process.poll() is not None
+
     def close(self):
         """End the command as Ctrl-C does, and let go of the terminal."""
-        if self._process.poll() is None:
+        if not self.has_ended():
             self._process.send_signal(signal.SIGINT)
         self._process.wait(PATIENCE)
         os.close(self._screen)
@@ -101,6 +106,8 @@ def record(folder, port):
         while " 4 running" not in (status := run(f"python minipool.py status{at}")).text:
             status.close()
             started.remove(status)
+            if program.has_ended():
+                raise SystemExit(f"the program ended before status showed it: {status.text}")
         program.read_until(None)
     finally:
         for terminal in reversed(started):
