@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import tomllib
-from pathlib import Path
 
 import pytest
 from processes import ROOT, marked, read, wait_for_workers, wait_until
@@ -313,6 +312,11 @@ class TestDockerfile:
 
 class TestPage:
     def test_every_file_is_explained(self):
-        page = Path(ROOT / "docs/deploy.md").read_text()
+        page = (ROOT / "docs/deploy.md").read_text()
         for path in DEPLOY.iterdir():
             assert f"(../examples/deploy/{path.name})" in page, path.name
+
+    def test_the_secret_that_it_makes_is_one(self):
+        code = re.search(r"^python3 -c '(.*)' >secret.txt$", (ROOT / "docs/deploy.md").read_text(), re.MULTILINE)[1]
+        made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
+        assert made.startswith("mp1_") and minipool.Secret(made).role_key("client", b"")
