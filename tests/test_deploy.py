@@ -200,7 +200,7 @@ class TestUnits:
     @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
     def test_systemd_finds_nothing_to_complain_about(self, unit, tmp_path):
         there = tmp_path / unit.name
-        there.write_text(unit.read_text().replace("/opt/minipool/.venv/bin/python", sys.executable))
+        there.write_text(unit.read_text().replace("/opt/minipool/.venv/bin/python", f'"{sys.executable}"'))
         done = subprocess.run(["systemd-analyze", "verify", there], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
 

@@ -9,7 +9,7 @@ set -euo pipefail
 address=$1 hosts=$2 alive=$(mktemp)
 node="read -r MINIPOOL_SECRET && export MINIPOOL_SECRET && cd minipool && exec 3<&0 || exit
       (cat <&3; kill -TERM \$\$) >/dev/null 2>&1 &
-      exec ${PYTHON:-python3} minipool_worker.py connect $address 3<&-"
+      exec '${PYTHON:-python3}' minipool_worker.py connect '$address' 3<&-"
 while read -r host; do
     # shellcheck disable=SC2029  # the command is made here
     { echo "$MINIPOOL_SECRET"
