@@ -330,7 +330,8 @@ class TestASilentHost:
         assert list(pids(client).values()) == workers
 
     @pytest.mark.parametrize(("seconds", "flags"), [
-        (4, ["--dead-after", "1.5"]), pytest.param(60, [], marks=[pytest.mark.long, pytest.mark.timeout(300)])])
+        pytest.param(4, ["--dead-after", "1.5"], marks=pytest.mark.slow),
+        pytest.param(60, [], marks=[pytest.mark.long, pytest.mark.timeout(300)])])
     def test_is_not_one_whose_workers_all_hold_the_gil(self, cluster, serve_anew, client, seconds, flags):
         serve_anew(*flags)
         cluster.node(cpu_workers=2)

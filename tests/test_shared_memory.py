@@ -355,6 +355,7 @@ class TestElsewhere:
 
 
 class TestNothingIsLeft:
+    @pytest.mark.slow
     def test_of_two_hundred_values(self, own_pool):
         pool, shared = own_pool(1), set(os.listdir("/dev/shm"))
         (worker,) = wait_for_workers(pool, 1)

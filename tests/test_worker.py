@@ -156,6 +156,7 @@ class TestAJobThatKillsItsWorker:
 
 
 class TestASlowWorkerIsNotDead:
+    @pytest.mark.slow
     def test_while_a_job_holds_the_gil(self, embedded, tmp_path):
         ex = embedded(2)
         before = set(wait_for_workers(ex, 2))
@@ -205,6 +206,7 @@ class TestKill:
         assert first.result(60) == "first" and wait_for_workers(ex, 1) == before
         assert attempts(tmp_path) == {"first": 1}
 
+    @pytest.mark.slow
     def test_that_races_the_end_of_the_job_hits_it_or_nothing(self, embedded, tmp_path):
         ex, seed = embedded(2), random.randrange(1 << 32)
         print("seed", seed)
