@@ -11,7 +11,7 @@ Copy this file beside your program; it needs nothing but minipool, and the worke
         print(keeper.submit(score, model, table).result())      # result() fetches a value
         parts = keeper.scatter([1, 2, 3])               # values into the pool; broadcast=True: to every worker
 
-`python examples/kept_values.py` shows it. How it works: a job's value goes into a dictionary of the worker's process,
+`examples/pipeline.py` is a program with it. How it works: a job's value goes into a dictionary of the worker's process,
 and the job's outcome says which worker that is and how large it is. A kept future may stand anywhere in the lists,
 tuples, sets and dicts among later arguments. A job begins when its inputs are there, on the worker that holds most of
 their bytes; what it lacks is copied to that worker first, through this client, which does not unpickle it. A value
@@ -74,15 +74,17 @@ def _swapped(item: Any, kind: type, new: Callable[[Any], Any]) -> Any:
 
 def size_of(value: Any) -> int:
     """Return about how many bytes a value has: arrays and tensors say it, of containers a hundred parts are asked."""
-    size = getattr(value, "nbytes", None)
-    if isinstance(size, int):
+    try:
+        if isinstance(size := getattr(value, "nbytes", None), int):
+            return size
+        size = sys.getsizeof(value, 64)
+        if type(value) in (list, tuple, set, frozenset, dict) and value:
+            parts = itertools.chain(*value.items()) if type(value) is dict else value
+            sizes = [size_of(part) for part in itertools.islice(parts, 100)]
+            size += sum(sizes) * len(value) // min(len(value), 100)
         return size
-    size = sys.getsizeof(value, 64)
-    if type(value) in (list, tuple, set, frozenset, dict) and value:
-        parts = itertools.chain(*value.items()) if type(value) is dict else value
-        sizes = [size_of(part) for part in itertools.islice(parts, 100)]
-        size += sum(sizes) * len(value) // min(len(value), 100)
-    return size
+    except Exception:       # an object that does not know its size, or contains itself
+        return 64
 
 
 def _keep(token: str, value: Any) -> int:
@@ -190,12 +192,15 @@ class Kept(concurrent.futures.Future):
         return f"<Kept {self.key} {'on ' + self.worker if self.worker else 'nowhere'}, {self.nbytes} bytes>"
 
 
-def _tell(handle: Kept, error: BaseException | None) -> None:
-    """End a future; runs what was added to it."""
-    if isinstance(error, CancelledError):
-        concurrent.futures.Future.cancel(handle)
-    if handle.set_running_or_notify_cancel():
-        handle.set_exception(error) if error else handle.set_result(None)
+def _tell(ended: queue.SimpleQueue) -> None:
+    """End futures, which runs what was added to them: in a thread of its own, where it may wait for the book."""
+    while pair := ended.get():
+        handle, error = pair
+        if isinstance(error, CancelledError):
+            concurrent.futures.Future.cancel(handle)
+        if handle.set_running_or_notify_cancel():
+            handle.set_exception(error) if error else handle.set_result(None)
+        del handle, pair        # they may be the last references
 
 
 # ---- in the client: the book ----
@@ -230,7 +235,8 @@ class _Book:
 
     def __init__(self, pool: Executor) -> None:
         self.pool = pool.options(on=None, prefer=None, retries=0, job_timeout=None)     # for what the book itself does
-        self.prefix, self.numbers, self.turns = os.urandom(6).hex() + ":", itertools.count(1), itertools.count()
+        self.prefix = os.urandom(6).hex() + ":"         # of its tokens, among those of other keepers
+        self.numbers, self.turns, self._times = itertools.count(1), itertools.count(), itertools.count(1)
         self.recomputed = self.copied = 0
         self.is_closed = False
         self._steps: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -238,10 +244,10 @@ class _Book:
         self._load: collections.Counter[str] = collections.Counter()    # jobs out, by the one worker they are for
         self._drops: dict[str, list[str]] = {}          # tokens to let go of, by worker
         self._drop_bytes = 0
-        # what users add to futures runs here, where it may wait for the book
-        self._callbacks = concurrent.futures.ThreadPoolExecutor(1, "kept-callbacks")
+        self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()       # futures and errors, for _tell
         self.thread = threading.Thread(target=self._serve, name="kept-values", daemon=True)
         self.thread.start()
+        threading.Thread(target=_tell, args=(self._ended,), name="kept-callbacks", daemon=True).start()
 
     def post(self, *step: Any) -> None:
         """Have the thread take a step. May be called by a finalizer: SimpleQueue's put takes no lock of ours."""
@@ -257,7 +263,7 @@ class _Book:
             except Exception:       # a mistake of this file: who waits must hear of it
                 logging.getLogger("minipool").exception("the book of kept values is closed")
                 self.close()
-        self._callbacks.shutdown(wait=False)
+        self._ended.put(None)
 
     def close(self) -> None:
         self.is_closed = True
@@ -328,7 +334,7 @@ class _Book:
         return full or {min(best, key=lambda worker: (self._load[worker], worker))}
 
     def _submit(self, value: _Value, where: list[str]) -> None:
-        value.token = f"{self.prefix}{value.key}:{next(self.numbers)}"
+        value.token = f"{self.prefix}{value.key}:{next(self._times)}"
         args, kwargs = _swapped((value.args, value.kwargs), _Value, lambda given: _Ref(given.token))
         needed = [given.token for given in value.inputs]
         place = {"on" if value.is_bound else "prefer": where} if where else {}
@@ -350,10 +356,12 @@ class _Book:
         except BaseException as error:
             return self.end(value, error)
         if type(size) is _Absent:           # it came to another worker, or its worker lost what it had
-            value.at = worker
+            value.at = worker if value.is_bound else ""
             for given in value.inputs:
                 if given.token in size.tokens:
                     self._discard(given, worker)
+            if worker not in where:
+                self._gone([value], where)
             return self._advance(value)
         value.holders, value.nbytes, value.at = frozenset([worker]), size, ""
         if value.fn is _same:               # scattered: it is there now, and no more here
@@ -368,7 +376,7 @@ class _Book:
         value.is_due, value.error = False, error
         handle, value.handle = value.handle(), lambda: None     # it is told once
         if handle is not None:
-            self._callbacks.submit(_tell, handle, error)
+            self._ended.put((handle, error))
         for given in value.inputs:
             given.users.pop(value, None)
             self.post(self._let_go, given)  # posted, as in begin()
@@ -392,8 +400,8 @@ class _Book:
         except Exception as error:
             value.unmovable = error
             return self._advance_users(value)
-        value.copies[worker] = job
-        job.add_done_callback(lambda job: self.post(self._moved, value, value.token, source, worker, job))
+        value.copies[worker], token = job, value.token
+        job.add_done_callback(lambda job: self.post(self._moved, value, token, source, worker, job))
 
     def _moved(self, value: _Value, token: str, source: str, target: str, job: Future) -> None:
         del value.copies[target]
@@ -402,6 +410,8 @@ class _Book:
         except BaseException as error:
             value.unmovable = error
         else:
+            if worker != target:
+                self._gone(value.users, [target])
             if token != value.token:        # it was made again meanwhile
                 self._drop(worker, token, 0)
             elif type(size) is _Absent:
@@ -410,6 +420,14 @@ class _Book:
                 value.holders |= {worker}
         self._advance_users(value)
         self._let_go(value)
+
+    def _gone(self, values: Iterable[_Value], workers: list[str]) -> None:
+        """What was for these workers came to another: they are gone, with what these values need of them."""
+        for value in values:
+            value.at = "" if value.at in workers else value.at
+            for given in value.inputs:
+                for worker in workers:
+                    self._discard(given, worker)
 
     def _advance_users(self, value: _Value) -> None:
         for user in value.users:
@@ -589,35 +607,3 @@ class Keeper:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-# ---- a small program ----
-
-
-def numbers(seed: int, count: int) -> list[float]:
-    """Make a list of random numbers."""
-    import random
-    rng = random.Random(seed)
-    return [rng.random() for _ in range(count)]
-
-
-def merged(left: list[float], right: list[float]) -> list[float]:
-    """Merge two sorted lists."""
-    import heapq
-    return list(heapq.merge(left, right))
-
-
-def main() -> None:
-    count = 1_000 if "--quick" in sys.argv else 200_000
-    with Executor() as pool, Keeper(pool) as keeper:
-        lists = [keeper.submit(sorted, keeper.submit(numbers, seed, count)) for seed in range(8)]
-        while len(lists) > 1:
-            lists = [keeper.submit(merged, *lists[i:i + 2]) for i in range(0, len(lists), 2)]
-        concurrent.futures.wait(lists)
-        for key, workers in keeper.who_has().items():
-            print(key, *(f"on {worker}: {size:,} bytes" for worker, size in workers.items()))
-        print(f"of 23 values {keeper.copied} went to another worker; the median is {lists[0].result()[4 * count]:.4f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Two programs over kept values and as_completed: examples/pipeline.py and examples/rollouts.py do what they promise."""
+"""Programs over kept values and as_completed, examples/pipeline.py and examples/rollouts.py, do what they promise."""
 
 import re
 import sys
