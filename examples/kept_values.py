@@ -15,18 +15,21 @@ Copy this file beside your program; it needs nothing but minipool, and the worke
 and the job's outcome says which worker that is and how large it is. A kept future may stand anywhere in the lists,
 tuples, sets and dicts among later arguments. A job begins when its inputs are there, on the worker that holds most of
 their bytes; what it lacks is copied to that worker first, through this client, which does not unpickle it. A value
-is dropped when the last reference to its future has gone and no job waits for it: a job of that kind that has not
-begun is cancelled. A value that died with its worker is computed again from its call, and so are inputs that it lacks.
+is dropped when the last reference to its future has gone and no job waits for it; a job that would make it and has
+not begun is cancelled. A value that died with its worker is made again from its call, and so are inputs that it lacks.
 
-So give pure functions: a job that changes an input in place changes it for the others, and arguments that are changed
-before the job has begun reach it as they are then. Of a long chain the calls are kept, here, for as long as its last
-value. A worker that runs a job gives a copy to another worker only when the job has ended; result() does not wait.
+What to know. Give pure functions: a job that changes an input in place changes it for others, and arguments reach the
+job as they are when it begins. Bytes beat load: jobs on one value queue at its worker while others idle; deal the
+data out, or say where by keeper.options(on=...). A worker copies a value to another between its jobs, while result()
+has it at once. The calls of a chain are kept here as long as its last value. `await` a kept future, as asyncio's
+wrap_future would fetch the value in the event loop.
 """
 from __future__ import annotations
 
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import itertools
 import logging
@@ -45,6 +48,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # a plain checkout; a
 from minipool import Executor, Future, MinipoolError, WorkerDied, current_job
 
 FIRST = 1 << 30         # priority of what a worker is asked to do between two jobs
+ANYWHERE = ""           # in the place of a worker's name
 
 # ---- in the workers ----
 
@@ -213,8 +217,8 @@ class _Value:
         self.pool, self.key, self.fn = pool, key, fn    # fn is None: it was scattered, and cannot be made again
         self.inputs: dict[_Value, None] = {}
         self.args, self.kwargs = args, kwargs           # with other _Values in them
-        self.token = ""                                 # how the workers know it: another for each time it is made
-        self.holders: frozenset[str] = frozenset()         # workers
+        self.token, self.made = "", 0                   # how the workers know it, and when: anew each time it is made
+        self.holders: frozenset[str] = frozenset()      # workers
         self.is_everywhere = False                      # broadcast
         self.nbytes = 0
         self.is_due = True                              # it is to be made
@@ -334,7 +338,8 @@ class _Book:
         return full or {min(best, key=lambda worker: (self._load[worker], worker))}
 
     def _submit(self, value: _Value, where: list[str]) -> None:
-        value.token = f"{self.prefix}{value.key}:{next(self._times)}"
+        value.made = next(self._times)
+        value.token = f"{self.prefix}{value.key}:{value.made}"
         args, kwargs = _swapped((value.args, value.kwargs), _Value, lambda given: _Ref(given.token))
         needed = [given.token for given in value.inputs]
         place = {"on" if value.is_bound else "prefer": where} if where else {}
@@ -354,6 +359,8 @@ class _Book:
         try:
             worker, size = job.result()
         except BaseException as error:
+            if job.cancelled():
+                self._drop(ANYWHERE, value.token, 0)
             return self.end(value, error)
         if type(size) is _Absent:           # it came to another worker, or its worker lost what it had
             value.at = worker if value.is_bound else ""
@@ -361,7 +368,7 @@ class _Book:
                 if given.token in size.tokens:
                     self._discard(given, worker)
             if worker not in where:
-                self._gone([value], where)
+                self._gone([value], where, value.made)
             return self._advance(value)
         value.holders, value.nbytes, value.at = frozenset([worker]), size, ""
         if value.fn is _same:               # scattered: it is there now, and no more here
@@ -372,8 +379,10 @@ class _Book:
         """A value is there, or will never be: tell everybody, and let go of what was needed for it."""
         if value.error:
             return
+        if value.job:           # cancelled, but it may have begun where nobody told of it yet
+            self._drop(ANYWHERE, value.token, 0)
         self._due.discard(value)
-        value.is_due, value.error = False, error
+        value.job, value.is_due, value.error = None, False, error
         handle, value.handle = value.handle(), lambda: None     # it is told once
         if handle is not None:
             self._ended.put((handle, error))
@@ -400,10 +409,10 @@ class _Book:
         except Exception as error:
             value.unmovable = error
             return self._advance_users(value)
-        value.copies[worker], token = job, value.token
-        job.add_done_callback(lambda job: self.post(self._moved, value, token, source, worker, job))
+        value.copies[worker], sent = job, (value.token, next(self._times), source, worker)
+        job.add_done_callback(lambda job: self.post(self._moved, value, job, *sent))
 
-    def _moved(self, value: _Value, token: str, source: str, target: str, job: Future) -> None:
+    def _moved(self, value: _Value, job: Future, token: str, since: int, source: str, target: str) -> None:
         del value.copies[target]
         try:
             worker, size = job.result()
@@ -411,7 +420,7 @@ class _Book:
             value.unmovable = error
         else:
             if worker != target:
-                self._gone(value.users, [target])
+                self._gone(value.users, [target], since)
             if token != value.token:        # it was made again meanwhile
                 self._drop(worker, token, 0)
             elif type(size) is _Absent:
@@ -421,12 +430,15 @@ class _Book:
         self._advance_users(value)
         self._let_go(value)
 
-    def _gone(self, values: Iterable[_Value], workers: list[str]) -> None:
-        """What was for these workers came to another: they are gone, with what these values need of them."""
+    def _gone(self, values: Iterable[_Value], workers: list[str], since: int) -> None:
+        """What was for these workers came to another: they are gone, with what they had then that these values need.
+
+        Processes of the same names may have taken their places meanwhile, and hold what was made later.
+        """
         for value in values:
             value.at = "" if value.at in workers else value.at
-            for given in value.inputs:
-                for worker in workers:
+            for given, worker in itertools.product(value.inputs, workers):
+                if given.made < since:
                     self._discard(given, worker)
 
     def _advance_users(self, value: _Value) -> None:
@@ -479,7 +491,6 @@ class _Book:
         for worker in list(value.holders):
             self._discard(value, worker)
         if value.is_due and (value.job is None or value.job.cancel()):
-            value.job = None
             self.end(value, CancelledError())
 
     def _discard(self, value: _Value, worker: str) -> None:
@@ -495,6 +506,10 @@ class _Book:
 
     def _send_drops(self) -> None:
         drops, self._drops, self._drop_bytes = self._drops, {}, 0
+        if tokens := drops.pop(ANYWHERE, None):
+            with contextlib.suppress(TimeoutError):
+                for worker in self.pool.info()["workers"]:
+                    drops.setdefault(worker["name"], []).extend(tokens)
         for worker, tokens in drops.items():
             self._try(self.pool.options(prefer=worker, priority=FIRST).submit, _drop, tokens)
 

@@ -5,6 +5,7 @@ import concurrent.futures
 import copy
 import gc
 import os
+import random
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import FaultProxy
+from processes import end as end_process
 from processes import pids, wait_until
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
@@ -436,7 +438,7 @@ class TestLosses:
         assert (end.result(SOON) == 100).all()
         assert keeper.recomputed == 51, "the first array and 50 steps"
 
-    def test_a_lost_value_is_made_again_when_it_is_asked_for_row_2_20(self, own):
+    def test_a_lost_value_is_made_again_when_it_is_asked_for_row_2_20_row_3_10(self, own):
         keeper, pool = own(2)
         arrays = {n: keeper.submit(bytes_of, 1000, n) for n in range(6)}
         wait(arrays.values(), SOON)
@@ -518,6 +520,22 @@ class TestLosses:
             node.process.kill()
             wait_until(lambda: len(pids(pool)) == 1)
             assert keeper.submit(place, large, small).result(SOON).startswith("here") and keeper.recomputed == 1
+
+    @pytest.mark.parametrize("seed", [1, 2, 3])
+    def test_a_random_graph_gives_what_it_should_whatever_is_killed_and_leaves_nothing(self, own, seed):
+        (keeper, pool), rng = own(2), random.Random(seed)
+        futures, values = [keeper.submit(int)], [0]
+        for n in range(1, 120):
+            inputs = rng.choices(range(max(0, n - 12), n), k=rng.randrange(4))
+            there = keeper.options(on=rng.choice(["local-0", "local-1"])) if n % 5 == 0 else keeper
+            futures.append(there.submit(total, [n, *(futures[i] for i in inputs)]))
+            values.append(n + sum(values[i] for i in inputs))
+            if n % 30 == 29:
+                wait([futures[rng.randrange(n)]], SOON)
+                end_process(rng.choice(wait_until(lambda: list(pids(pool).values()))))
+        assert gather(futures[60:]) == values[60:], seed
+        futures.clear()
+        wait_until(lambda: not keys(keeper))
 
     def test_a_restart_of_the_server_loses_nothing(self, cluster):
         cluster.node(cpu_workers=1)
