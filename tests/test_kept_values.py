@@ -227,9 +227,9 @@ class TestInputs:
 
     def test_a_chain_longer_than_the_recursion_limit(self, keeper):
         number = keeper.submit(int)
-        for _ in range(1500):
+        for _ in range(1100):
             number = keeper.submit(total, [number, 1])
-        assert number.result(SOON) == 1500
+        assert number.result(SOON) == 1100
 
 
 class TestLocality:
