@@ -1135,6 +1135,13 @@ class Peer:
 
     # ---- large values ----
 
+    def share(self, name: Name, data: bytes | Blob) -> Value:
+        """Return what a message says of some data: itself if small, else where it is to be had. Under the lock."""
+        if not isinstance(data, Blob):
+            return data
+        self.values[name] = data
+        return name, data.size, data.place
+
     def pull(self, value: tuple[Name, int, str], done: Callable[[Any], None]) -> None:
         """Fetch a large value; `done(buffer)` is called where it arrives, `done(None)` if nobody holds it.
 
@@ -3150,7 +3157,7 @@ def current_job() -> JobInfo | None:
 def _slot(held: bool) -> None:
     if current_job() is None:
         raise RuntimeError("secede() and rejoin() are for use inside a job")
-    _here.slot(_running.attempt, held)
+    _here.slot(held)
 
 
 def secede() -> None:
@@ -3432,24 +3439,13 @@ class Client:
         else:
             self._sent[future._number] = future
             self._sent_bytes += len(packed) if isinstance(packed, bytes) else 0
-        messages: list[Message] = [
-            ("submit", future._number, name, self._share(future._number, packed), log, options)]
+        value = self.peer.share((self.session, future._number), packed)
+        messages: list[Message] = [("submit", future._number, name, value, log, options)]
         if entry.number not in self._known_objects:
             self._known_objects.add(entry.number)
-            messages.insert(0, self._put(entry.number, pack(entry.blob)))
+            messages.insert(0, ("put", name, self.peer.share(name, pack(entry.blob))))
         if self.peer.connection:        # else the next announcement says it
             self.peer.connection.post(messages)
-
-    def _put(self, number: int, data: bytes | Blob) -> Message:
-        """Return the message that makes an object known to the server."""
-        return "put", (self.session, number), self._share(number, data)
-
-    def _share(self, number: int, data: bytes | Blob) -> Value:
-        """Return what a message says of some data: itself if small, else where it is to be had."""
-        if not isinstance(data, Blob):
-            return data
-        self.peer.values[self.session, number] = data
-        return (self.session, number), data.size, data.place
 
     def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Append a call that every worker must have made before it begins a job submitted from now on."""
@@ -3465,7 +3461,8 @@ class Client:
 
     def _send_log(self, known: int) -> None:
         for position, (number, data) in enumerate(self._log[known:], known):
-            self.peer.send(self._put(number, data), ("log", self.session, position, (self.session, number)))
+            name = self.session, number
+            self.peer.send(("put", name, self.peer.share(name, data)), ("log", self.session, position, name))
 
     def kill(self, futures: Sequence[Future], reason: str) -> None:
         """End running jobs by force; those that have not begun fail with JobKilled too."""

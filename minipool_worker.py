@@ -48,7 +48,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import minipool
-from minipool import DRAIN_SECONDS, OK, PYTHON, RAISED, UNFIT, Blob, Message, Name, Peer, Secret, Value
+from minipool import DRAIN_SECONDS, FOREVER, OK, PYTHON, RAISED, UNFIT, Blob, Message, Name, Peer, Secret, Value
 
 __all__ = ["Node", "is_node_running", "find_slots"]
 
@@ -316,7 +316,7 @@ class Worker:
         """Take what is next and execute it; in the main thread, or one that runs jobs while others wait."""
         while attempt := self._next():
             self._execute(attempt)
-            limit = min(self.setup.get("max_tasks") or _NEVER, attempt.options.get("max_tasks") or _NEVER)
+            limit = min(self.setup.get("max_tasks") or FOREVER, attempt.options.get("max_tasks") or FOREVER)
             if self._done_jobs >= limit and not self._leaving and not self._beside:
                 # the one planned exit: take nothing new, hand back what has not begun, deliver every outcome
                 with self._lock:
@@ -328,12 +328,9 @@ class Worker:
         self._catch_up()
         if not self._may_go_on():
             self.peer.lead(self._may_go_on)
-        with self._lock:
-            while not self._may_go_on():
-                self._wake.wait()
-            if self._dismissed:
-                return None
-            if self._is_extra():
+        with self._wake:
+            self._wake.wait_for(self._may_go_on)
+            if self._is_over():
                 self._extra -= 1
                 return None
             attempt = self._begun = self._inbox.pop(heapq.heappop(self._ready)[1])
@@ -342,11 +339,12 @@ class Worker:
 
     def _may_go_on(self) -> bool:
         with self._lock:
-            return self._dismissed or self._is_extra() or (self._has_ready() and self._welcomed and not self._leaving
-                                                           and not self._begun and not self._returning)
+            return self._is_over() or (self._has_ready() and self._welcomed and not self._leaving
+                                       and not self._begun and not self._returning)
 
-    def _is_extra(self) -> bool:
-        return bool(self._extra) and threading.current_thread() is not threading.main_thread()
+    def _is_over(self) -> bool:
+        """Tell whether this thread is to end; the main one stays until the process may."""
+        return self._dismissed or (bool(self._extra) and threading.current_thread() is not threading.main_thread())
 
     def _has_ready(self) -> bool:
         while self._ready and self._ready[0][1] not in self._inbox:
@@ -372,14 +370,16 @@ class Worker:
         if attempt.options.get("say"):
             self.peer.send(("started", attempt.token))
         began = time.perf_counter()
-        retry, retry_on = False, None
+        retry, retry_on = False, list[Any]()        # the types of the exceptions to retry on, if there are any
         try:
             if attempt.log and (error_of_log := self._apply_log(attempt)):
                 return self._finish(attempt, UNFIT, error_of_log, 0.0, False)
             fn = self._functions.get(attempt.fn)
             if fn is None:
                 fn = self._functions[attempt.fn] = minipool.decode_value(self._objects[attempt.fn])
-            args, kwargs, retry_on = self._open_payload(attempt)
+            packed = attempt.payload
+            args, kwargs, *retry_on = minipool.decode_value(
+                self._objects.pop(packed[0]) if isinstance(packed, tuple) else packed)
             if attempt is self._begun:
                 os.environ["MINIPOOL_JOB"] = minipool.job_id(attempt.job)
             minipool._running.attempt = attempt
@@ -388,22 +388,19 @@ class Worker:
         except BaseException as error:          # SystemExit and KeyboardInterrupt too: the job's, not the worker's
             status, value = RAISED, encode_exception(error, self._where, self._max_value)
             with contextlib.suppress(Exception):
-                retry = bool(retry_on and isinstance(error, retry_on))
+                retry = bool(retry_on and isinstance(error, retry_on[0]))
         self._finish(attempt, status, value, time.perf_counter() - began, retry)
 
     def describe(self, attempt: Attempt) -> minipool.JobInfo:
         """Return what current_job() tells."""
         options = attempt.options
-        device = "cuda:0" if self.device.startswith("cuda") else self.device
         return minipool.JobInfo(minipool.job_id(attempt.job), options.get("name", ""), options.get("attempt", 1),
-                                self._name, device)
+                                self._name, "cuda:0" if self.device.startswith("cuda") else self.device)
 
     def _finish(self, attempt: Attempt, status: str, value: bytes | Blob, seconds: float, retry: bool) -> None:
         """Keep the outcome and tell it; a lone one goes at once, one of many leaves with the next ones."""
         with self._lock:
-            told: Value = value if isinstance(value, bytes) else ((self.id, attempt.token), value.size, value.place)
-            if isinstance(value, Blob):
-                self.peer.values[self.id, attempt.token] = value
+            told = value if isinstance(value, bytes) else self.peer.share((self.id, attempt.token), value)
             message = ("finished", attempt.token, status, told, seconds, retry)
             self._outcomes[attempt.token] = (attempt.job, message)
             if attempt is self._begun:
@@ -422,13 +419,16 @@ class Worker:
         if connection:
             connection.flush(0 if more else minipool.BORROWED_FRAMES)
 
-    def slot(self, attempt: Attempt, held: bool) -> bool:
-        """Leave a job's slot to others, and start a thread that runs them; or wait until it is free again (held).
+    def slot(self, held: bool) -> bool:
+        """Leave the slot of this thread's job to others, and start a thread for them; or wait until it is free (held).
 
         The cell goes on naming the job until another begins: till then, what goes wrong is its doing. True: it changed.
         """
+        attempt: Attempt | None = getattr(minipool._running, "attempt", None)
         with self._wake:
-            if attempt.options.get("beside") or not (attempt.token in self._beside if held else attempt is self._begun):
+            # a run has no slot; and what this thread ran may be over
+            if not attempt or attempt.options.get("beside") or attempt is not (
+                    self._beside.get(attempt.token) if held else self._begun):
                 return False
             if held:
                 self._returning += 1
@@ -446,14 +446,10 @@ class Worker:
     @contextlib.contextmanager
     def _lend(self) -> Iterator[None]:
         """Lend the slot of the job that this thread runs, for as long as that waits for others of the pool."""
-        attempt: Attempt | None = getattr(minipool._running, "attempt", None)
-        if attempt is None or not self.slot(attempt, False):
+        with contextlib.ExitStack() as stack:
+            if self.slot(False):
+                stack.callback(self.slot, True)
             yield
-            return
-        try:
-            yield
-        finally:
-            self.slot(attempt, True)
 
     def executor(self) -> minipool.Executor:
         """Return an executor for the jobs of this process, on a client's connection of its own."""
@@ -474,12 +470,6 @@ class Worker:
             except BaseException as error:
                 state.unfit = bytes(encode_exception(error, self._where, minipool.INLINE))     # type: ignore[arg-type]
         return state.unfit
-
-    def _open_payload(self, attempt: Attempt) -> tuple[Any, Any, Any]:
-        """Return args, kwargs, and the exception types to retry on."""
-        payload = attempt.payload
-        call = minipool.decode_value(self._objects.pop(payload[0]) if isinstance(payload, tuple) else payload)
-        return call if len(call) == 3 else (*call, None)
 
     # ---- the thread that reads: the I/O thread, or the main thread while it has nothing to run ----
 
@@ -646,7 +636,6 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
 
 DEVICE_SECONDS = 5.0        # between looks at whether a GPU has fallen off the bus
 TAIL_LINES = 40             # of a worker's last output, for the error that tells of its death
-_NEVER = float("inf")
 
 
 class _Stderr(queue.SimpleQueue[Any]):      # reentrant: signal handlers log too
@@ -820,7 +809,7 @@ class Supervisor:
         if lifetime and now >= self._born + lifetime and self._stop_at is None:
             self.stop(DRAIN_SECONDS)
         if not self._instance and now >= self._complain_at:
-            self._complain_at = _NEVER
+            self._complain_at = FOREVER
             _stderr.write(f"waiting for a server at {minipool.format_address(*self.peer.address)}: {trouble}\n")
         if patience and lost_at and now >= lost_at + patience:
             raise minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
@@ -992,11 +981,11 @@ class Node:
             self.answer = self._line.recv()
             if isinstance(self.answer, BaseException):
                 raise self.answer
-        except BaseException as error:
+        except (EOFError, ConnectionResetError):
             self.stop()
-            if isinstance(error, EOFError | ConnectionResetError):
-                code = self._process.returncode
-                raise minipool.ServerLost(f"the child process ended with exit code {code}") from None
+            raise minipool.ServerLost(f"the child process ended with exit code {self._process.returncode}") from None
+        except BaseException:
+            self.stop()
             raise
         return self
 
