@@ -440,6 +440,7 @@ class Worker:
             else:
                 self._beside[attempt.token], self._begun = attempt, None
                 threading.Thread(target=self._work, name="minipool-jobs", daemon=True).start()
+            self._wake.notify_all()     # who waits for a slot, and who took over and is no longer needed
             self.peer.send(("slot", attempt.token, held))
         return True
 
