@@ -3124,9 +3124,9 @@ def gather(futures: Any, errors: str = "raise", timeout: float | None = None) ->
             left = None if give_up is None else max(0.0, give_up - time.monotonic())
             if errors == "raise":
                 return [item.result(left)]
-            concurrent.futures.wait([item], left)
-            is_bad = item.done() and (item.cancelled() or item.exception() is not None)
-            return [] if is_bad else [item.result(0)]
+            with contextlib.suppress(concurrent.futures.CancelledError):
+                return [] if item.exception(left) is not None else [item.result(0)]
+            return []
         if isinstance(item, dict):
             return [{key: part for key, value in item.items() for part in gathered(value)}]
         if isinstance(item, list | tuple | set | frozenset):
@@ -3646,6 +3646,8 @@ def _forget_all() -> None:
             connection.closed = True
             connection._seam.sock.close()       # without a word to the other end: the socket is the parent's
     _clients.clear()
+    if _here:
+        _here.slot = lambda held: False         # the slot is the parent's too
 
 
 # at interpreter exit pending work is waited for, as in the standard library
@@ -3780,7 +3782,8 @@ class Executor(concurrent.futures.Executor):
         if self._parent is None:
             self._client.close(wait)
         elif wait:
-            concurrent.futures.wait(self._mine())
+            with self._client.lend():       # a view that was had in a job
+                concurrent.futures.wait(self._mine())
 
     def _mine(self) -> list[Future]:
         return [f for f in list(self._client.unfinished.values()) if self._parent is None or f._view is self]
