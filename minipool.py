@@ -2971,15 +2971,14 @@ class Functions:
                 pickler.dump(value)
                 return pickler
             except Exception as error:
-                slot = pickler.path[-1] if pickler.path else None
-                is_deep = isinstance(error.__cause__ or error, RecursionError)
-                if slot and slot.soft and not is_deep:
-                    slot.module.left_out[slot.name] = slot.value
-                    continue
-                path = "" if is_deep else "".join(f", global {slot.name!r}" for slot in pickler.path)
-                why = f"it is or holds an object of {type(pickler.last)} ({error})"
-                why = "its objects are nested too deeply" if is_deep else why
-                raise pickle.PicklingError(f"cannot pickle {what} {name_of(fn)}(){path}: {why}") from error
+                why = ": its objects are nested too deeply"
+                if not isinstance(error.__cause__ or error, RecursionError):
+                    if pickler.path and (slot := pickler.path[-1]).soft:
+                        slot.module.left_out[slot.name] = slot.value
+                        continue
+                    path = "".join(f", global {slot.name!r}" for slot in pickler.path)
+                    why = f"{path}: it is or holds an object of {type(pickler.last)} ({error})"
+                raise pickle.PicklingError(f"cannot pickle {what} {name_of(fn)}(){why}") from error
 
 
 # ---- worker half: what the pickles call ----
@@ -3032,7 +3031,6 @@ def pack(data: bytes, buffers: Sequence[Any] = (), share: bool = True) -> bytes 
     parts: list[Any] = []
     for segment in (table, *segments):
         parts += [segment, bytes(-len(segment) % _ALIGN)]
-    parts = [part for part in parts if len(part)]
     return Blob(parts, share) if sum(map(len, parts)) > INLINE else b"".join(parts)
 
 
@@ -3073,9 +3071,8 @@ class _RemoteTraceback(Exception):
 
 def decode_failure(status: str, value: Any) -> BaseException:
     """Return the exception that a job's failure is at the client."""
-    if callable(value):
-        error: BaseException = value()      # made here: the server was lost, or the initializer raised
-        return error
+    if callable(value):                     # made here: the server was lost, or the initializer raised
+        return value()                      # type: ignore[no-any-return]
     if status != RAISED:                    # it ended without its worker's word
         job, deaths, tail = value.get("job") or "the job", value.get("deaths"), value.get("stderr")
         if status in (KILLED, TIMED_OUT):
@@ -3085,7 +3082,7 @@ def decode_failure(status: str, value: Any) -> BaseException:
         return WorkerDied(f"{job} {toll if deaths else 'is lost'}, {who} {value.get('what')}"
                           + (f"; it printed last:\n{tail}" if tail else ""), **value)
     pickled, type_name, words, text, where = decode_value(value)
-    error = RemoteError(type_name, words, text)
+    error: BaseException = RemoteError(type_name, words, text)
     with contextlib.suppress(BaseException):        # its class may not be here
         error = decode_value(bytearray(pickled)) if pickled else error
     error.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')
@@ -3301,10 +3298,9 @@ class Future(concurrent.futures.Future[Any]):
 class Client:
     """One connection to a server, and everything that waits on it. Executors are its views."""
 
-    def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None = None,
-                 connect_timeout: float, reconnect_timeout: float, tls: bool = False,
-                 child: minipool_worker.Node | None = None, initializer: Callable[..., object] | None = None,
-                 initargs: Iterable[Any] = ()) -> None:
+    def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None,
+                 connect_timeout: float, reconnect_timeout: float, tls: bool, child: minipool_worker.Node | None,
+                 initializer: Callable[..., object] | None, initargs: Iterable[Any]) -> None:
         self.child = child                              # the embedded pool; it ends with this client
         self.lend: Callable[[], Any] = contextlib.nullcontext
         self.session = secret.prefix + secrets.token_bytes(16)
@@ -3352,7 +3348,6 @@ class Client:
             self.close()
             raise
         self._patience = reconnect_timeout
-        _clients[self] = lambda: None
 
     def submit(self, view: Executor, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future:
         """Take a snapshot of the call, and send it or queue it here."""
@@ -3363,11 +3358,11 @@ class Client:
         call, buffers, inputs = self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ()))
         if any(getattr(given, "_client", None) is not self for given in inputs):
             raise ValueError(f"{name_of(fn)}() is given a future of another executor: give it the result")
+        packed: bytes | Blob = b""
         if inputs:          # it is packed when they are done
             buffers = [part if isinstance(part, Future) or part.readonly else bytes(part) for part in buffers]
         else:
-            share = len(self.peer.values) < KEPT_COPIES or not any(buffer.readonly for buffer in buffers)
-        packed = b"" if inputs else pack(call, buffers, share)
+            packed = pack(call, buffers, len(self.peer.values) < KEPT_COPIES or not any(b.readonly for b in buffers))
         check_size(entry.blob, self.max_value, "pickle", fn)
         check_size(packed, self.max_value, "arguments", fn)
         wired = view._wired
@@ -3572,7 +3567,7 @@ class Client:
         elif call and sent:
             self._sent_bytes -= len(call[1])    # type: ignore[arg-type]
         if self.closing and not self.unfinished:
-            self.later(self._end)
+            self.later(None)                    # after the callbacks of the last one
         return sent
 
     def _on_broken(self, value: Value) -> None:
@@ -3604,7 +3599,7 @@ class Client:
 
     def _run_callbacks(self) -> None:
         """Run callbacks, and after the last one end all that this client started: nobody waits for it in vain."""
-        while (callback := self._callbacks.get()) is not None:
+        for callback in iter(self._callbacks.get, None):
             try:
                 callback()
             except BaseException:       # SystemExit too: the end below must come
@@ -3622,13 +3617,9 @@ class Client:
         with self.lock:
             self.closing = True
             if not self.unfinished:
-                self.later(self._end)
+                self.later(None)
         if wait and self._callback_thread is not threading.current_thread():
             self._callback_thread.join()
-
-    def _end(self) -> None:
-        with self.lock:     # under which the last future's callbacks were queued: before this
-            self.later(None)
 
 
 _clients: dict[Client, Callable[[], Executor | None]] = {}      # those that are open, and whose they are
@@ -3722,8 +3713,8 @@ class Executor(concurrent.futures.Executor):
                               max_workers=limit, connect_timeout=connect_timeout, reconnect_timeout=patience,
                               tls=tls and child is None, child=child, initializer=initializer, initargs=initargs)
         # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
-        weakref.finalize(self, self._client.later, self._client.close).atexit = False   # a collector takes no lock
-        _clients[self._client] = weakref.ref(self)
+        later, close = self._client.later, self._client.close       # a collector, which calls this, takes no lock
+        _clients[self._client] = weakref.ref(self, lambda _: later(close))
         if address is None and child and not _said:
             _said.append(True)          # so that nobody believes to be on a cluster
             devices = collections.Counter(child.answer["devices"])

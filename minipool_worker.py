@@ -731,8 +731,7 @@ class Child:
 class Supervisor:
     """The node process: finds slots, keeps a worker in each, tells the server of every death."""
 
-    def __init__(self, address: tuple[str, int], secret: Secret, options: dict[str, Any],
-                 lifeline: Any = None) -> None:
+    def __init__(self, address: tuple[str, int], secret: Secret, options: dict[str, Any], lifeline: Any = None) -> None:
         self.id = secrets.token_bytes(12)
         self.secret, self.options = secret, options
         names = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env")
@@ -859,9 +858,8 @@ class Supervisor:
         del self._due[place]
         self._started += 1
         id, slot = self.id + place.to_bytes(4, "big") + self._started.to_bytes(4, "big"), self.slots[place]
-        setup = {"id": id, "node": self.id, "node_name": self.name, "slot": place,
-                 "device": slot.device, "tags": self.options.get("tags") or [],
-                 "address": self.peer.address, "keys": self._keys(id),
+        setup = {"id": id, "node": self.id, "node_name": self.name, "slot": place, "device": slot.device,
+                 "tags": self.options.get("tags") or [], "address": self.peer.address, "keys": self._keys(id),
                  "tls": bool(self.options.get("tls")), "max_tasks": self.options.get("max_tasks"),
                  "sys_path": self.options.get("sys_path") or [], "log_level": logging.getLogger().level}
         child = self._children[place] = Child(setup, self._environ | slot.env)
