@@ -3427,8 +3427,7 @@ class Client:
 
     def _post_job(self, future: Future) -> None:
         """Leave a job for the next flush, and its function if this server has not got it. Under the lock."""
-        assert future._call
-        (entry, name, options), packed, log = future._call
+        (entry, name, options), packed, log = future._call      # type: ignore[misc]
         if future._number in self._sent:
             options = {**options, "again": True, "attempts": future.attempts}
         else:
@@ -3559,13 +3558,13 @@ class Client:
 
     def retire(self, future: Future) -> bool:
         """Forget a job that has ended: nothing is kept that it alone needed. True if the server has it."""
-        number, call, future._call = future._number, future._call, None
+        number, (_, packed, _), future._call = future._number, future._call, None       # type: ignore[misc]
         self.unfinished.pop(number, None)
         sent = self._sent.pop(number, None) is not None
-        if call and isinstance(call[1], Blob):
+        if isinstance(packed, Blob):
             self.peer.values.pop((self.session, number), None)
-        elif call and sent:
-            self._sent_bytes -= len(call[1])    # type: ignore[arg-type]
+        elif sent:
+            self._sent_bytes -= len(packed)
         if self.closing and not self.unfinished:
             self.later(None)                    # after the callbacks of the last one
         return sent
@@ -3587,9 +3586,9 @@ class Client:
     def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
         self.workers, self._credit = workers, credit
 
-    def ask(self, what: str, timeout: float) -> Any:
-        """Ask the server a question; return its answer, or raise TimeoutError."""
-        number, give_up = next(self.numbers), time.monotonic() + timeout
+    def ask(self, what: str, timeout: float | None) -> Any:
+        """Ask the server a question; return its answer, or raise TimeoutError after `timeout` or 30 seconds."""
+        number, give_up = next(self.numbers), time.monotonic() + (30 if timeout is None else timeout)
         with self._changed:
             while (left := give_up - time.monotonic()) > 0 and self._callback_thread.is_alive():
                 self.peer.send(("ask", number, what))       # again after a second: it may have been lost
@@ -3702,10 +3701,9 @@ class Executor(concurrent.futures.Executor):
         where = address or os.environ.get("MINIPOOL_ADDRESS") or "local"
         if where == "local":            # a private child serves this machine, with a throw-away secret
             key = Secret.new()
-            path = list(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))    # it works in another folder
             from minipool_worker import Node  # late: who dials a server needs none of it
             child = Node("local", secret=key.text, connect_timeout=60, name="local", workers=max_workers,
-                         sys_path=path).start()
+                         sys_path=[*map(os.path.abspath, sys.path)]).start()        # it works in another folder
             where, limit, patience = child.answer["address"], None, 3.0     # it is never restarted
         else:
             key = find_secret(secret)
@@ -3862,8 +3860,7 @@ class Executor(concurrent.futures.Executor):
 
     def info(self) -> dict[str, Any]:
         """Return one snapshot of the pool: what `minipool status --json` prints."""
-        timeout = self._options.get("timeout")
-        return dict(self._client.ask("info", 30 if timeout is None else timeout))
+        return dict(self._client.ask("info", self._options.get("timeout")))
 
     @property
     def size(self) -> int:
@@ -3900,8 +3897,7 @@ def get_executor() -> Executor:
 # ==================================================================================================================
 
 # else 1; argparse ends with 2 for a misused command
-EXIT_CODES: dict[type[BaseException], int] = {
-    ServerLost: 3, TimeoutError: 3, Refused: 4, VersionMismatch: 5, KeyboardInterrupt: 130}
+_EXIT = ((ServerLost, 3), (TimeoutError, 3), (Refused, 4), (VersionMismatch, 5), (KeyboardInterrupt, 130))
 
 
 def run_command(options: argparse.Namespace, log_to: Any = None) -> int:
@@ -3913,7 +3909,7 @@ def run_command(options: argparse.Namespace, log_to: Any = None) -> int:
         return int(options.run(options) or 0)
     except (MinipoolError, OSError, OverflowError, ValueError, KeyboardInterrupt) as error:
         print(f"minipool: {error if str(error) else 'interrupted'}", file=sys.stderr)
-        return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
+        return next((code for kind, code in _EXIT if isinstance(error, kind)), 1)
 
 
 def _print_lines(server: Server, options: argparse.Namespace, source: str) -> None:

@@ -284,8 +284,8 @@ class Worker:
         self._wake = threading.Condition(self._lock)    # the main thread waits here
         # all below is guarded by _lock
         self._inbox: dict[int, Attempt] = {}            # attempts that have not begun, by token
-        self._ready: list[tuple[float, int]] = []       # of those with nothing missing; a heap in the order of the
-        self._begun: Attempt | None = None              # server's queue, which may still name some that were recalled
+        self._ready: list[tuple[float, int]] = []       # a heap of those with nothing missing; and of some recalled
+        self._begun: Attempt | None = None              # the one that has the slot
         self._beside: dict[int, Attempt] = {}           # those that take no slot: runs, and jobs that wait for others
         self._returning = 0                             # jobs that wait for their slot again
         self._extra = 0                                 # threads that took over for one that is back
@@ -297,7 +297,6 @@ class Worker:
         self._welcomed = False                          # the server has settled what we hold: jobs may begin
         self._leaving = ""                              # why no new job is begun
         self._dismissed = False                         # the server let us go
-        self._done_jobs = 0
         self._read_at = time.monotonic()                # when the socket was last seen empty
         self.peer = Peer("worker", setup["address"], _Ticket(setup).role_key, lock=self._lock, identity=self.id,
                          announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, name="worker",
@@ -317,7 +316,7 @@ class Worker:
         while attempt := self._next():
             self._execute(attempt)
             limit = min(self.setup.get("max_tasks") or FOREVER, attempt.options.get("max_tasks") or FOREVER)
-            if self._done_jobs >= limit and not self._leaving and not self._beside:
+            if self._cell[1] >= limit and not self._leaving and not self._beside:
                 # the one planned exit: take nothing new, hand back what has not begun, deliver every outcome
                 with self._lock:
                     self._leaving = "it has run as many jobs as it may"
@@ -407,7 +406,6 @@ class Worker:
                 self._begun = None
                 self._cell[0] = 0
                 self._cell[1] += 1
-                self._done_jobs += 1
             elif not self._beside.pop(attempt.token).options.get("beside"):
                 self._extra += 1        # it ends without a slot, and its thread may be the main one
             if self._returning or self._extra:
@@ -1038,8 +1036,7 @@ def child_main(lifeline: multiprocessing.connection.Connection) -> int:
             gc.set_threshold(100_000)       # as `serve` does
             address = minipool.Server(port=0, secret=job["secret"], embedded=True).start().address
         supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), job["options"], lifeline)
-        devices = [slot.device for slot in supervisor.slots]
-        supervisor.on_welcome = lambda: answer({"address": address, "devices": devices})
+        supervisor.on_welcome = lambda: answer({"address": address, "devices": [s.device for s in supervisor.slots]})
         supervisor.run()
     except (EOFError, OSError, ValueError, minipool.MinipoolError) as error:
         answer(error)
