@@ -284,7 +284,7 @@ class Worker:
         self._wake = threading.Condition(self._lock)    # the main thread waits here
         # all below is guarded by _lock
         self._inbox: dict[int, Attempt] = {}            # attempts that have not begun, by token
-        self._ready: list[tuple[float, int]] = []       # a heap of those with nothing missing; and of some recalled
+        self._ready: list[tuple[float, int]] = []       # a heap, in the queue's order, of those with nothing missing
         self._begun: Attempt | None = None              # the one that has the slot
         self._beside: dict[int, Attempt] = {}           # those that take no slot: runs, and jobs that wait for others
         self._returning = 0                             # jobs that wait for their slot again
@@ -346,7 +346,7 @@ class Worker:
         return self._dismissed or (bool(self._extra) and threading.current_thread() is not threading.main_thread())
 
     def _has_ready(self) -> bool:
-        while self._ready and self._ready[0][1] not in self._inbox:
+        while self._ready and self._ready[0][1] not in self._inbox:     # it was recalled
             heapq.heappop(self._ready)
         return bool(self._ready)
 
@@ -460,6 +460,7 @@ class Worker:
 
     def _apply_log(self, attempt: Attempt) -> bytes:
         """Run the entries of the session's log that this worker has not run; return what one raised, now or before."""
+        minipool._running.attempt = None        # that job of this thread is over
         state = self._sessions[attempt.job[0]]
         while state.applied < attempt.log and not state.unfit:
             try:
