@@ -288,7 +288,7 @@ class Worker:
         self._begun: Attempt | None = None              # the one that has the slot
         self._beside: dict[int, Attempt] = {}           # those that take no slot: runs, and jobs that wait for others
         self._returning = 0                             # jobs that wait for their slot again
-        self._extra = 0                                 # threads that took over for one that is back
+        self._extra = 0                                 # threads that took over for one that is back: to end, or main
         self._executor: minipool.Executor | None = None # of the jobs here
         self._outcomes: dict[int, tuple[Name, Message]] = {}    # by token: job, and the message that tells it
         self._objects: dict[Name, Any] = {}             # small or pulled objects, as bytes
@@ -338,11 +338,10 @@ class Worker:
 
     def _may_go_on(self) -> bool:
         with self._lock:
-            return self._is_over() or (self._has_ready() and self._welcomed and not self._leaving
-                                       and not self._begun and not self._returning)
+            return (self._has_ready() and self._welcomed and not self._leaving and not self._begun
+                    and not self._returning) or self._is_over()
 
     def _is_over(self) -> bool:
-        """Tell whether this thread is to end; the main one stays until the process may."""
         return self._dismissed or (bool(self._extra) and threading.current_thread() is not threading.main_thread())
 
     def _has_ready(self) -> bool:
