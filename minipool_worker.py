@@ -368,7 +368,7 @@ class Worker:
         if attempt.options.get("say"):
             self.peer.send(("started", attempt.token))
         began = time.perf_counter()
-        retry, retry_on = False, list[Any]()        # the types of the exceptions to retry on, if there are any
+        retry, retry_on = False, ()        # the types of the exceptions to retry on, if there are any
         try:
             if attempt.log and (error_of_log := self._apply_log(attempt)):
                 return self._finish(attempt, UNFIT, error_of_log, 0.0, False)
