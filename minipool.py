@@ -1135,6 +1135,13 @@ class Peer:
 
     # ---- large values ----
 
+    def share(self, name: Name, data: bytes | Blob) -> Value:
+        """Return what a message says of some data: itself if small, else where it is to be had. Under the lock."""
+        if not isinstance(data, Blob):
+            return data
+        self.values[name] = data
+        return name, data.size, data.place
+
     def pull(self, value: tuple[Name, int, str], done: Callable[[Any], None]) -> None:
         """Fetch a large value; `done(buffer)` is called where it arrives, `done(None)` if nobody holds it.
 
@@ -2968,15 +2975,14 @@ class Functions:
                 pickler.dump(value)
                 return pickler
             except Exception as error:
-                slot = pickler.path[-1] if pickler.path else None
-                is_deep = isinstance(error.__cause__ or error, RecursionError)
-                if slot and slot.soft and not is_deep:
-                    slot.module.left_out[slot.name] = slot.value
-                    continue
-                path = "" if is_deep else "".join(f", global {slot.name!r}" for slot in pickler.path)
-                why = f"it is or holds an object of {type(pickler.last)} ({error})"
-                why = "its objects are nested too deeply" if is_deep else why
-                raise pickle.PicklingError(f"cannot pickle {what} {name_of(fn)}(){path}: {why}") from error
+                why = ": its objects are nested too deeply"
+                if not isinstance(error.__cause__ or error, RecursionError):
+                    if pickler.path and (slot := pickler.path[-1]).soft:
+                        slot.module.left_out[slot.name] = slot.value
+                        continue
+                    path = "".join(f", global {slot.name!r}" for slot in pickler.path)
+                    why = f"{path}: it is or holds an object of {type(pickler.last)} ({error})"
+                raise pickle.PicklingError(f"cannot pickle {what} {name_of(fn)}(){why}") from error
 
 
 # ---- worker half: what the pickles call ----
@@ -3029,7 +3035,6 @@ def pack(data: bytes, buffers: Sequence[Any] = (), share: bool = True) -> bytes 
     parts: list[Any] = []
     for segment in (table, *segments):
         parts += [segment, bytes(-len(segment) % _ALIGN)]
-    parts = [part for part in parts if len(part)]
     return Blob(parts, share) if sum(map(len, parts)) > INLINE else b"".join(parts)
 
 
@@ -3070,9 +3075,8 @@ class _RemoteTraceback(Exception):
 
 def decode_failure(status: str, value: Any) -> BaseException:
     """Return the exception that a job's failure is at the client."""
-    if callable(value):
-        error: BaseException = value()      # made here: the server was lost, or the initializer raised
-        return error
+    if callable(value):                     # made here: the server was lost, or the initializer raised
+        return value()                      # type: ignore[no-any-return]
     if status != RAISED:                    # it ended without its worker's word
         job, deaths, tail = value.get("job") or "the job", value.get("deaths"), value.get("stderr")
         if status in (KILLED, TIMED_OUT):
@@ -3082,7 +3086,7 @@ def decode_failure(status: str, value: Any) -> BaseException:
         return WorkerDied(f"{job} {toll if deaths else 'is lost'}, {who} {value.get('what')}"
                           + (f"; it printed last:\n{tail}" if tail else ""), **value)
     pickled, type_name, words, text, where = decode_value(value)
-    error = RemoteError(type_name, words, text)
+    error: BaseException = RemoteError(type_name, words, text)
     with contextlib.suppress(BaseException):        # its class may not be here
         error = decode_value(bytearray(pickled)) if pickled else error
     error.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')
@@ -3121,9 +3125,9 @@ def gather(futures: Any, errors: str = "raise", timeout: float | None = None) ->
             left = None if give_up is None else max(0.0, give_up - time.monotonic())
             if errors == "raise":
                 return [item.result(left)]
-            concurrent.futures.wait([item], left)
-            is_bad = item.done() and (item.cancelled() or item.exception() is not None)
-            return [] if is_bad else [item.result(0)]
+            with contextlib.suppress(concurrent.futures.CancelledError):
+                return [] if item.exception(left) is not None else [item.result(0)]
+            return []
         if isinstance(item, dict):
             return [{key: part for key, value in item.items() for part in gathered(value)}]
         if isinstance(item, list | tuple | set | frozenset):
@@ -3154,7 +3158,7 @@ def current_job() -> JobInfo | None:
 def _slot(held: bool) -> None:
     if current_job() is None:
         raise RuntimeError("secede() and rejoin() are for use inside a job")
-    _here.slot(_running.attempt, held)
+    _here.slot(held)
 
 
 def secede() -> None:
@@ -3298,10 +3302,9 @@ class Future(concurrent.futures.Future[Any]):
 class Client:
     """One connection to a server, and everything that waits on it. Executors are its views."""
 
-    def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None = None,
-                 connect_timeout: float, reconnect_timeout: float, tls: bool = False,
-                 child: minipool_worker.Node | None = None, initializer: Callable[..., object] | None = None,
-                 initargs: Iterable[Any] = ()) -> None:
+    def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None,
+                 connect_timeout: float, reconnect_timeout: float, tls: bool, child: minipool_worker.Node | None,
+                 initializer: Callable[..., object] | None, initargs: Iterable[Any]) -> None:
         self.child = child                              # the embedded pool; it ends with this client
         self.lend: Callable[[], Any] = contextlib.nullcontext
         self.session = secret.prefix + secrets.token_bytes(16)
@@ -3349,7 +3352,6 @@ class Client:
             self.close()
             raise
         self._patience = reconnect_timeout
-        _clients[self] = lambda: None
 
     def submit(self, view: Executor, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future:
         """Take a snapshot of the call, and send it or queue it here."""
@@ -3360,11 +3362,11 @@ class Client:
         call, buffers, inputs = self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ()))
         if any(getattr(given, "_client", None) is not self for given in inputs):
             raise ValueError(f"{name_of(fn)}() is given a future of another executor: give it the result")
+        packed: bytes | Blob = b""
         if inputs:          # it is packed when they are done
             buffers = [part if isinstance(part, Future) or part.readonly else bytes(part) for part in buffers]
         else:
-            share = len(self.peer.values) < KEPT_COPIES or not any(buffer.readonly for buffer in buffers)
-        packed = b"" if inputs else pack(call, buffers, share)
+            packed = pack(call, buffers, len(self.peer.values) < KEPT_COPIES or not any(b.readonly for b in buffers))
         check_size(entry.blob, self.max_value, "pickle", fn)
         check_size(packed, self.max_value, "arguments", fn)
         wired = view._wired
@@ -3431,31 +3433,19 @@ class Client:
 
     def _post_job(self, future: Future) -> None:
         """Leave a job for the next flush, and its function if this server has not got it. Under the lock."""
-        assert future._call
-        (entry, name, options), packed, log = future._call
+        (entry, name, options), packed, log = future._call      # type: ignore[misc]
         if future._number in self._sent:
             options = {**options, "again": True, "attempts": future.attempts}
         else:
             self._sent[future._number] = future
             self._sent_bytes += len(packed) if isinstance(packed, bytes) else 0
-        messages: list[Message] = [
-            ("submit", future._number, name, self._share(future._number, packed), log, options)]
+        value = self.peer.share((self.session, future._number), packed)
+        messages: list[Message] = [("submit", future._number, name, value, log, options)]
         if entry.number not in self._known_objects:
             self._known_objects.add(entry.number)
-            messages.insert(0, self._put(entry.number, pack(entry.blob)))
+            messages.insert(0, ("put", name, self.peer.share(name, pack(entry.blob))))
         if self.peer.connection:        # else the next announcement says it
             self.peer.connection.post(messages)
-
-    def _put(self, number: int, data: bytes | Blob) -> Message:
-        """Return the message that makes an object known to the server."""
-        return "put", (self.session, number), self._share(number, data)
-
-    def _share(self, number: int, data: bytes | Blob) -> Value:
-        """Return what a message says of some data: itself if small, else where it is to be had."""
-        if not isinstance(data, Blob):
-            return data
-        self.peer.values[self.session, number] = data
-        return (self.session, number), data.size, data.place
 
     def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Append a call that every worker must have made before it begins a job submitted from now on."""
@@ -3471,7 +3461,8 @@ class Client:
 
     def _send_log(self, known: int) -> None:
         for position, (number, data) in enumerate(self._log[known:], known):
-            self.peer.send(self._put(number, data), ("log", self.session, position, (self.session, number)))
+            name = self.session, number
+            self.peer.send(("put", name, self.peer.share(name, data)), ("log", self.session, position, name))
 
     def kill(self, futures: Sequence[Future], reason: str) -> None:
         """End running jobs by force; those that have not begun fail with JobKilled too."""
@@ -3573,15 +3564,15 @@ class Client:
 
     def retire(self, future: Future) -> bool:
         """Forget a job that has ended: nothing is kept that it alone needed. True if the server has it."""
-        number, call, future._call = future._number, future._call, None
+        number, (_, packed, _), future._call = future._number, future._call, None       # type: ignore[misc]
         self.unfinished.pop(number, None)
         sent = self._sent.pop(number, None) is not None
-        if call and isinstance(call[1], Blob):
+        if isinstance(packed, Blob):
             self.peer.values.pop((self.session, number), None)
-        elif call and sent:
-            self._sent_bytes -= len(call[1])    # type: ignore[arg-type]
+        elif sent:
+            self._sent_bytes -= len(packed)
         if self.closing and not self.unfinished:
-            self.later(self._end)
+            self.later(None)                    # after the callbacks of the last one
         return sent
 
     def _on_broken(self, value: Value) -> None:
@@ -3601,9 +3592,9 @@ class Client:
     def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
         self.workers, self._credit = workers, credit
 
-    def ask(self, what: str, timeout: float) -> Any:
-        """Ask the server a question; return its answer, or raise TimeoutError."""
-        number, give_up = next(self.numbers), time.monotonic() + timeout
+    def ask(self, what: str, timeout: float | None) -> Any:
+        """Ask the server a question; return its answer, or raise TimeoutError after `timeout` or 30 seconds."""
+        number, give_up = next(self.numbers), time.monotonic() + (30 if timeout is None else timeout)
         with self._changed:
             while (left := give_up - time.monotonic()) > 0 and self._callback_thread.is_alive():
                 self.peer.send(("ask", number, what))       # again after a second: it may have been lost
@@ -3613,7 +3604,7 @@ class Client:
 
     def _run_callbacks(self) -> None:
         """Run callbacks, and after the last one end all that this client started: nobody waits for it in vain."""
-        while (callback := self._callbacks.get()) is not None:
+        for callback in iter(self._callbacks.get, None):
             try:
                 callback()
             except BaseException:       # SystemExit too: the end below must come
@@ -3631,13 +3622,9 @@ class Client:
         with self.lock:
             self.closing = True
             if not self.unfinished:
-                self.later(self._end)
+                self.later(None)
         if wait and self._callback_thread is not threading.current_thread():
             self._callback_thread.join()
-
-    def _end(self) -> None:
-        with self.lock:     # under which the last future's callbacks were queued: before this
-            self.later(None)
 
 
 _clients: dict[Client, Callable[[], Executor | None]] = {}      # those that are open, and whose they are
@@ -3655,6 +3642,8 @@ def _forget_all() -> None:
             connection.closed = True
             connection._seam.sock.close()       # without a word to the other end: the socket is the parent's
     _clients.clear()
+    if _here:
+        _here.slot = lambda held: False         # the slot is the parent's too
 
 
 # at interpreter exit pending work is waited for, as in the standard library
@@ -3718,10 +3707,9 @@ class Executor(concurrent.futures.Executor):
         where = address or os.environ.get("MINIPOOL_ADDRESS") or "local"
         if where == "local":            # a private child serves this machine, with a throw-away secret
             key = Secret.new()
-            path = list(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))    # it works in another folder
             from minipool_worker import Node  # late: who dials a server needs none of it
             child = Node("local", secret=key.text, connect_timeout=60, name="local", workers=max_workers,
-                         sys_path=path).start()
+                         sys_path=[*map(os.path.abspath, sys.path)]).start()        # it works in another folder
             where, limit, patience = child.answer["address"], None, 3.0     # it is never restarted
         else:
             key = find_secret(secret)
@@ -3729,8 +3717,8 @@ class Executor(concurrent.futures.Executor):
                               max_workers=limit, connect_timeout=connect_timeout, reconnect_timeout=patience,
                               tls=tls and child is None, child=child, initializer=initializer, initargs=initargs)
         # an executor that is dropped without shutdown() lets its jobs end, as in the standard library
-        weakref.finalize(self, self._client.later, self._client.close).atexit = False   # a collector takes no lock
-        _clients[self._client] = weakref.ref(self)
+        later, close = self._client.later, self._client.close       # a collector, which calls this, takes no lock
+        _clients[self._client] = weakref.ref(self, lambda _: later(close))
         if address is None and child and not _said:
             _said.append(True)          # so that nobody believes to be on a cluster
             devices = collections.Counter(child.answer["devices"])
@@ -3789,7 +3777,8 @@ class Executor(concurrent.futures.Executor):
         if self._parent is None:
             self._client.close(wait)
         elif wait:
-            concurrent.futures.wait(self._mine())
+            with self._client.lend():       # a view that was had in a job
+                concurrent.futures.wait(self._mine())
 
     def _mine(self) -> list[Future]:
         return [f for f in list(self._client.unfinished.values()) if self._parent is None or f._view is self]
@@ -3877,8 +3866,7 @@ class Executor(concurrent.futures.Executor):
 
     def info(self) -> dict[str, Any]:
         """Return one snapshot of the pool: what `minipool status --json` prints."""
-        timeout = self._options.get("timeout")
-        return dict(self._client.ask("info", 30 if timeout is None else timeout))
+        return dict(self._client.ask("info", self._options.get("timeout")))
 
     @property
     def size(self) -> int:
@@ -3915,8 +3903,7 @@ def get_executor() -> Executor:
 # ==================================================================================================================
 
 # else 1; argparse ends with 2 for a misused command
-EXIT_CODES: dict[type[BaseException], int] = {
-    ServerLost: 3, TimeoutError: 3, Refused: 4, VersionMismatch: 5, KeyboardInterrupt: 130}
+_EXIT = ((ServerLost, 3), (TimeoutError, 3), (Refused, 4), (VersionMismatch, 5), (KeyboardInterrupt, 130))
 
 
 def run_command(options: argparse.Namespace, log_to: Any = None) -> int:
@@ -3928,7 +3915,7 @@ def run_command(options: argparse.Namespace, log_to: Any = None) -> int:
         return int(options.run(options) or 0)
     except (MinipoolError, OSError, OverflowError, ValueError, KeyboardInterrupt) as error:
         print(f"minipool: {error if str(error) else 'interrupted'}", file=sys.stderr)
-        return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
+        return next((code for kind, code in _EXIT if isinstance(error, kind)), 1)
 
 
 def _print_lines(server: Server, options: argparse.Namespace, source: str) -> None:

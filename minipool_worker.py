@@ -48,7 +48,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import minipool
-from minipool import DRAIN_SECONDS, OK, PYTHON, RAISED, UNFIT, Blob, Message, Name, Peer, Secret, Value
+from minipool import DRAIN_SECONDS, FOREVER, OK, PYTHON, RAISED, UNFIT, Blob, Message, Name, Peer, Secret, Value
 
 __all__ = ["Node", "is_node_running", "find_slots"]
 
@@ -285,11 +285,11 @@ class Worker:
         self._wake = threading.Condition(self._lock)    # the main thread waits here
         # all below is guarded by _lock
         self._inbox: dict[int, Attempt] = {}            # attempts that have not begun, by token
-        self._ready: list[tuple[float, int]] = []       # of those with nothing missing; a heap in the order of the
-        self._begun: Attempt | None = None              # server's queue, which may still name some that were recalled
+        self._ready: list[tuple[float, int]] = []       # a heap, in the queue's order, of those with nothing missing
+        self._begun: Attempt | None = None              # the one that has the slot
         self._beside: dict[int, Attempt] = {}           # those that take no slot: runs, and jobs that wait for others
         self._returning = 0                             # jobs that wait for their slot again
-        self._extra = 0                                 # threads that took over for one that is back
+        self._extra = 0                                 # threads that took over for one that is back: to end, or main
         self._executor: minipool.Executor | None = None # of the jobs here
         self._outcomes: dict[int, tuple[Name, Message]] = {}    # by token: job, and the message that tells it
         self._objects: dict[Name, Any] = {}             # small or pulled objects, as bytes
@@ -299,7 +299,6 @@ class Worker:
         self._name = ""                                 # as the first welcome said
         self._leaving = ""                              # why no new job is begun
         self._dismissed = False                         # the server let us go
-        self._done_jobs = 0
         self._read_at = time.monotonic()                # when the socket was last seen empty
         self.peer = Peer("worker", setup["address"], _Ticket(setup).role_key, lock=self._lock, identity=self.id,
                          announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, name="worker",
@@ -318,8 +317,8 @@ class Worker:
         """Take what is next and execute it; in the main thread, or one that runs jobs while others wait."""
         while attempt := self._next():
             self._execute(attempt)
-            limit = min(self.setup.get("max_tasks") or _NEVER, attempt.options.get("max_tasks") or _NEVER)
-            if self._done_jobs >= limit and not self._leaving and not self._beside:
+            limit = min(self.setup.get("max_tasks") or FOREVER, attempt.options.get("max_tasks") or FOREVER)
+            if self._cell[1] >= limit and not self._leaving and not self._beside:
                 # the one planned exit: take nothing new, hand back what has not begun, deliver every outcome
                 with self._lock:
                     self._leaving = "it has run as many jobs as it may"
@@ -330,12 +329,9 @@ class Worker:
         self._catch_up()
         if not self._may_go_on():
             self.peer.lead(self._may_go_on)
-        with self._lock:
-            while not self._may_go_on():
-                self._wake.wait()
-            if self._dismissed:
-                return None
-            if self._is_extra():
+        with self._wake:
+            self._wake.wait_for(self._may_go_on)
+            if self._is_over():
                 self._extra -= 1
                 return None
             attempt = self._begun = self._inbox.pop(heapq.heappop(self._ready)[1])
@@ -344,14 +340,14 @@ class Worker:
 
     def _may_go_on(self) -> bool:
         with self._lock:
-            return self._dismissed or self._is_extra() or (self._has_ready() and self._welcomed and not self._leaving
-                                                           and not self._begun and not self._returning)
+            return (self._has_ready() and self._welcomed and not self._leaving and not self._begun
+                    and not self._returning) or self._is_over()
 
-    def _is_extra(self) -> bool:
-        return bool(self._extra) and threading.current_thread() is not threading.main_thread()
+    def _is_over(self) -> bool:
+        return self._dismissed or (bool(self._extra) and threading.current_thread() is not threading.main_thread())
 
     def _has_ready(self) -> bool:
-        while self._ready and self._ready[0][1] not in self._inbox:
+        while self._ready and self._ready[0][1] not in self._inbox:     # it was recalled
             heapq.heappop(self._ready)
         return bool(self._ready)
 
@@ -374,14 +370,16 @@ class Worker:
         if attempt.options.get("say"):
             self.peer.send(("started", attempt.token))
         began = time.perf_counter()
-        retry, retry_on = False, None
+        retry, retry_on = False, ()        # the types of the exceptions to retry on, if there are any
         try:
             if attempt.log and (error_of_log := self._apply_log(attempt)):
                 return self._finish(attempt, UNFIT, error_of_log, 0.0, False)
             fn = self._functions.get(attempt.fn)
             if fn is None:
                 fn = self._functions[attempt.fn] = minipool.decode_value(self._objects[attempt.fn])
-            args, kwargs, retry_on = self._open_payload(attempt)
+            packed = attempt.payload
+            args, kwargs, *retry_on = minipool.decode_value(
+                self._objects.pop(packed[0]) if isinstance(packed, tuple) else packed)
             if attempt is self._begun:
                 os.environ["MINIPOOL_JOB"] = minipool.job_id(attempt.job)
             minipool._running.attempt = attempt
@@ -390,29 +388,25 @@ class Worker:
         except BaseException as error:          # SystemExit and KeyboardInterrupt too: the job's, not the worker's
             status, value = RAISED, encode_exception(error, self._where, self._max_value)
             with contextlib.suppress(Exception):
-                retry = bool(retry_on and isinstance(error, retry_on))
+                retry = bool(retry_on and isinstance(error, retry_on[0]))
         self._finish(attempt, status, value, time.perf_counter() - began, retry)
 
     def describe(self, attempt: Attempt) -> minipool.JobInfo:
         """Return what current_job() tells."""
         options = attempt.options
-        device = "cuda:0" if self.device.startswith("cuda") else self.device
         return minipool.JobInfo(minipool.job_id(attempt.job), options.get("name", ""), options.get("attempt", 1),
-                                self._name, device)
+                                self._name, "cuda:0" if self.device.startswith("cuda") else self.device)
 
     def _finish(self, attempt: Attempt, status: str, value: bytes | Blob, seconds: float, retry: bool) -> None:
         """Keep the outcome and tell it; a lone one goes at once, one of many leaves with the next ones."""
         with self._lock:
-            told: Value = value if isinstance(value, bytes) else ((self.id, attempt.token), value.size, value.place)
-            if isinstance(value, Blob):
-                self.peer.values[self.id, attempt.token] = value
+            told = value if isinstance(value, bytes) else self.peer.share((self.id, attempt.token), value)
             message = ("finished", attempt.token, status, told, seconds, retry)
             self._outcomes[attempt.token] = (attempt.job, message)
             if attempt is self._begun:
                 self._begun = None
                 self._cell[0] = 0
                 self._cell[1] += 1
-                self._done_jobs += 1
             elif not self._beside.pop(attempt.token).options.get("beside"):
                 self._extra += 1        # it ends without a slot, and its thread may be the main one
             if self._returning or self._extra:
@@ -424,13 +418,16 @@ class Worker:
         if connection:
             connection.flush(0 if more else minipool.BORROWED_FRAMES)
 
-    def slot(self, attempt: Attempt, held: bool) -> bool:
-        """Leave a job's slot to others, and start a thread that runs them; or wait until it is free again (held).
+    def slot(self, held: bool) -> bool:
+        """Leave the slot of this thread's job to others, and start a thread for them; or wait until it is free (held).
 
         The cell goes on naming the job until another begins: till then, what goes wrong is its doing. True: it changed.
         """
+        attempt: Attempt | None = getattr(minipool._running, "attempt", None)
         with self._wake:
-            if attempt.options.get("beside") or not (attempt.token in self._beside if held else attempt is self._begun):
+            # a run has no slot; and what this thread ran may be over
+            if not attempt or attempt.options.get("beside") or attempt is not (
+                    self._beside.get(attempt.token) if held else self._begun):
                 return False
             if held:
                 self._returning += 1
@@ -442,20 +439,17 @@ class Worker:
             else:
                 self._beside[attempt.token], self._begun = attempt, None
                 threading.Thread(target=self._work, name="minipool-jobs", daemon=True).start()
+            self._wake.notify_all()     # who waits for a slot, and who took over and is no longer needed
             self.peer.send(("slot", attempt.token, held))
         return True
 
     @contextlib.contextmanager
     def _lend(self) -> Iterator[None]:
         """Lend the slot of the job that this thread runs, for as long as that waits for others of the pool."""
-        attempt: Attempt | None = getattr(minipool._running, "attempt", None)
-        if attempt is None or not self.slot(attempt, False):
+        with contextlib.ExitStack() as stack:
+            if self.slot(False):
+                stack.callback(self.slot, True)
             yield
-            return
-        try:
-            yield
-        finally:
-            self.slot(attempt, True)
 
     def executor(self) -> minipool.Executor:
         """Return an executor for the jobs of this process, on a client's connection of its own."""
@@ -467,6 +461,7 @@ class Worker:
 
     def _apply_log(self, attempt: Attempt) -> bytes:
         """Run the entries of the session's log that this worker has not run; return what one raised, now or before."""
+        minipool._running.attempt = None        # that job of this thread is over
         state = self._sessions[attempt.job[0]]
         while state.applied < attempt.log and not state.unfit:
             try:
@@ -476,12 +471,6 @@ class Worker:
             except BaseException as error:
                 state.unfit = bytes(encode_exception(error, self._where, minipool.INLINE))     # type: ignore[arg-type]
         return state.unfit
-
-    def _open_payload(self, attempt: Attempt) -> tuple[Any, Any, Any]:
-        """Return args, kwargs, and the exception types to retry on."""
-        payload = attempt.payload
-        call = minipool.decode_value(self._objects.pop(payload[0]) if isinstance(payload, tuple) else payload)
-        return call if len(call) == 3 else (*call, None)
 
     # ---- the thread that reads: the I/O thread, or the main thread while it has nothing to run ----
 
@@ -645,7 +634,6 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
 
 DEVICE_SECONDS = 5.0        # between looks at whether a GPU has fallen off the bus
 TAIL_LINES = 40             # of a worker's last output, for the error that tells of its death
-_NEVER = float("inf")
 
 
 class _Stderr(queue.SimpleQueue[Any]):      # reentrant: signal handlers log too
@@ -743,8 +731,7 @@ class Child:
 class Supervisor:
     """The node process: finds slots, keeps a worker in each, tells the server of every death."""
 
-    def __init__(self, address: tuple[str, int], secret: Secret, options: dict[str, Any],
-                 lifeline: Any = None) -> None:
+    def __init__(self, address: tuple[str, int], secret: Secret, options: dict[str, Any], lifeline: Any = None) -> None:
         self.id = secrets.token_bytes(12)
         self.secret, self.options = secret, options
         names = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env", "workers")
@@ -821,7 +808,7 @@ class Supervisor:
         if lifetime and now >= self._born + lifetime and self._stop_at is None:
             self.stop(DRAIN_SECONDS)
         if not self._instance and now >= self._complain_at:
-            self._complain_at = _NEVER
+            self._complain_at = FOREVER
             _stderr.write(f"waiting for a server at {minipool.format_address(*self.peer.address)}: {trouble}\n")
         if patience and lost_at and now >= lost_at + patience:
             raise minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
@@ -870,9 +857,8 @@ class Supervisor:
         del self._due[place]
         self._started += 1
         id, slot = self.id + place.to_bytes(4, "big") + self._started.to_bytes(4, "big"), self.slots[place]
-        setup = {"id": id, "node": self.id, "node_name": self.name, "slot": place,
-                 "device": slot.device, "tags": self.options.get("tags") or [],
-                 "address": self.peer.address, "keys": self._keys(id),
+        setup = {"id": id, "node": self.id, "node_name": self.name, "slot": place, "device": slot.device,
+                 "tags": self.options.get("tags") or [], "address": self.peer.address, "keys": self._keys(id),
                  "tls": bool(self.options.get("tls")), "max_tasks": self.options.get("max_tasks"),
                  "sys_path": self.options.get("sys_path") or [], "log_level": logging.getLogger().level}
         child = self._children[place] = Child(setup, self._environ | slot.env)
@@ -993,11 +979,11 @@ class Node:
             self.answer = self._line.recv()
             if isinstance(self.answer, BaseException):
                 raise self.answer
-        except BaseException as error:
+        except (EOFError, ConnectionResetError):
             self.stop()
-            if isinstance(error, EOFError | ConnectionResetError):
-                code = self._process.returncode
-                raise minipool.ServerLost(f"the child process ended with exit code {code}") from None
+            raise minipool.ServerLost(f"the child process ended with exit code {self._process.returncode}") from None
+        except BaseException:
+            self.stop()
             raise
         return self
 
@@ -1051,8 +1037,7 @@ def child_main(lifeline: multiprocessing.connection.Connection) -> int:
             gc.set_threshold(100_000)       # as `serve` does
             address = minipool.Server(port=0, secret=job["secret"], embedded=True).start().address
         supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), job["options"], lifeline)
-        devices = [slot.device for slot in supervisor.slots]
-        supervisor.on_welcome = lambda: answer({"address": address, "devices": devices})
+        supervisor.on_welcome = lambda: answer({"address": address, "devices": [s.device for s in supervisor.slots]})
         supervisor.run()
     except (EOFError, OSError, ValueError, minipool.MinipoolError) as error:
         answer(error)
