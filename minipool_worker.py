@@ -409,6 +409,7 @@ class Worker:
                 self._cell[1] += 1
             elif not self._beside.pop(attempt.token).options.get("beside"):
                 self._extra += 1        # it ends without a slot, and its thread may be the main one
+                self._note_waiting()
             if self._returning or self._extra:
                 self._wake.notify_all()
             more = self._has_ready()
@@ -439,9 +440,14 @@ class Worker:
             else:
                 self._beside[attempt.token], self._begun = attempt, None
                 threading.Thread(target=self._work, name="minipool-jobs", daemon=True).start()
+            self._note_waiting()
             self._wake.notify_all()     # who waits for a slot, and who took over and is no longer needed
             self.peer.send(("slot", attempt.token, held))
         return True
+
+    def _note_waiting(self) -> None:
+        tokens = [attempt.token for attempt in self._beside.values() if not attempt.options.get("beside")]
+        self._cell[2:] = [*tokens, *[0] * WAITING][:WAITING]
 
     @contextlib.contextmanager
     def _lend(self) -> Iterator[None]:
@@ -632,6 +638,7 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
 # pipe, kills, respawns, beats. The Peer's I/O thread only hands it the server's words.
 # ==================================================================================================================
 
+WAITING = 62                # attempts of a worker that wait for others and can be ended; those beyond it run on
 DEVICE_SECONDS = 5.0        # between looks at whether a GPU has fallen off the bus
 TAIL_LINES = 40             # of a worker's last output, for the error that tells of its death
 
@@ -686,7 +693,8 @@ class Child:
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         self.rest = b""                                     # of its output: a line not complete yet
         context: Any = multiprocessing.get_context("spawn")
-        self.cell = context.RawArray(ctypes.c_uint64, 2)    # [token it executes, jobs it has finished]
+        self.cell = context.RawArray(ctypes.c_uint64, 2 + WAITING)  # [token it executes, jobs it has finished, tokens
+        self.aimed = 0                                      # that wait for others]; the one for whose sake we killed it
         life, self.life = context.Pipe(duplex=False)        # of the end of file of ours it dies
         self.output, output = context.Pipe(duplex=False)    # its stdout and stderr
         os.set_blocking(self.output.fileno(), False)
@@ -714,7 +722,7 @@ class Child:
                 kill(self.process.pid, signal.SIGKILL)
 
     def end_attempt(self, token: int, why: str) -> None:
-        """Stop the process, wait until it stands still, read the cell, and kill it only if it is at that attempt."""
+        """Stop the process, wait until it stands still, read the cell, and kill it only if it has that attempt."""
         pid, give_up = self.process.pid, time.monotonic() + 1
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGSTOP)
@@ -722,7 +730,8 @@ class Child:
             while not (state := os.waitid(os.P_PID, pid, kinds)) and time.monotonic() < give_up:
                 time.sleep(0.0005)
             # None: a driver holds it in the kernel: there it begins no other attempt
-            if (state is None or state.si_code == os.CLD_STOPPED) and self.cell[0] == token:
+            if (state is None or state.si_code == os.CLD_STOPPED) and token in self.cell[:]:
+                self.aimed = token      # another one that it executes is not to blame
                 self.kill(why)
             else:       # it is over
                 os.kill(pid, signal.SIGCONT)
@@ -844,7 +853,7 @@ class Supervisor:
 
     def _on_kill(self, tokens: list[int], reason: str) -> None:
         for child in self._children.values():
-            if (token := child.cell[0]) in tokens and not child.killed:     # else it is over, or asked for again
+            for token in set(tokens).intersection(child.cell) if not child.killed else ():  # else it is over
                 child.end_attempt(token, reason)
 
     def _keys(self, worker: bytes) -> bytes:
@@ -877,12 +886,12 @@ class Supervisor:
             was_oom = self._oom_kills[1] and self._oom_kills != known
             what = f"died of {name}" + (": out of memory, says its memory cgroup" if code == -9 and was_oom else
                                         ", perhaps the kernel's out-of-memory killer" if code == -9 else "")
-        slot, (token, successes) = self.slots[child.place], child.cell
+        slot, (token, successes, *_) = self.slots[child.place], child.cell
         cause = {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0}
         if slot.lock in self._lost:
             cause["lost"] = f"{slot.label}: {self._lost[slot.lock]}"
         with self.peer.lock:
-            self._unreported.append(("died", child.id, token, cause))
+            self._unreported.append(("died", child.id, child.aimed or token, cause))
             self.peer.send(self._unreported[-1])
         if self._stop_at is None:
             if code:

@@ -423,9 +423,9 @@ class Node(Actor):
                     self.kill(token)
 
     def kill(self, token):
-        target = next((w for w in self.workers if w.alive and w.cell == token), None)
+        target = next((w for w in self.workers if w.alive and (w.cell == token or token in w.parked)), None)
         if target is not None:
-            self.world.crash(target)
+            self.world.crash(target, token)
 
 
 class World:
@@ -803,13 +803,13 @@ class World:
         home = self.rng.choice(homes) if homes and self.rng.random() < 0.3 else None
         self.clients[index] = Client(self, next(self.names), home)
 
-    def crash(self, worker):
-        """A process ends. Its connection loses what it loses; its node sees the cell."""
+    def crash(self, worker, aimed=0):
+        """A process ends. Its connection loses what it loses; its node sees the cell, or knows for which job it is."""
         worker.alive = False
         if worker.link is not None:
             worker.link.cut(self.rng)
         self.end_clients_of(worker)
-        died = ("died", worker.id, worker.cell, {"what": "signal 9"})
+        died = ("died", worker.id, aimed or worker.cell, {"what": "signal 9"})
         worker.node.deaths[worker.slot] = died
         worker.node.say(died) if worker.node.is_in else None
 

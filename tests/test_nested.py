@@ -6,7 +6,7 @@ import time
 import pytest
 
 import minipool
-from minipool import Executor, WorkerDied, current_job, gather, get_executor, rejoin, secede
+from minipool import Executor, JobKilled, JobTimeout, WorkerDied, current_job, gather, get_executor, rejoin, secede
 
 SOON = 60
 running, most = 0, 0        # jobs at work at this moment in this worker process, and the most there ever were
@@ -73,6 +73,60 @@ def touch(file):
     open(file, "w").close()
 
 
+def fails_and_skips(n):
+    futures = [get_executor().submit(divmod, n, k) for k in (0, 1)]
+    return gather(futures, errors="skip")
+
+
+def leaves_it_open():
+    with get_executor() as ex:
+        future = ex.submit(abs, -7)
+    return future.result(0)
+
+
+def in_a_fork():
+    """Wait for a job in a child of this process, whose slot it has not; the child ends with what that raises."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            get_executor().submit(abs, -1).result(5)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return code, get_executor().submit(abs, -2).result()
+
+
+def sleep_at(file):
+    touch(file)
+    time.sleep(600)
+
+
+def wait_for_one_that_sleeps(file):
+    get_executor().submit(sleep_at, file).result()
+
+
+def secede_until(file):
+    """Leave the slot, and take it again only when `file` is there: by then another job has it."""
+    secede()
+    wait_for(file)
+    rejoin()
+    return "back"
+
+
+def let_it_return(file):
+    touch(file)
+    time.sleep(0.2)         # so that it waits for this slot
+    secede()
+    return "left"
+
+
+def wait_for(file):
+    deadline = time.monotonic() + SOON
+    while not os.path.exists(file) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def how_many_workers(_):
     return len({worker["name"] for worker in get_executor().info()["workers"]})
 
@@ -81,6 +135,13 @@ def how_many_workers(_):
 def one():
     with Executor("local", max_workers=1) as ex:
         yield ex
+
+
+jobs_seen = []
+
+
+def note_the_job():
+    jobs_seen.append(current_job())
 
 
 class TestOneWorker:
@@ -112,6 +173,34 @@ class TestOneWorker:
         with pytest.raises(WorkerDied):
             outer.result(SOON)
         assert ex.submit(abs, -1).result(SOON) == 1
+
+
+class TestWaitingInAJob:
+    @pytest.mark.parametrize("fn, value", [(fails_and_skips, [(5, 0)]), (leaves_it_open, 7)])
+    def test_of_any_kind_lends_the_slot(self, one, fn, value):
+        assert one.submit(fn, *([5] if fn is fails_and_skips else [])).result(SOON) == value
+
+    def test_for_the_slot_ends_when_the_job_that_has_it_leaves_it(self, one, tmp_path):
+        file = str(tmp_path / "file")
+        jobs = one.submit(secede_until, file), one.submit(let_it_return, file)
+        assert [job.result(SOON) for job in jobs] == ["back", "left"]
+
+    def test_in_a_fork_is_refused_and_harms_nobody(self, one):
+        assert one.submit(in_a_fork).result(SOON) == (1, 2)
+
+    def test_can_be_ended_by_kill_and_the_job_that_runs_meanwhile_is_not_charged(self, embedded, tmp_path):
+        ex, file = embedded(1), str(tmp_path / "file")
+        outer = ex.submit(wait_for_one_that_sleeps, file)
+        wait_for(file)
+        ex.kill(outer)
+        with pytest.raises(JobKilled):
+            outer.result(SOON)
+        assert ex.submit(abs, -1).result(SOON) == 1
+
+    def test_can_be_ended_by_a_time_limit(self, embedded, tmp_path):
+        outer = embedded(1).options(job_timeout=1).submit(wait_for_one_that_sleeps, str(tmp_path / "file"))
+        with pytest.raises(JobTimeout):
+            outer.result(SOON)
 
 
 class TestTheExecutorInAJob:
@@ -151,6 +240,12 @@ class TestTheExecutorInAJob:
 
 
 class TestOutsideAJob:
+    def test_an_initializer_is_no_job_nor_the_one_before_it(self, embedded):
+        ex = embedded(1)
+        ex.submit(abs, -1).result(SOON)
+        ex.on_start(note_the_job)
+        assert ex.submit(lambda: jobs_seen).result(SOON) == [None]
+
     def test_it_is_the_one_opened_last_and_still_open(self, one, own_pool):
         second = own_pool(1)
         assert get_executor() is second
