@@ -1,4 +1,4 @@
-"""Coordination (examples/coordination.py): what a program and its jobs share, and what is left when one of them dies."""
+"""Coordination (examples/coordination.py): what programs and jobs share, and what a death leaves of it."""
 import os
 import pathlib
 import pickle
@@ -306,9 +306,11 @@ class TestQueue:
 
     def test_a_get_waits_while_it_is_empty(self, pool):
         empty = Queue(executor=pool)
-        for get in (empty.get_nowait, lambda: empty.get(timeout=0.01), lambda: pool.submit(empty.get, False).result(SOON)):
+        for limits in ((False,), (True, 0.01)):
             with pytest.raises(queue.Empty):
-                get()
+                empty.get(*limits)
+            with pytest.raises(queue.Empty):
+                pool.submit(empty.get, *limits).result(SOON)
         with pytest.raises(ValueError, match="non-negative"):
             empty.get(timeout=-1)
         job = pool.submit(empty.get)
