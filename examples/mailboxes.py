@@ -39,6 +39,7 @@ class Reply(concurrent.futures.Future):
 
     place: Any = None
 
+
 # ---- mailboxes ----
 
 
@@ -50,7 +51,7 @@ class _Mailbox:
         self.holders: list[Who] = []                                # of leases: one entry for each
         self.items = collections.deque[Any]()                       # of a queue; or the value that is set, if one is
         self.readers: dict[str, tuple[Who, collections.deque[Any]]] = {}    # who subscribed, and what is unread
-        self.waiting: dict[Reply, tuple[Who, str, tuple]] = {}     # whose step does not hold yet, and its arguments
+        self.waiting: dict[Reply, tuple[Who, str, tuple]] = {}      # whose step does not hold yet, and its arguments
 
     def set(self, who: Who, value: Any) -> None:
         self.items = collections.deque([value])
@@ -127,7 +128,7 @@ class _End:
     def __init__(self, process: str, view: Executor) -> None:
         self.process, self.view = process, view
         self.seen = 0                                       # the number of the last question that came
-        self.asked: dict[int, tuple[str, Reply]] = {}      # steps and replies, until the answer has arrived there
+        self.asked: dict[int, tuple[str, Reply]] = {}       # steps and replies, until the answer has arrived there
         self.outbox: dict[int, tuple[bool, Any]] = {}       # answers on their way: is it a value, and which
         self.is_speaking = False                            # a thread brings them
 
@@ -139,7 +140,6 @@ class Table:
         self.key, self.lock = os.urandom(8).hex(), threading.RLock()
         self.boxes: dict[tuple[str, str], _Mailbox] = {}
         self.ends: dict[str, _End] = {}
-        self.buried: set[str] = set()                       # processes that are no more
         self.posts: dict[Executor, _Post] = {}
 
     def ask(self, kind: str, name: str, limit: int, step: str, args: tuple, now: bool, who: Who = ("", "")) -> Reply:
@@ -177,12 +177,10 @@ class Table:
     def hear(self, view: Executor, process: str, over: list[str], number: int, question: tuple) -> int:
         """Take in what a worker process says; return the number of the last question that was understood."""
         with self.lock:
-            if process in self.buried:
-                return number
             end = self.ends.setdefault(process, _End(process, view))
             for job in over:
                 self.forget(process, job)
-            if number > end.seen:               # else another view of the same pool brought it
+            if number > end.seen:               # else the listener of another view of this pool brought it
                 end.seen = number
                 self._answer(end, number, *question)
             self._speak(end)
@@ -234,10 +232,8 @@ class Table:
         if not process:                         # none was heard yet
             return
         with self.lock:
-            if job is None:
-                self.buried.add(process)
-                end = self.ends.pop(process, None)
-                for number, (is_value, value) in reversed(list(end.outbox.items()) if end else []):
+            if job is None and (end := self.ends.pop(process, None)):
+                for number, (is_value, value) in reversed(end.outbox.items()):
                     step, reply = end.asked[number]
                     if is_value and step == "get":
                         reply.place.items.appendleft(value)     # it never got there
@@ -264,36 +260,30 @@ class _Post:
         threading.Thread(target=self._watch, name="coordination-watch", daemon=True).start()
 
     def _watch(self) -> None:
-        """Listen to each worker that comes; bury what the server has not known for long."""
+        """Listen to each worker that comes; take back what those had that the server has not known for long."""
         absent: dict[str, float] = {}
         while not self.is_closed.is_set():
+            now = time.monotonic()
             try:
                 there = {worker["name"]: worker["connected"] for worker in self.executor.info()["workers"]}
-                absent = {name: absent.get(name, time.monotonic()) for name in self.processes if name not in there}
-            except TimeoutError:                # the server is away, or the executor closed: a listener would know
-                there, absent = {}, {}
-                self.is_closed.wait(POLL)
-                if not self.processes:
+                absent = {name: absent.get(name, now) for name in self.processes if name not in there}
+            except TimeoutError:                # the server is away; at once: the executor is closed
+                if not self.processes and time.monotonic() < now + POLL:
                     break
-            for name in [name for name, since in absent.items() if time.monotonic() > since + GONE]:
+                there, absent = {}, {}
+            for name in [name for name, since in absent.items() if now > since + GONE]:
                 self.table.forget(self.processes.pop(name))
             for name in [name for name, connected in there.items() if connected and name not in self.processes]:
                 self.processes[name] = ""
                 threading.Thread(target=self._listen, args=(name,), name="coordination-listen", daemon=True).start()
             self.is_closed.wait(POLL)
         del self.table.posts[self.executor]
-        for process in self.processes.values():
-            self.table.forget(process)
 
     def _listen(self, name: str) -> None:
-        """Hear what the jobs in one worker want."""
-        try:
-            view = self.executor.options(on=name, timeout=POLL + 30)
-        except ValueError:                      # it went just now
-            self.processes.pop(name, None)
-            return
+        """Hear what the jobs in one worker want, as long as there is one of that name."""
         process, seen, over = "", 0, list[str]()
         try:
+            view = self.executor.options(on=name, timeout=POLL + 30)
             while name in self.processes:
                 try:
                     found = _at(view, _talk, self.table.key, process, seen, over, POLL)
@@ -305,11 +295,16 @@ class _Post:
                 now, over, number, question = found
                 if now != process:
                     self.table.forget(process)
-                    process, seen = now, 0
-                    self.processes[name] = process
+                    self.processes[name] = process = now
+                    seen = 0
                 seen = max(seen, self.table.hear(view, process, over, number, question))
-        except Exception:                       # the executor is closed, or broken
+        except ValueError:                      # it went just now
+            pass
+        except RuntimeError:                    # the executor is closed, or broken
             self.is_closed.set()
+        finally:
+            self.processes.pop(name, None)
+            self.table.forget(process)
 
 
 # ---- in the workers ----

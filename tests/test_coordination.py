@@ -81,6 +81,15 @@ def take_and(what, held, ready=None):
         threading.Event().wait()
 
 
+def hold(lock, ready, done, leave=False):
+    """Hold it from `ready` until `done`, in the worker's slot or (leave) beside other jobs."""
+    with lock:
+        if leave:
+            minipool.secede()
+        ready.set()
+        return done.wait(SOON)
+
+
 def put_all(where, items):
     for item in items:
         where.put(item)
@@ -218,16 +227,31 @@ class TestAHolderThatIsNoMore:
             return "done"
         assert pool.options(retries=1).submit(once, Lock(executor=pool)).result(SOON) == "done"
 
+    def test_on_a_host_that_is_no_more_frees_it(self, cluster, monkeypatch):
+        monkeypatch.setattr(mailboxes, "GONE", 1.0)
+        node = cluster.node()
+        with cluster.executor() as ex:
+            lock, ready = Lock(executor=ex), Event(executor=ex)
+            holder = ex.options(max_deaths=0).submit(take_and, "wait", lock, ready)
+            assert ready.wait(SOON)
+            node.process.kill()
+            assert lock.acquire(timeout=SOON) and isinstance(holder.exception(SOON), WorkerDied)
+
     def test_keeps_it_while_it_works(self, pool):
-        def hold(lock, ready, done):
-            with lock:
-                ready.set()
-                return done.wait(SOON)
         lock, ready, done = Lock(executor=pool), Event(executor=pool), Event(executor=pool)
         holder = pool.submit(hold, lock, ready, done)
         assert ready.wait(SOON) and not lock.acquire(timeout=3 * mailboxes.POLL)
         done.set()
         assert holder.result(SOON) and lock.acquire(timeout=SOON)
+
+    @pytest.mark.skipif(not hasattr(minipool, "secede"), reason="in this minipool jobs keep their slot")
+    def test_keeps_it_though_others_run_in_its_process(self, own_pool):
+        ex = own_pool(1)
+        lock, ready, done = Lock(executor=ex), Event(executor=ex), Event(executor=ex)
+        holder = ex.submit(hold, lock, ready, done, leave=True)
+        assert ready.wait(SOON) and ex.submit(take, lock, timeout=3 * mailboxes.POLL).result(SOON) is False
+        done.set()
+        assert holder.result(SOON) and ex.submit(take, lock).result(SOON)
 
 
 class TestSemaphore:
@@ -459,9 +483,15 @@ class TestTheProgramAndTheServer:
             cluster.node()
             assert ex.submit(take, lock).result(SOON) and lock.acquire(timeout=SOON)
 
+    def test_the_example_runs_as_a_program(self, program):
+        example = program(pathlib.Path(mailboxes.__file__).parent / "coordination.py", "--quick")
+        assert example.code() == 0 and "6 jobs in" in example.out
+
     @pytest.mark.skipif(not hasattr(minipool, "get_executor"), reason="this minipool has no jobs of jobs")
     def test_jobs_of_jobs_share_it_too(self, pool):
         def ask_another(lock):
             return minipool.get_executor().submit(take, lock, blocking=False).result(SOON)
-        with Lock(executor=pool) as _:
-            assert pool.submit(ask_another, Lock(executor=pool)).result(SOON) is True
+        lock = Lock(executor=pool)
+        with lock:
+            assert pool.submit(ask_another, lock).result(SOON) is False
+        assert pool.submit(ask_another, lock).result(SOON) is True
