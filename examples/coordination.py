@@ -24,9 +24,10 @@ Everything is kept by the program that made it (mailboxes.py says how): other pr
 all is lost. Shut an executor down when its jobs have ended, as above: then nobody listens to them any more. A job that
 waits keeps its worker.
 
-What a job holds or reads it gives back when it ends: within about two seconds if it forgot to or its process died,
-after 15 if its host cannot be reached. A death costs the items that its jobs had got, and a job that begins anew puts
-its items again. An item is copied when it goes to a job or comes from one.
+What a job holds and its subscriptions end with it: within about two seconds if it forgot them or its process died, in
+half a minute if its host cannot be reached. A death costs the items that its jobs had got, and a job that begins anew
+puts its items again. An item is copied when it goes to a job or comes from one. What has been made stays to the end of
+the program, used or not.
 """
 from __future__ import annotations
 
@@ -78,7 +79,7 @@ class _Face:
 
     def _give(self, step: str, item: Any, block: bool = True, timeout: float | None = None) -> None:
         try:
-            cloudpickle.dumps(item)                 # to say it now: it may go to a job much later
+            cloudpickle.dumps(item)                 # twice, to say it now: it may go to a job much later
         except Exception as error:
             raise pickle.PicklingError(f"{self!r} cannot take a {type(item).__qualname__}: {error}") from error
         self._ask(step, item, block=block, timeout=timeout)

@@ -407,8 +407,9 @@ def _refuse(key: str, process: str, number: int, error: str) -> None:
     """Answer a question that the program could not open."""
     line = desk(key)
     with line.changed:
-        if process in ("", line.process) and line.questions.pop(number, None):
-            line.replies.pop(number).set_exception(RuntimeError(f"an item of this job cannot be opened there: {error}"))
+        reply = line.replies.pop(number, None) if process in ("", line.process) else None
+        if reply and line.questions.pop(number, None):
+            reply.set_exception(RuntimeError(f"an item of this job cannot be opened there: {error}"))
 
 
 # ---- both ----
@@ -419,10 +420,11 @@ def desk(key: str = "") -> Any:
     global _home
     # no globals of this file, of which a worker has a copy for each client that sent it: jobs of jobs use the same line
     here = vars(minipool).setdefault("_mailboxes", types.SimpleNamespace(lines={}))
+    table = vars(here).get("table")
+    if table and key in ("", table.key):
+        return table
     if not key and not here.lines and current_job() is None:
         return vars(here).setdefault("table", Table())
-    if "table" in vars(here) and here.table.key == key:
-        return here.table
     give_up = time.monotonic() + GONE
     while not (key or _home) and time.monotonic() < give_up:        # a new worker will soon be asked
         time.sleep(0.05)
