@@ -263,21 +263,29 @@ class _Post:
         """Listen to each worker that comes; take back what those had that the server has not known for long."""
         absent: dict[str, float] = {}
         while not self.is_closed.is_set():
-            now = time.monotonic()
+            now, workers = time.monotonic(), list[dict[str, Any]]()
             try:
-                there = {worker["name"]: worker["connected"] for worker in self.executor.info()["workers"]}
+                workers = self.executor.info()["workers"]
+                there = {worker["name"] for worker in workers}
                 absent = {name: absent.get(name, now) for name in self.processes if name not in there}
             except TimeoutError:                # the server is away; at once: the executor is closed
                 if not self.processes and time.monotonic() < now + POLL:
                     break
-                there, absent = {}, {}
+                absent = {}
             for name in [name for name, since in absent.items() if now > since + GONE]:
                 self.table.forget(self.processes.pop(name))
-            for name in [name for name, connected in there.items() if connected and name not in self.processes]:
-                self.processes[name] = ""
-                threading.Thread(target=self._listen, args=(name,), name="coordination-listen", daemon=True).start()
+            for worker in workers:
+                self._look(worker["name"], worker["connected"], worker["state"] == "draining" and not worker["jobs"])
             self.is_closed.wait(POLL)
         del self.table.posts[self.executor]
+
+    def _look(self, name: str, is_connected: bool, is_leaving: bool) -> None:
+        """Begin to listen to a worker, or let it go."""
+        if is_leaving:                          # a worker that is asked something stays for the answer
+            self.processes.pop(name, None)
+        elif is_connected and name not in self.processes:
+            self.processes[name] = ""
+            threading.Thread(target=self._listen, args=(name,), name="coordination-listen", daemon=True).start()
 
     def _listen(self, name: str) -> None:
         """Hear what the jobs in one worker want, as long as there is one of that name."""

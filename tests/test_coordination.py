@@ -483,6 +483,14 @@ class TestTheProgramAndTheServer:
             cluster.node()
             assert ex.submit(take, lock).result(SOON) and lock.acquire(timeout=SOON)
 
+    def test_a_node_that_leaves_is_not_held_up(self, cluster):
+        node = cluster.node()
+        with cluster.executor() as ex:
+            lock = Lock(executor=ex)
+            assert ex.submit(take, lock).result(SOON)
+            node.signal(signal.SIGINT)
+            node.code(25)                       # it would wait for 30 s for what its workers have to do
+
     def test_the_example_runs_as_a_program(self, program):
         example = program(pathlib.Path(mailboxes.__file__).parent / "coordination.py", "--quick")
         assert example.code() == 0 and "6 jobs in" in example.out
