@@ -352,18 +352,13 @@ class Worker:
         return bool(self._ready)
 
     def _catch_up(self) -> None:
-        """After half a second of not listening (a job held the GIL), hear first what was said meanwhile: a recall.
-
-        The I/O thread does the reading; this thread lets it, for as long as the socket has something.
-        """
-        if time.monotonic() - self._read_at < 0.5:
-            return
-        give_up = time.monotonic() + 1
+        """After half a second of not listening (a job held the GIL), hear first what was said meanwhile: a recall."""
         connection = self.peer.connection
-        while connection and not connection.closed and time.monotonic() < give_up and connection.has_input(0):
-            time.sleep(0.001)
-        time.sleep(0.001)           # what was read a moment ago is being handled
-        self._read_at = time.monotonic()
+        if connection and time.monotonic() - self._read_at > 0.5:
+            with self.peer._reading:     # when the I/O thread has handled what it may have read a moment ago
+                while not connection.closed and connection.has_input(0):
+                    self.peer._hear(connection)
+            self._read_at = time.monotonic()
 
     def _execute(self, attempt: Attempt) -> None:
         """Run one attempt: outcome or failure are encoded inside the same try, the cell is set all the while."""
@@ -393,9 +388,9 @@ class Worker:
 
     def describe(self, attempt: Attempt) -> minipool.JobInfo:
         """Return what current_job() tells."""
-        options = attempt.options
-        return minipool.JobInfo(minipool.job_id(attempt.job), options.get("name", ""), options.get("attempt", 1),
-                                self._name, "cuda:0" if self.device.startswith("cuda") else self.device)
+        device = "cuda:0" if self.device.startswith("cuda") else self.device
+        return minipool.JobInfo(minipool.job_id(attempt.job), attempt.options.get("name", ""),
+                                attempt.options.get("attempt", 1), self._name, device)
 
     def _finish(self, attempt: Attempt, status: str, value: bytes | Blob, seconds: float, retry: bool) -> None:
         """Keep the outcome and tell it; a lone one goes at once, one of many leaves with the next ones."""
@@ -413,8 +408,7 @@ class Worker:
             if self._returning or self._extra:
                 self._wake.notify_all()
             more = self._has_ready()
-            connection = self.peer.connection
-            if connection:
+            if connection := self.peer.connection:
                 connection.post([message])
         if connection:
             connection.flush(0 if more else minipool.BORROWED_FRAMES)
