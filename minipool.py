@@ -1370,7 +1370,6 @@ class Job:
 
 
 Key = tuple[Session, frozenset[str] | None, bool]   # what the jobs of a queue share: session, `on`, soft
-Turn = tuple[float, int, int, Key]                  # of a queue; sorts by priority, load of the session, arrival
 
 
 Actions = collections.namedtuple("Actions", "sends closes")     # what the shell must do: messages by peer, connections
@@ -1393,9 +1392,7 @@ class Scheduler:
         self._order = itertools.count()                 # of arrival: it breaks ties of jobs, and of timers
         # ready jobs: heaps by priority and arrival, with entries of jobs that are not ready any more
         self._queues: dict[Key, list[tuple[float, int, Job]]] = {}
-        self._everybody = Selection()
-        self._selections: dict[frozenset[str] | None, Selection] = {None: self._everybody}      # by `on`
-        self._sweep_at = KEPT_SELECTIONS                # that many: those where nobody looks now go
+        self._selections: dict[frozenset[str] | None, Selection] = {None: Selection()}      # by `on`; None: all
         self._adopting = adopting
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
         self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
@@ -1423,8 +1420,8 @@ class Scheduler:
             self._handlers[message[0]](known or peer, now, *message[1:])
             known = self._peers.get(peer)
         if isinstance(known, Worker | Node):        # any byte from a host is its heartbeat
-            self._hear(known.node if isinstance(known, Worker) else known, now)
-        if isinstance(known, Worker):       # once for all that it has finished
+            self._beat(known.node if isinstance(known, Worker) else known, now)
+        if isinstance(known, Worker):       # once for all that it has said
             self._refresh(known)
         return self._take_actions(now)
 
@@ -1453,16 +1450,14 @@ class Scheduler:
         """When tick() is due; None: not before something happens."""
         return self._timers[0][0] if self._timers else None
 
-    def _hear(self, node: Node, now: float) -> None:
+    def _beat(self, node: Node, now: float) -> None:
         node.heard_at = now
-
-    _beat = _hear           # that it was received says all
 
     def _enter(self, now: float) -> None:
         """Note the time; whoever enters first after we were stopped or starved excuses all hosts: not their fault."""
         if now - self._entered_at > 2 * self.beat:
             for node in self.nodes.values():
-                self._hear(node, now)
+                self._beat(node, now)
         self._entered_at = max(now, self._entered_at)
 
     def _take_actions(self, now: float) -> Actions:
@@ -1562,7 +1557,6 @@ class Scheduler:
         self._reconcile(worker, {token: (name, kind) for token, name, kind in attempts}, now)
         if node.is_leaving:
             self._retire(worker, now, "its node is leaving")
-        self._refresh(worker)
         self._guard_window(worker, now)
         self._tell_workers(self.sessions.values())
         self._end_adoption(False, now)
@@ -1811,10 +1805,10 @@ class Scheduler:
         for idler in [w for w in self._leaving if not (w.inbox or w.beside or w.delivering)]:
             self._send(idler.peer, ("bye", "nothing is left to do or to deliver"))
             self._end(idler, now, {"what": "left", "planned": True})
-        everybody = self._everybody
-        turns: list[Turn] = []
-        if everybody.idle or everybody.roomy:
-            turns = sorted(filter(None, map(self._turn, list(self._queues))))
+        everybody = self._selections[None]
+        if not (everybody.idle or everybody.roomy):
+            return
+        turns = sorted(filter(None, map(self._turn, list(self._queues))))
         while turns and (everybody.idle or everybody.roomy):
             _, load, _, key = heapq.heappop(turns)
             heap = self._queues[key]
@@ -1828,8 +1822,8 @@ class Scheduler:
             if turn := self._turn(key):
                 heapq.heappush(turns, turn)
 
-    def _turn(self, key: Key) -> Turn | None:
-        """Return the rank of a queue: the session that has least goes first. An empty queue goes."""
+    def _turn(self, key: Key) -> tuple[float, int, int, Key] | None:
+        """Return the rank of a queue: priority, load of its session (least first), arrival. An empty queue goes."""
         heap, session = self._queues[key], key[0]
         while heap and heap[0][2].state != State.READY:
             heapq.heappop(heap)
@@ -1844,7 +1838,7 @@ class Scheduler:
         if self.is_paused or session.unacknowledged > UNACKNOWLEDGED:
             return None
         if job.soft and not selection.members:
-            selection = self._everybody
+            selection = self._selections[None]
         is_suspect = job.deaths or not job.max_deaths       # it runs alone, so that no second charge can be wrong
         job.estimate = LONG if is_suspect else session.estimates.get(job.fn, LONG)
         roomy = selection.roomy if job.estimate < LONG else {}
@@ -1947,24 +1941,21 @@ class Scheduler:
 
     def _select(self, on: frozenset[str] | None) -> None:
         """Look who is admitted by an `on`. That is a look at every worker, so what was found outlives its queue."""
-        if len(self._selections) >= self._sweep_at:
+        if len(self._selections) >= KEPT_SELECTIONS + 2 * len(self._queues):
             used = {None, *(on for _, on, _ in self._queues)}
             for unused in self._selections.keys() - used:
                 selection = self._selections.pop(unused)
                 for worker in selection.members:
                     worker.selections.remove(selection)
-            self._sweep_at = 2 * len(self._selections) + KEPT_SELECTIONS
         self._selections[on] = selection = Selection()
         for worker in self.workers.values():
             self._enlist(worker, on, selection)
-            if worker in selection.members:
-                self._refresh(worker, [selection])
 
-    @staticmethod
-    def _enlist(worker: Worker, on: frozenset[str] | None, selection: Selection) -> None:
+    def _enlist(self, worker: Worker, on: frozenset[str] | None, selection: Selection) -> None:
         if on is None or on & worker.tags:
             selection.members.add(worker)
             worker.selections.append(selection)
+            self._refresh(worker, [selection])
 
     def _refresh(self, worker: Worker, selections: Iterable[Selection] | None = None) -> None:
         """Sort a worker by its room; it moves to the end, so that equals are used in turn."""
@@ -1980,8 +1971,7 @@ class Scheduler:
                 selection.roomy[worker] = None
 
     def _is_able(self, worker: Worker) -> bool:
-        return (worker.peer is not None and worker not in self._leaving and not worker.recalled
-                and not worker.node.is_suspect)
+        return not (worker.peer is None or worker in self._leaving or worker.recalled or worker.node.is_suspect)
 
     def _guard_window(self, worker: Worker, since: float) -> None:
         if not worker.watched:
@@ -2014,14 +2004,12 @@ class Scheduler:
         """The worker's answer: what it took out goes back uncharged; what it did not has begun, and is not short."""
         self._take_back(worker, taken, now)
         for token in set(asked).difference(taken):
-            job = worker.inbox.get(token)
-            if job is not None and not job.begun:
+            if (job := worker.inbox.get(token)) and not job.begun:
                 self._started(worker, now, token)
         if worker.recalled == asked:
             worker.recalled = []
             if worker.inbox:
                 worker.load = LONG              # nothing joins what is not short until it ends
-        self._refresh(worker)
 
     def _despair_of_recall(self, worker: Worker, now: float) -> None:
         """No answer: the process cannot even read. All but the job it must be at run elsewhere, under new tokens."""
@@ -2082,8 +2070,7 @@ class Scheduler:
         worker = self.workers.get(worker_id)
         if worker is not None and worker.node is not node:
             return
-        slot = worker_id[:16]
-        self._dead[slot] = max(self._dead.pop(slot, b""), worker_id)
+        self._dead[worker_id[:16]] = max(self._dead.pop(worker_id[:16], b""), worker_id)
         while len(self._dead) > MOURNED:
             del self._dead[next(iter(self._dead))]
         if "lost" in cause:
