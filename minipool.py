@@ -239,16 +239,14 @@ def _list_of(is_good: Check) -> Check:
     return lambda field: type(field) is list and all(map(is_good, field))
 
 
-# by the types that the catalogue names; numbers are finite and never negative
-_CHECKS: dict[Any, Check] = {
+_CHECKS: dict[Any, Check] = {       # by the types that the catalogue names; numbers are finite and never negative
     int: _is_number, float: lambda field: type(field) in (int, float) and 0 <= field < BIGGEST,
     **{accepted: _one_of(accepted) for accepted in (bool, str, bytes, list, dict)},
     "name": _is_name,
     "value": lambda field: type(field) is bytes or (
         type(field) is tuple and len(field) == 3 and _is_name(field[0]) and _is_number(field[1])
         and type(field[2]) is str and len(field[2]) <= 64),
-    "options": _are_options,
-    "int?": _one_of(int, type(None)), "dict?": _one_of(dict, type(None)),
+    "options": _are_options, "int?": _one_of(int, type(None)), "dict?": _one_of(dict, type(None)),
     "numbers": _list_of(_is_number), "names": _list_of(_is_name), "texts": _list_of(_one_of(str)),
     "attempts": _list_of(lambda item: type(item) is tuple and len(item) == 3 and _is_name(item[1])
                          and _is_number(item[0]) and item[0] < BIGGEST // 2),       # the server counts on from there
@@ -273,9 +271,8 @@ def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
 
 
 # what the scheduler reads of a job's options: each is a field of its Job
-_OPTIONS_READ: dict[str, Check] = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int,
-                                          job_timeout=float, max_tasks=int, on="tags", soft=bool, beside=bool,
-                                          cancel_running="any")
+_OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int, job_timeout=float,
+                        max_tasks=int, on="tags", soft=bool, beside=bool, cancel_running="any")
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
 _message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
@@ -286,8 +283,7 @@ _message("refuse", "server", "you are not in, and trying again does not help", e
 _message("bye", "client node worker server", "a planned end: nothing of mine is to be kept", reason=str)
 _message("beat", "node server", "still here (any other byte says the same)")
 
-# what the info of an announcement holds
-ANNOUNCED = {
+ANNOUNCED = {       # what the info of an announcement holds
     "client": _fields(session=bytes, python=str, name=str, max_workers="int?", workers_seen=int),
     "node": _fields(id=bytes, python=str, name=str, host=str, pid=int, slots=list),
     "worker": _fields(id=bytes, python=str, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
@@ -400,7 +396,6 @@ BORROWED_FRAMES = 4             # then a borrowed thread passes the writer role 
 PULLS_IN_FLIGHT = 2             # ranges asked for, over all pulls of a connection: bounds the server's memory
 HANDSHAKE_SECONDS = 5.0         # absolute, for the whole handshake
 LEAD_SECONDS = 0.05             # until a thread that waits, and reads, sees what it waits for ended by another thread
-LEAD_PAUSE = 0.002              # s that the I/O thread leaves the socket alone where such a thread has just read
 FOREVER = float("inf")          # a time that never comes
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -522,15 +517,13 @@ def decode_messages(control: bytes, sender: str) -> list[Message]:
     return messages
 
 
-# what makes latency low and a dead peer noticed; each is optional, as platforms differ
-_TUNING = (
+_TUNING = (         # what makes latency low and a dead peer noticed; each is optional, as platforms differ
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),             # finds an idle peer that vanished: 5 s + 3 probes
     (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 5),
     (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 2),
     (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
-    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 30_000),   # ms; finds one that vanished with data in flight.
-    #                                                     At 2 s a live but slow reader was cut off.
+    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 30_000),   # ms; one with data in flight; 2 s cut off live, slow readers
     (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 256 * 1024),  # control overtakes ranges in our queue, not below it
 )
 
@@ -1096,7 +1089,7 @@ class Peer:
             while not connection.closed:
                 if self._led:           # threads that wait come and go: to wake beside them costs them time
                     self._led = False
-                    time.sleep(LEAD_PAUSE)
+                    time.sleep(0.002)
                 elif self._await_input(connection, 0.5):    # who waits reads faster, and leaves small words to this one
                     with self._reading:
                         if connection.has_input(0):         # else a thread that waits was faster
@@ -1703,8 +1696,7 @@ class Scheduler:
 
     def _time_out(self, attempt: tuple[Worker, int], now: float) -> None:
         """A job has run for its job_timeout, unless that attempt is over."""
-        worker, token = attempt
-        if (job := self._current(worker, token)) and job.job_timeout is not None:   # no limit outlives its job's record
+        if (job := self._current(*attempt)) and job.job_timeout is not None:    # no limit outlives its job's record
             reason = f"it ran longer than its job_timeout of {job.job_timeout:g} s"
             self._kill(job.session, now, [job.number], reason, TIMED_OUT)
 
@@ -2164,9 +2156,8 @@ class Scheduler:
 
     def snapshot(self, now: float) -> dict[str, Any]:
         """Return what `status --json` prints: nodes, workers, counts of jobs, objects."""
-        states: collections.Counter[str] = collections.Counter()
-        for session in self.sessions.values():
-            states.update("delivering" if job.delivering else job.state for job in session.jobs.values())
+        states = collections.Counter("delivering" if job.delivering else job.state
+                                     for session in self.sessions.values() for job in session.jobs.values())
         return {
             "schema": 1, **self.about,
             "nodes": [{"name": n.name, "connected": n.peer is not None, "workers": len(n.workers),
@@ -2439,7 +2430,7 @@ class Server:
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, secret: str | None = None,
                  max_value: int = 64 << 30, dead_after: float = T_DEAD, tls: bool = False, tls_cert: str = "",
                  tls_key: str = "", embedded: bool = False) -> None:
-        self._host, self._port = host, port
+        self._host, self._port, self._embedded = host, port, embedded
         self.tls = tls or bool(tls_cert or tls_key)
         self._tls: tuple[ssl.SSLContext | None, bytes] = server_tls(tls_cert, tls_key) if self.tls else (None, b"")
         self._secret = find_secret(secret, make=True)
@@ -2450,7 +2441,6 @@ class Server:
         self.secret = self._secret.text                 # to hand to clients and nodes
         self.max_value, self.dead_after = max_value, dead_after
         self.failure: BaseException | None = None       # a broken invariant, which stops the server
-        self._embedded = embedded
         self._lock = threading.Lock()
         self._clock = threading.Condition(self._lock)   # wakes the ticker when a deadline comes nearer
         self._planned = 0.0                             # until when the ticker sleeps; guarded by _lock
