@@ -981,7 +981,7 @@ class Peer:
         self._pulls: dict[Name, Pull] = {}                  # guarded by lock, as is
         self._asked: dict[tuple[Name, int], memoryview] = {}    # ranges on their way, (name, offset): where they belong
         self._reading = threading.Lock()                    # held by the thread that reads the socket
-        self._led = False                                   # a thread that waits has taken that over
+        self._leads = 0                                     # how often a thread that waits took that over
         self._stopping = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"minipool-{name or role}-io", daemon=True)
 
@@ -1017,7 +1017,7 @@ class Peer:
         if connection is None or not self._reading.acquire(blocking=False):
             return
         try:
-            self._led = True
+            self._leads += 1
             while not (is_over() or connection.closed or (left := give_up - time.monotonic()) <= 0):
                 if self._await_input(connection, min(left, LEAD_SECONDS)):
                     self._hear(connection)
@@ -1086,9 +1086,10 @@ class Peer:
                 self.connection, self.trouble, self.lost_at = connection, None, None
                 self._ask_more()            # what was wanted while there was no connection
             connection.flush()
+            leads = self._leads
             while not connection.closed:
-                if self._led:           # threads that wait come and go: to wake beside them costs them time
-                    self._led = False
+                if leads != self._leads:            # threads that wait come and go: to wake beside them costs them time
+                    leads = self._leads
                     time.sleep(0.002)
                 elif self._await_input(connection, 0.5):    # who waits reads faster, and leaves small words to this one
                     with self._reading:
