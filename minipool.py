@@ -85,7 +85,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import as_completed, wait
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 if TYPE_CHECKING:
     import ssl
@@ -136,8 +136,7 @@ class WorkerDied(MinipoolError, RuntimeError):
 
     `job`, `attempts`, `worker`, `node`, `device`, `exitcode` (negative: the signal) and `stderr` say what is known.
     """
-    _unknown: Any = None
-    job = attempts = worker = node = device = exitcode = stderr = _unknown
+    job = attempts = worker = node = device = exitcode = stderr = cast(Any, None)
 
     def __init__(self, text: str, **evidence: Any) -> None:
         super().__init__(text)
@@ -186,10 +185,9 @@ class Malformed(MinipoolError):
 # ==================================================================================================================
 # 2 messages
 #
-# Everything that may cross the wire. A message is a tuple of builtins, its kind first; a frame carries a list of
-# them. Each arriving message is checked once against this table (who may send it, how many fields, and at the server
-# also of which types, numbers finite and in range) before anybody looks at it; a misfit ends the connection. From
-# these lines alone a stranger could write a client.
+# A message is a tuple of builtins, its kind first; a frame carries a list of them. Each arriving message is checked
+# once against this table (who may send it, how many fields; at the server also their types, numbers finite and in
+# range) before anybody looks at it; a misfit ends the connection. From this alone a stranger could write a client.
 #
 # A Name is (creator, number): whoever makes a job, function or value names it, so that the name survives a restart
 # of the server. A client's creator id is its session, a worker's its identity (node, slot, generation). A token is
@@ -241,16 +239,14 @@ def _list_of(is_good: Check) -> Check:
     return lambda field: type(field) is list and all(map(is_good, field))
 
 
-# by the types that the catalogue names; numbers are finite and never negative
-_CHECKS: dict[Any, Check] = {
+_CHECKS: dict[Any, Check] = {       # by the types that the catalogue names; numbers are finite and never negative
     int: _is_number, float: lambda field: type(field) in (int, float) and 0 <= field < BIGGEST,
     **{accepted: _one_of(accepted) for accepted in (bool, str, bytes, list, dict)},
     "name": _is_name,
     "value": lambda field: type(field) is bytes or (
         type(field) is tuple and len(field) == 3 and _is_name(field[0]) and _is_number(field[1])
         and type(field[2]) is str and len(field[2]) <= 64),
-    "options": _are_options,
-    "int?": _one_of(int, type(None)), "bytes?": _one_of(bytes, type(None)), "dict?": _one_of(dict, type(None)),
+    "options": _are_options, "int?": _one_of(int, type(None)), "dict?": _one_of(dict, type(None)),
     "numbers": _list_of(_is_number), "names": _list_of(_is_name), "texts": _list_of(_one_of(str)),
     "attempts": _list_of(lambda item: type(item) is tuple and len(item) == 3 and _is_name(item[1])
                          and _is_number(item[0]) and item[0] < BIGGEST // 2),       # the server counts on from there
@@ -275,22 +271,19 @@ def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
 
 
 # what the scheduler reads of a job's options: each is a field of its Job
-_OPTIONS_READ: dict[str, Check] = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int,
-                                          job_timeout=float, max_tasks=int, on="tags", soft=bool, beside=bool,
-                                          cancel_running="any")
+_OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int, job_timeout=float,
+                        max_tasks=int, on="tags", soft=bool, beside=bool, cancel_running="any")
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
 _message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
 _message("node", "node", "a node's announcement: who I am, my workers' slots", info=dict)
-_message("worker", "worker", "a worker's announcement: what I run, queue and hold, as (token, job, kind)",
-         info=dict, attempts="attempts")
+_message("worker", "worker", "what I run, queue and hold, as (token, job, kind)", info=dict, attempts="attempts")
 _message("welcome", "server", "you are in; info is per role", info=dict)
 _message("refuse", "server", "you are not in, and trying again does not help", error=str, text=str)
 _message("bye", "client node worker server", "a planned end: nothing of mine is to be kept", reason=str)
 _message("beat", "node server", "still here (any other byte says the same)")
 
-# what the info of an announcement holds
-ANNOUNCED = {
+ANNOUNCED = {       # what the info of an announcement holds
     "client": _fields(session=bytes, python=str, name=str, max_workers="int?", workers_seen=int),
     "node": _fields(id=bytes, python=str, name=str, host=str, pid=int, slots=list),
     "worker": _fields(id=bytes, python=str, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
@@ -317,8 +310,7 @@ _message("forget", "server", "the outcomes of these attempts have arrived or are
 _message("resend", "server", "send the outcomes of these attempts again", tokens="numbers")
 _message("cancel", "client", "these jobs are not wanted any more", numbers="numbers")
 _message("recall", "server", "hand back those of these attempts that you have not begun", tokens="numbers")
-_message("recalled", "worker", "of the attempts asked for, these had not begun and never will",
-         asked="numbers", taken="numbers")
+_message("recalled", "worker", "of those asked for, these never began and never will", asked="numbers", taken="numbers")
 _message("retire", "worker node", "a planned exit: give me nothing new; I go when all I hold is delivered", reason=str)
 _message("kill", "client server", "end these running attempts by ending their worker (client: numbers of its jobs; "
          "to a node: tokens)", numbers="numbers", reason=str)
@@ -326,8 +318,7 @@ _message("died", "node", "this worker process is no more; token: what its cell s
          worker=bytes, token=int, cause="cause")
 
 # a session's log: what every worker must have run before the session's jobs
-_message("log", "client server", "entry number position of a session's log is this object",
-         session=bytes, position=int, name="name")
+_message("log", "client server", "this object is at `position` of the log", session=bytes, position=int, name="name")
 _message("broken", "server", "every worker that tried the session's log is unfit", value="value")
 _message("leave", "server", "forget this session: its functions, its log, its globals", session=bytes)
 
@@ -344,10 +335,7 @@ _message("answer", "server", "its answer", number=int, value="any")
 
 
 def check_message(message: Any, sender: str) -> None:
-    """Raise Malformed unless `message` is one that a peer of role `sender` may send.
-
-    Of the server's the fields are not looked at: who has the secret can give workers any code anyway.
-    """
+    """Raise Malformed unless `message` is one that a peer of role `sender` may send."""
     if type(message) is not tuple or not message or type(message[0]) is not str:
         raise Malformed("a message is a tuple that begins with its kind")
     senders, fields = CATALOGUE.get(message[0]) or (frozenset(), {})
@@ -355,7 +343,7 @@ def check_message(message: Any, sender: str) -> None:
         raise Malformed(f"a {sender} sends no {message[0]!r}")
     if len(message) - 1 != len(fields):
         raise Malformed(f"{message[0]!r} has {len(fields)} fields, not {len(message) - 1}")
-    if sender == "server":
+    if sender == "server":      # who has the secret can give workers any code anyway
         return
     for position, is_good in enumerate(fields.values(), 1):
         if not is_good(message[position]):
@@ -400,7 +388,6 @@ REFUSED = hashlib.sha256(b"minipool/1 refused").digest()
 
 _HELLO = struct.Struct("!8sBBB21s32s")      # magic, version, role, flags, identity, nonce
 _FRAME = struct.Struct("!II")
-_SEQUENCE = struct.Struct("!Q")
 
 MAX_CONTROL = 8 << 20           # a batch stays far below; the rest is room for one announcement of everything
 BATCH_MESSAGES = 256            # with BATCH_BYTES: no step under the scheduler's lock takes more than about 3 ms
@@ -409,7 +396,6 @@ BORROWED_FRAMES = 4             # then a borrowed thread passes the writer role 
 PULLS_IN_FLIGHT = 2             # ranges asked for, over all pulls of a connection: bounds the server's memory
 HANDSHAKE_SECONDS = 5.0         # absolute, for the whole handshake
 LEAD_SECONDS = 0.05             # until a thread that waits, and reads, sees what it waits for ended by another thread
-LEAD_PAUSE = 0.002              # s that the I/O thread leaves the socket alone where such a thread has just read
 FOREVER = float("inf")          # a time that never comes
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -531,15 +517,13 @@ def decode_messages(control: bytes, sender: str) -> list[Message]:
     return messages
 
 
-# what makes latency low and a dead peer noticed; each is optional, as platforms differ
-_TUNING = (
+_TUNING = (         # what makes latency low and a dead peer noticed; each is optional, as platforms differ
     (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),             # finds an idle peer that vanished: 5 s + 3 probes
     (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 5),
     (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 2),
     (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
-    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 30_000),   # ms; finds one that vanished with data in flight.
-    #                                                     At 2 s a live but slow reader was cut off.
+    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 30_000),   # ms; one with data in flight; 2 s cut off live, slow readers
     (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", 256 * 1024),  # control overtakes ranges in our queue, not below it
 )
 
@@ -658,7 +642,7 @@ def server_tls(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
 def _tag(key: hmac.HMAC, number: int, header: bytes, control: bytes) -> bytes:
     """Return the tag of a connection's frame of this number."""
     tag = key.copy()
-    tag.update(_SEQUENCE.pack(number) + header + control)
+    tag.update(number.to_bytes(8, "big") + header + control)
     return tag.digest()
 
 
@@ -675,8 +659,7 @@ class Connection:
     def __init__(self, seam: Plain, send_key: bytes, receive_key: bytes, remote: str) -> None:
         self.remote = remote                    # the other end's role, proven by the handshake
         self.closed = False                     # by either side; written under _lock
-        # where the body of a range belongs, of that many bytes
-        self.destination: Callable[[Message, int], memoryview] = lambda message, size: memoryview(bytearray(size))
+        self.destination: Callable[[Message, int], memoryview | None] = lambda *_: None     # where a range's body goes
         self._seam = seam
         # the outbox and the role; all guarded by _lock
         self._lock = threading.Lock()
@@ -698,10 +681,8 @@ class Connection:
         self._pending = bytearray()             # received and not yet consumed
 
     def post(self, messages: Iterable[Message]) -> None:
-        """Append messages to the outbox; a later flush() sends them. Cheap enough to call under other locks.
-
-        It takes no lock: who gives the writer role back looks once more, or flush() finds the role free.
-        """
+        """Append messages to the outbox; a later flush() sends them. Cheap enough to call under other locks."""
+        # it takes no lock: who gives the writer role back looks once more, or flush() finds the role free
         for message in messages:
             (self._ranges if message[0] == "range" else self._control).append(message)
 
@@ -798,8 +779,7 @@ class Connection:
         if not 0 < control_size <= MAX_CONTROL or body_size > RANGE:
             raise Malformed("a frame's lengths are out of range")
         control = self._take(control_size)
-        expected = _tag(self._receive_key, self._receive_number, header, control)
-        if not hmac.compare_digest(tag, expected):
+        if not hmac.compare_digest(tag, _tag(self._receive_key, self._receive_number, header, control)):
             raise Malformed("a frame's tag does not verify")
         self._receive_number += 1
         messages = decode_messages(control, self.remote)
@@ -807,7 +787,7 @@ class Connection:
             return messages
         if len(messages) != 1 or messages[0][0] != "range":
             raise Malformed("only a range has a body")
-        body = self.destination(messages[0], body_size)
+        body = self.destination(messages[0], body_size) or memoryview(bytearray(body_size))
         have = min(body_size, len(self._pending))
         body[:have] = self._take(have)
         while have < body_size:
@@ -945,11 +925,7 @@ class Blob:
 
 
 def open_place(place: str, size: int) -> Any:
-    """Return the bytes at a Blob's place, to be written to without reaching others; None if they cannot be had there.
-
-    That is so for another host, pid namespace or user, and when their maker has gone or forgotten them. The token, in
-    the place and in the file, makes sure that it is the same file: no need to compare hosts, or to hash anything.
-    """
+    """Return the bytes at a Blob's place, to be written to without reaching others; None if they cannot be had."""
     try:
         pid, number, token = place.split()
         path = f"/proc/{int(pid)}/fd/{int(number)}"
@@ -957,13 +933,14 @@ def open_place(place: str, size: int) -> Any:
             return None
         with open(os.open(path, os.O_NONBLOCK), "rb") as file:      # or by now a pipe
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)        # until the file is closed and unmapped
+            # it is the same file if it has the token of the place: no need to compare hosts, or to hash anything
             if file.read(HEAD) != token.encode().ljust(HEAD):
                 return None
             if size >= MAPPED and _is_spare(file):
                 return memoryview(mmap.mmap(file.fileno(), HEAD + size, access=mmap.ACCESS_COPY))[HEAD:]
             buffer = bytearray(size)
             return buffer if file.readinto(buffer) == size else None
-    except (OSError, ValueError):
+    except (OSError, ValueError):       # of another host, pid namespace or user; or its maker is gone, or forgot it
         return None
 
 
@@ -1025,8 +1002,7 @@ class Peer:
 
     def send(self, *messages: Message) -> None:
         """Send, or drop what there is no connection for: the next announcement says it again."""
-        connection = self.connection
-        if connection:
+        if connection := self.connection:
             connection.post(messages)
             connection.flush()
 
@@ -1055,16 +1031,13 @@ class Peer:
         return connection.has_input(seconds)
 
     def _hear(self, connection: Connection) -> None:
-        """Read one frame and act on it; the caller holds `_reading`.
-
-        Whatever goes wrong, Ctrl-C in a thread that waits too, ends the connection: over the next one all is settled.
-        """
+        """Read one frame and act on it; the caller holds `_reading`."""
         try:
             rest = [message for message in connection.receive() if not self._handle_range(connection, message)]
             self._failures = 0
             if rest:
                 self._on_batch(rest)
-        except BaseException as error:
+        except BaseException as error:      # whatever it is, even Ctrl-C: over the next connection all is settled
             connection.close()
             if not isinstance(error, Exception):
                 raise
@@ -1085,8 +1058,7 @@ class Peer:
             except Exception as error:
                 self._note(error)
             self._on_lost()
-            if self._failures:
-                # full jitter, so that a thousand peers do not return at once; the cap keeps a restart short
+            if self._failures:      # full jitter: a thousand peers do not return at once; the cap keeps a restart short
                 self._stopping.wait(random.uniform(0, min(3.0, 0.1 * 2 ** min(self._failures, 6))))
 
     def _dial(self) -> Connection:
@@ -1118,7 +1090,7 @@ class Peer:
             while not connection.closed:
                 if leads != self._leads:            # threads that wait come and go: to wake beside them costs them time
                     leads = self._leads
-                    time.sleep(LEAD_PAUSE)
+                    time.sleep(0.002)
                 elif self._await_input(connection, 0.5):    # who waits reads faster, and leaves small words to this one
                     with self._reading:
                         if connection.has_input(0):         # else a thread that waits was faster
@@ -1172,11 +1144,11 @@ class Peer:
                 place = self._asked[name, offset] = memoryview(pull.buffer)[offset:offset + RANGE]
                 self.connection.post([("pull", name, offset, len(place))])
 
-    def _destination(self, message: Message, size: int) -> memoryview:
-        """Return where the body of a range belongs; if nobody here waits for it, somewhere."""
+    def _destination(self, message: Message, size: int) -> memoryview | None:
+        """Return where the body of a range belongs; None if nobody here waits for it."""
         with self.lock:
             place = self._asked.get(message[1:3])
-        return memoryview(bytearray(size)) if place is None or len(place) != size else place
+        return place if place and len(place) == size else None
 
     def _handle_range(self, connection: Connection, message: Message) -> bool:
         """Act on a message about large values; return False for any other."""
@@ -1229,9 +1201,8 @@ class Peer:
 # out. No socket, thread, lock, clock, random number, pickle, file or print, so that a race is the order of two calls
 # and millions of histories can be simulated. `peer` is any hashable that names a connection; user bytes pass unread.
 #
-# Records hold data, the Scheduler holds all rules. Five nouns: Job, Worker (of a Node), Object, Instance, Mailbox;
-# a Session is a client, whose lease all its things hang on. The three entries never call one another; private steps
-# append to the outboxes, only the entries hand them out.
+# Records hold data, the Scheduler holds all rules. A Session is a client, whose lease all its things hang on. The
+# three entries never call one another; private steps append to the outboxes, only the entries hand them out.
 #
 #     waiting --> ready --> running --> done | failed | cancelled
 #        ^----------^----------'         back when a worker is lost, a job is handed back, or a retry is due
@@ -1381,7 +1352,6 @@ class Job:
 
 
 Key = tuple[Session, frozenset[str] | None, bool]   # what the jobs of a queue share: session, `on`, soft
-Turn = tuple[float, int, int, Key]                  # of a queue; sorts by priority, load of the session, arrival
 
 
 Actions = collections.namedtuple("Actions", "sends closes")     # what the shell must do: messages by peer, connections
@@ -1402,11 +1372,8 @@ class Scheduler:
         self._peers: dict[Any, Member] = {}
         self._token = first_token       # the server's start in microseconds: later lives never repeat one
         self._order = itertools.count()                 # of arrival: it breaks ties of jobs, and of timers
-        # ready jobs: heaps by priority and arrival, with entries of jobs that are not ready any more
-        self._queues: dict[Key, list[tuple[float, int, Job]]] = {}
-        self._everybody = Selection()
-        self._selections: dict[frozenset[str] | None, Selection] = {None: self._everybody}      # by `on`
-        self._sweep_at = KEPT_SELECTIONS                # that many: those where nobody looks now go
+        self._queues: dict[Key, list[tuple[float, int, Job]]] = {}      # heaps of ready jobs, and of some ready no more
+        self._selections: dict[frozenset[str] | None, Selection] = {None: Selection()}      # by `on`; None: all
         self._adopting = adopting
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
         self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
@@ -1434,16 +1401,15 @@ class Scheduler:
             self._handlers[message[0]](known or peer, now, *message[1:])
             known = self._peers.get(peer)
         if isinstance(known, Worker | Node):        # any byte from a host is its heartbeat
-            self._hear(known.node if isinstance(known, Worker) else known, now)
-        if isinstance(known, Worker):       # once for all that it has finished
+            self._beat(known.node if isinstance(known, Worker) else known, now)
+        if isinstance(known, Worker):       # once for all that it has said
             self._refresh(known)
         return self._take_actions(now)
 
     def disconnected(self, peer: Any, now: float) -> Actions:
         """Advance on the loss of a connection. What hung on it is kept for a grace: losing one is harmless."""
         self._enter(now)
-        member = self._peers.pop(peer, None)
-        if member is not None:
+        if member := self._peers.pop(peer, None):
             member.peer = None
             self._await(member, now)
             if isinstance(member, Worker):
@@ -1464,16 +1430,14 @@ class Scheduler:
         """When tick() is due; None: not before something happens."""
         return self._timers[0][0] if self._timers else None
 
-    def _hear(self, node: Node, now: float) -> None:
+    def _beat(self, node: Node, now: float) -> None:
         node.heard_at = now
-
-    _beat = _hear           # that it was received says all
 
     def _enter(self, now: float) -> None:
         """Note the time; whoever enters first after we were stopped or starved excuses all hosts: not their fault."""
         if now - self._entered_at > 2 * self.beat:
             for node in self.nodes.values():
-                self._hear(node, now)
+                self._beat(node, now)
         self._entered_at = max(now, self._entered_at)
 
     def _take_actions(self, now: float) -> Actions:
@@ -1573,7 +1537,6 @@ class Scheduler:
         self._reconcile(worker, {token: (name, kind) for token, name, kind in attempts}, now)
         if node.is_leaving:
             self._retire(worker, now, "its node is leaving")
-        self._refresh(worker)
         self._guard_window(worker, now)
         self._tell_workers(self.sessions.values())
         self._end_adoption(False, now)
@@ -1631,7 +1594,7 @@ class Scheduler:
                     worker.acks.append(token)
             elif kind == "outcome":
                 resend.append(token)        # it comes by the usual way: it may be one that wants a retry
-            elif kind != "inbox" and job is not None and not job.begun:
+            elif kind != "inbox":
                 self._started(worker, now, token)       # the old connection may have lost the word
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
         self._send(worker.peer, ("resend", resend))
@@ -1680,8 +1643,8 @@ class Scheduler:
             job.on = frozenset(job.on) or None
         if job.deaths > job.max_deaths:         # it died before its client told how often it may
             job.deaths = job.max_deaths + 1
-        if job.begun and job.worker:
-            self._started(job.worker, now, job.token)       # its limit was not known then
+        if job.begun and job.worker and job.job_timeout is not None:    # its limit was not known then
+            self._arm(now + job.job_timeout, self._time_out, (job.worker, job.token))
         if job.state == State.WAITING and not (self._adopting and options and options.get("again")):
             self._run_anew(job, now)
 
@@ -1737,7 +1700,7 @@ class Scheduler:
 
     def _started(self, worker: Worker, now: float, token: int) -> None:
         job = self._current(worker, token)
-        if job is not None:
+        if job and not (job.begun or job.delivering):
             job.begun = True
             self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
             if job.job_timeout is not None:
@@ -1745,9 +1708,7 @@ class Scheduler:
 
     def _time_out(self, attempt: tuple[Worker, int], now: float) -> None:
         """A job has run for its job_timeout, unless that attempt is over."""
-        worker, token = attempt
-        job = self._current(worker, token)
-        if job is not None and job.job_timeout is not None:     # a limit does not outlive its job's record
+        if (job := self._current(*attempt)) and job.job_timeout is not None:    # no limit outlives its job's record
             reason = f"it ran longer than its job_timeout of {job.job_timeout:g} s"
             self._kill(job.session, now, [job.number], reason, TIMED_OUT)
 
@@ -1757,8 +1718,7 @@ class Scheduler:
         job = self._current(worker, token)
         if token in worker.inbox:
             worker.moved_at = now
-        if token in worker.inbox or token in worker.beside:
-            worker.finished += 1
+        worker.finished += token in worker.inbox or token in worker.beside
         if job is not None and status == UNFIT:     # the session's log raised there: it gets no more of that session
             worker.unfit.setdefault(job.session.id, value)
             self._take_back(worker, [token], now)
@@ -1822,10 +1782,10 @@ class Scheduler:
         for idler in [w for w in self._leaving if not (w.inbox or w.beside or w.delivering)]:
             self._send(idler.peer, ("bye", "nothing is left to do or to deliver"))
             self._end(idler, now, {"what": "left", "planned": True})
-        everybody = self._everybody
-        turns: list[Turn] = []
-        if everybody.idle or everybody.roomy:
-            turns = sorted(filter(None, map(self._turn, list(self._queues))))
+        everybody = self._selections[None]
+        if not (everybody.idle or everybody.roomy):
+            return
+        turns = sorted(filter(None, map(self._turn, list(self._queues))))
         while turns and (everybody.idle or everybody.roomy):
             _, load, _, key = heapq.heappop(turns)
             heap = self._queues[key]
@@ -1839,8 +1799,8 @@ class Scheduler:
             if turn := self._turn(key):
                 heapq.heappush(turns, turn)
 
-    def _turn(self, key: Key) -> Turn | None:
-        """Return the rank of a queue: the session that has least goes first. An empty queue goes."""
+    def _turn(self, key: Key) -> tuple[float, int, int, Key] | None:
+        """Return the rank of a queue: priority, load of its session (least first), arrival. An empty queue goes."""
         heap, session = self._queues[key], key[0]
         while heap and heap[0][2].state != State.READY:
             heapq.heappop(heap)
@@ -1855,7 +1815,7 @@ class Scheduler:
         if self.is_paused or session.unacknowledged > UNACKNOWLEDGED:
             return None
         if job.soft and not selection.members:
-            selection = self._everybody
+            selection = self._selections[None]
         is_suspect = job.deaths or not job.max_deaths       # it runs alone, so that no second charge can be wrong
         job.estimate = LONG if is_suspect else session.estimates.get(job.fn, LONG)
         roomy = selection.roomy if job.estimate < LONG else {}
@@ -1926,8 +1886,7 @@ class Scheduler:
     def _slot(self, worker: Worker, now: float, token: int, held: bool) -> None:
         """A job that waits for others leaves its slot to them, and goes on beside them until it has one again."""
         if token in (worker.beside if held else worker.inbox):
-            if (job := self._current(worker, token)) and not job.begun:
-                self._started(worker, now, token)
+            self._started(worker, now, token)
             if held:        # it goes before what came meanwhile
                 worker.inbox = {token: worker.beside.pop(token), **worker.inbox}
                 if len(worker.inbox) > 1 and not worker.recalled:
@@ -1950,32 +1909,28 @@ class Scheduler:
             session.workers[worker] -= 1
             if not session.workers[worker]:
                 del session.workers[worker]
-        job = worker.delivering.pop(token, None)
-        if job is not None:
+        if job := worker.delivering.pop(token, None):
             job.session.unacknowledged -= job.size
 
     # ---- room, windows, recall ----
 
     def _select(self, on: frozenset[str] | None) -> None:
         """Look who is admitted by an `on`. That is a look at every worker, so what was found outlives its queue."""
-        if len(self._selections) >= self._sweep_at:
+        if len(self._selections) >= KEPT_SELECTIONS + 2 * len(self._queues):
             used = {None, *(on for _, on, _ in self._queues)}
             for unused in self._selections.keys() - used:
                 selection = self._selections.pop(unused)
                 for worker in selection.members:
                     worker.selections.remove(selection)
-            self._sweep_at = 2 * len(self._selections) + KEPT_SELECTIONS
         self._selections[on] = selection = Selection()
         for worker in self.workers.values():
             self._enlist(worker, on, selection)
-            if worker in selection.members:
-                self._refresh(worker, [selection])
 
-    @staticmethod
-    def _enlist(worker: Worker, on: frozenset[str] | None, selection: Selection) -> None:
+    def _enlist(self, worker: Worker, on: frozenset[str] | None, selection: Selection) -> None:
         if on is None or on & worker.tags:
             selection.members.add(worker)
             worker.selections.append(selection)
+            self._refresh(worker, [selection])
 
     def _refresh(self, worker: Worker, selections: Iterable[Selection] | None = None) -> None:
         """Sort a worker by its room; it moves to the end, so that equals are used in turn."""
@@ -1991,8 +1946,7 @@ class Scheduler:
                 selection.roomy[worker] = None
 
     def _is_able(self, worker: Worker) -> bool:
-        return (worker.peer is not None and worker not in self._leaving and not worker.recalled
-                and not worker.node.is_suspect)
+        return not (worker.peer is None or worker in self._leaving or worker.recalled or worker.node.is_suspect)
 
     def _guard_window(self, worker: Worker, since: float) -> None:
         if not worker.watched:
@@ -2025,14 +1979,11 @@ class Scheduler:
         """The worker's answer: what it took out goes back uncharged; what it did not has begun, and is not short."""
         self._take_back(worker, taken, now)
         for token in set(asked).difference(taken):
-            job = worker.inbox.get(token)
-            if job is not None and not job.begun:
-                self._started(worker, now, token)
+            self._started(worker, now, token)
         if worker.recalled == asked:
             worker.recalled = []
             if worker.inbox:
                 worker.load = LONG              # nothing joins what is not short until it ends
-        self._refresh(worker)
 
     def _despair_of_recall(self, worker: Worker, now: float) -> None:
         """No answer: the process cannot even read. All but the job it must be at run elsewhere, under new tokens."""
@@ -2093,8 +2044,7 @@ class Scheduler:
         worker = self.workers.get(worker_id)
         if worker is not None and worker.node is not node:
             return
-        slot = worker_id[:16]
-        self._dead[slot] = max(self._dead.pop(slot, b""), worker_id)
+        self._dead[worker_id[:16]] = max(self._dead.pop(worker_id[:16], b""), worker_id)
         while len(self._dead) > MOURNED:
             del self._dead[next(iter(self._dead))]
         if "lost" in cause:
@@ -2218,9 +2168,8 @@ class Scheduler:
 
     def snapshot(self, now: float) -> dict[str, Any]:
         """Return what `status --json` prints: nodes, workers, counts of jobs, objects."""
-        states: collections.Counter[str] = collections.Counter()
-        for session in self.sessions.values():
-            states.update("delivering" if job.delivering else job.state for job in session.jobs.values())
+        states = collections.Counter("delivering" if job.delivering else job.state
+                                     for session in self.sessions.values() for job in session.jobs.values())
         return {
             "schema": 1, **self.about,
             "nodes": [{"name": n.name, "connected": n.peer is not None, "workers": len(n.workers),
@@ -2493,7 +2442,7 @@ class Server:
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, secret: str | None = None,
                  max_value: int = 64 << 30, dead_after: float = T_DEAD, tls: bool = False, tls_cert: str = "",
                  tls_key: str = "", embedded: bool = False) -> None:
-        self._host, self._port = host, port
+        self._host, self._port, self._embedded = host, port, embedded
         self.tls = tls or bool(tls_cert or tls_key)
         self._tls: tuple[ssl.SSLContext | None, bytes] = server_tls(tls_cert, tls_key) if self.tls else (None, b"")
         self._secret = find_secret(secret, make=True)
@@ -2504,7 +2453,6 @@ class Server:
         self.secret = self._secret.text                 # to hand to clients and nodes
         self.max_value, self.dead_after = max_value, dead_after
         self.failure: BaseException | None = None       # a broken invariant, which stops the server
-        self._embedded = embedded
         self._lock = threading.Lock()
         self._clock = threading.Condition(self._lock)   # wakes the ticker when a deadline comes nearer
         self._planned = 0.0                             # until when the ticker sleeps; guarded by _lock
@@ -2512,7 +2460,7 @@ class Server:
         self._stopping = threading.Event()
         self._scheduler: Scheduler                      # made by start()
         self._doorkeeper: Doorkeeper | None = None
-        self._threads: list[threading.Thread] = []      # to be joined
+        self._threads = [threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)]      # to be joined
 
     @property
     def address(self) -> str:
@@ -2536,7 +2484,6 @@ class Server:
         about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, max_value=self.max_value,
                                     adopting=not self._embedded, dead_after=self.dead_after, about=about)
-        self._threads = [threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)]
         self._threads[0].start()
         self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, self._tls)
         return self
@@ -2552,8 +2499,7 @@ class Server:
             for connection in self._connections:
                 connection.close()
         for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(2)
+            thread.join(2)
 
     def drain(self, patience: float, hurry: threading.Event) -> None:
         """Hand out nothing new, and let what runs end and be delivered: for `patience` seconds, or until `hurry`."""
