@@ -10,7 +10,7 @@ Copy this file beside your program; the workers need joblib and the libraries of
     with Executor() as ex, joblib.parallel_config(backend="minipool", executor=ex):
         search = GridSearchCV(model, grid).fit(X, y)
 
-Without `executor=`, one is opened at first use as by `Executor()`, and closed at exit. `n_jobs` is -1 unless it is given,
+Without `executor=`, one is opened at first use by `Executor()`, and closed at exit. `n_jobs` is -1 unless it is given,
 that is all workers of the pool; 1 means this process, as always in joblib; other numbers bound how far joblib runs
 ahead, not on how many workers. Jobs have the options of the view that is handed over, as `ex.options(retries=2)`. With
 `cancel_running=True` a time-out or an error also ends what runs; else that runs to its end, and what has not begun is
