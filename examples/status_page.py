@@ -88,8 +88,8 @@ li { overflow-wrap: anywhere } ul { margin: 0; padding-left: 1.1rem }
 <div class="grid"><section><h2>Lost workers</h2><ul id="losses"></ul></section>
 <section><h2>Nodes</h2><ul id="nodes"></ul></section><section><h2>Clients</h2><ul id="clients"></ul></section></div>
 <script>
-const $ = id => document.getElementById(id), colours = new Map()
-const palette = ["#4c8dff", "#e58a2b", "#35a66a", "#c45bd0", "#d6544f", "#2aa5b5", "#8f78e8", "#a88a2d"]
+const $ = id => document.getElementById(id), colours = new Map([["short jobs", "var(--dim)"]])    // red is for losses
+const palette = ["#4c8dff", "#e58a2b", "#35a66a", "#c45bd0", "#2aa5b5", "#8f78e8", "#a88a2d"]
 const token = decodeURIComponent(location.hash.slice(1))
 const add = (parent, name, text, kind) => {       // what the pool says becomes text, never HTML
   const made = parent.appendChild(document.createElement(name))
@@ -247,15 +247,15 @@ class Watch:
         """Extend what the worker does by this look, or return a new span."""
         done = worker["finished"] - before["finished"] if before else 0
         job = worker["jobs"][0] if worker["jobs"] else "short jobs" if done else None
-        span = self._open.get(key)
-        if span and (job is None or span[3] != job):
-            span = self._open.pop(key) and None
-        if span:
-            span[2], span[4] = round(now, 2), span[4] + done
+        span, now = self._open.get(key), round(now, 2)
+        if span and span[3] == job:
+            span[2], span[4] = now, span[4] + done
         elif job:
-            begin = now if worker["jobs"] else self.history[-1]["time"]
-            self._open[key] = [worker["name"], round(begin, 2), round(now, 2), job, done]
+            begin = span[2] if span else now if worker["jobs"] else self.history[-1]["time"]
+            self._open[key] = [worker["name"], begin, now, job, done]
             return self._open[key]
+        elif span:
+            del self._open[key]
         return None
 
     def _note_losses(self, now: float, there: dict[tuple[str, int], dict]) -> None:
@@ -414,7 +414,8 @@ def main() -> int:
     try:
         token = read_token(options.token_file) if options.token_file else ""
         # the page outlives any outage of the pool, and says how long it lasts
-        with (Executor(options.address, name="status page", tls=options.tls, reconnect_timeout=1e9) as ex,
+        with (Executor(options.address, name="status page", tls=options.tls, connect_timeout=5,
+                       reconnect_timeout=1e9) as ex,
               StatusPage(ex, options.port, bind=options.bind, token=token) as page):
             print(f"status page: {page.url}{f'#TOKEN, the one in {options.token_file}' if token else ''}", flush=True)
             threading.Event().wait()
