@@ -3,6 +3,7 @@
 import concurrent.futures
 import importlib.util
 import os
+import subprocess
 import sys
 import time
 
@@ -152,6 +153,12 @@ class TestUrls:
     def test_a_number_that_is_none_is_a_value_error(self, url):
         with pytest.raises(ValueError, match="the number of workers"):
             from_url(url)
+
+
+def test_the_program_says_what_it_got(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / "from_url.py"), "process:2"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout == "process:2: ProcessPoolExecutor, 2 workers, 5050\n", done.stderr
 
 
 class TestDask:

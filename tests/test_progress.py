@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -106,6 +107,12 @@ with ThreadPoolExecutor() as ex:
     progress([ex.submit(abs, -n) for n in range(3)])
 """)
         assert done.returncode == 0 and FULL in done.stderr and done.stdout == ""
+
+
+def test_the_program_shows_it(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / "progress.py"), "--quick"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "100%" in done.stderr
 
 
 class TestInANotebook:
