@@ -227,8 +227,8 @@ class Watch:
                 pause = max(PERIOD, 20 * (time.monotonic() - begin))
                 self._note(time.time(), info)
                 self.info, self.trouble = info, ""
-            except (MinipoolError, TimeoutError, RuntimeError) as error:
-                self.trouble = str(error)
+            except Exception as error:      # whatever it is: this thread goes on, and the page tells it
+                self.trouble = f"{type(error).__name__}: {error}"
             self._stopped.wait(pause)
 
     def _note(self, now: float, info: dict[str, Any]) -> None:
@@ -245,7 +245,7 @@ class Watch:
 
     def _note_span(self, now: float, key: tuple[str, int], worker: dict, before: dict | None) -> list | None:
         """Extend what the worker does by this look, or return a new span."""
-        done = worker["finished"] - before["finished"] if before else 0
+        done = max(0, worker["finished"] - before["finished"]) if before else 0     # a new server counts anew
         job = worker["jobs"][0] if worker["jobs"] else "short jobs" if done else None
         span, now = self._open.get(key), round(now, 2)
         if span and span[3] == job:
