@@ -16,7 +16,8 @@ which tell nothing of the pool's content, are open. Nothing is encrypted: `ssh -
 
 It looks once per second, so shorter jobs are seen in counts only, and it judges from outside: a worker is listed as
 lost that another process replaced (after `--max-tasks` too), or that is gone and was busy or away at the last look; why
-is in the node's log. It shows no load of processors and GPUs.
+is in the node's log. Counts of jobs are the server's: what a client has not sent yet, beyond some thousands, is not in
+them. It shows no load of processors and GPUs.
 """
 from __future__ import annotations
 
@@ -223,7 +224,7 @@ class Watch:
             begin, pause = time.monotonic(), PERIOD
             try:
                 info = self._executor.info()
-                # a snapshot walks all jobs in the server: with millions of them it is asked for more seldom
+                # a snapshot walks all that the server holds: the more that is, the more seldom it is asked for
                 pause = max(PERIOD, 20 * (time.monotonic() - begin))
                 self._note(time.time(), info)
                 self.info, self.trouble = info, ""
