@@ -2103,6 +2103,7 @@ class Scheduler:
             if worker.inbox and not worker.recalled:
                 self._recall(worker, now)
             self._refresh(worker)
+        self._tell_workers(self.sessions.values())
 
     def _kill(self, session: Session, now: float, numbers: list[int], reason: str, status: str = KILLED) -> None:
         """End jobs by force: the node of a running one reads the cell, and kills only what is still at it."""
@@ -2158,7 +2159,7 @@ class Scheduler:
 
     def _tell_workers(self, sessions: Iterable[Session]) -> None:
         """Tell clients which workers can be given jobs now, and what credit that gives a session."""
-        workers = [self._told(worker) for worker in self.workers.values() if worker.peer is not None]
+        workers = [self._told(w) for w in self.workers.values() if w.peer is not None and w not in self._leaving]
         for session in sessions:
             self._send(session.peer, ("workers", workers, max(CREDIT_JOBS, 4 * WINDOW_JOBS * len(self.workers))))
 
@@ -2507,7 +2508,8 @@ class Server:
         self._scheduler.is_paused = busy = True
         while busy and time.monotonic() < give_up and not hurry.wait(0.05):
             with self._lock:
-                busy = any(w.inbox or w.beside or w.delivering for w in self._scheduler.workers.values())
+                busy = any(w.inbox or w.delivering or not all(job and job.beside for job in w.beside.values())
+                           for w in self._scheduler.workers.values())       # for runs nobody waits: there are always more
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the server is stopped; False if `timeout` seconds passed first."""
@@ -3797,9 +3799,9 @@ class Executor(concurrent.futures.Executor):
         With `options(on=)` only there. Each call has a thread of its own, and does not wait for initializers. Raises
         the first exception once all have answered, and TimeoutError after `options(timeout=)` seconds.
         """
-        if self._client.child:          # of an embedded pool all that were asked for
-            self.wait_for_workers(self.size, 10)
         on, futures = self._options.get("on"), dict[str, Future]()
+        if self._client.child and not on:       # of an embedded pool all that were asked for
+            self.wait_for_workers(self.size, 10)
         for worker in self._client.workers:
             if not (on and set(on).isdisjoint(worker["tags"])):
                 view = self.options()
@@ -3872,11 +3874,13 @@ def _print_lines(server: Server, options: argparse.Namespace, source: str) -> No
     if server.is_local:
         prefix = f"MINIPOOL_SECRET_FILE={options.secret_file} " if options.secret_file else ""
     tls = " --tls" * server.tls
-    worker = "minipool-worker" if "site-packages" in os.path.abspath(__file__) else "python minipool_worker.py"
+    is_installed = "site-packages" in os.path.abspath(__file__)
+    command, worker = ("minipool", "minipool-worker") if is_installed else (
+        "python minipool.py", "python minipool_worker.py")
     lines = [f"minipool {__version__} server on {address} (Python {PYTHON}); the secret is from {source}",
              f"  workers:  {prefix}{worker} connect {address}{tls}",
              f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}" + "   and Executor(tls=True)" * server.tls,
-             f"  status:   {prefix}python minipool.py status --address {address}{tls}        stop: Ctrl-C"]
+             f"  status:   {prefix}{command} status --address {address}{tls}        stop: Ctrl-C"]
     if not server.is_local and not server.tls:
         lines.append("  traffic is authenticated but not encrypted: use it in a network you trust, or a tunnel"
                      + ("" if on_terminal else "; `minipool secret` prints the secret"))

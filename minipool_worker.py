@@ -31,6 +31,7 @@ import faulthandler
 import fcntl
 import gc
 import heapq
+import importlib.util
 import logging
 import multiprocessing.connection
 import os
@@ -278,9 +279,8 @@ class Worker:
     """The worker process: `run()` is its main thread's life."""
 
     def __init__(self, setup: dict[str, Any], cell: Any) -> None:
-        self.id: bytes = setup["id"]
+        self.id, self.setup, self._cell = setup["id"], setup, cell
         self.device: str = setup["device"]              # its place on the node; a job sees this one alone, as cuda:0
-        self.setup, self._cell = setup, cell
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)    # the main thread waits here
         # all below is guarded by _lock
@@ -326,7 +326,12 @@ class Worker:
 
     def _next(self) -> Attempt | None:
         """Wait for the attempt to begin next, and mark it begun; None: it is time to go, or this thread is one more."""
-        self._catch_up()
+        connection = self.peer.connection
+        if connection and time.monotonic() - self._read_at > 0.5:   # a job held the GIL: there may be a recall to hear
+            with self.peer._reading:    # when the I/O thread has handled what it may have read a moment ago
+                while not connection.closed and connection.has_input(0):
+                    self.peer._hear(connection)
+            self._read_at = time.monotonic()
         if not self._may_go_on():
             self.peer.lead(self._may_go_on)
         with self._wake:
@@ -350,15 +355,6 @@ class Worker:
         while self._ready and self._ready[0][1] not in self._inbox:     # it was recalled
             heapq.heappop(self._ready)
         return bool(self._ready)
-
-    def _catch_up(self) -> None:
-        """After half a second of not listening (a job held the GIL), hear first what was said meanwhile: a recall."""
-        connection = self.peer.connection
-        if connection and time.monotonic() - self._read_at > 0.5:
-            with self.peer._reading:     # when the I/O thread has handled what it may have read a moment ago
-                while not connection.closed and connection.has_input(0):
-                    self.peer._hear(connection)
-            self._read_at = time.monotonic()
 
     def _execute(self, attempt: Attempt) -> None:
         """Run one attempt: outcome or failure are encoded inside the same try, the cell is set all the while."""
@@ -479,8 +475,7 @@ class Worker:
         attempts = [(token, job, "outcome") for token, (job, _) in self._outcomes.items()]
         attempts += [(a.token, a.job, "inbox") for a in self._inbox.values()]
         attempts += [(a.token, a.job, "beside" if a.options.get("beside") else "parked") for a in self._beside.values()]
-        if self._begun:
-            attempts.append((self._begun.token, self._begun.job, "begun"))
+        attempts += [(a.token, a.job, "begun") for a in (self._begun,) if a]
         info = {key: self.setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
         info |= {"pid": os.getpid(), "python": PYTHON, "has": list(self._objects), "returns": bool(self._name),
                  "positions": {session: len(state.log) for session, state in self._sessions.items()}}
@@ -700,9 +695,8 @@ class Child:
                 os.environ[name] = value
         with life, output:
             self.process.start()
-        # where memory runs out, the kernel is to take a worker, never the node that has to tell of it
         with contextlib.suppress(OSError), open(f"/proc/{self.process.pid}/oom_score_adj", "w") as score:
-            score.write("500")
+            score.write("500")      # out of memory, the kernel is to take a worker, never the node that tells of it
         try:        # readable when the process is dead; the sentinel may lie while a grandchild lives
             self.pidfd = os.pidfd_open(self.process.pid)
         except (OSError, AttributeError):
@@ -735,8 +729,9 @@ class Supervisor:
     """The node process: finds slots, keeps a worker in each, tells the server of every death."""
 
     def __init__(self, address: tuple[str, int], secret: Secret, options: dict[str, Any], lifeline: Any = None) -> None:
-        self.id = secrets.token_bytes(12)
-        self.secret, self.options = secret, options
+        if importlib.util.find_spec("cloudpickle") is None:     # else every job would fail, and take its worker along
+            raise ValueError("cloudpickle is missing here: python -m pip install cloudpickle")
+        self.id, self.secret, self.options = secrets.token_bytes(12), secret, options
         names = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env", "workers")
         self.slots = find_slots(**{name: options[name] for name in names if options.get(name) is not None})
         self.name: str = options.get("name") or socket.gethostname().split(".")[0]
