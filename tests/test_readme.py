@@ -97,7 +97,7 @@ class TestCommands:
         assert "\n| `python minipool_worker.py connect HOST`" in README
 
     def test_every_file_that_it_names_is_there(self):
-        for path in set(re.findall(r"\b(?:benchmarks|docs|examples)/[\w.]+", README)):
+        for path in set(re.findall(r"\b(?:benchmarks|docs|examples)/[\w.-]+", README)):
             assert (ROOT / path).exists(), path
 
 
