@@ -2253,8 +2253,7 @@ class _Guest:
     def __init__(self, sock: socket.socket, source: str) -> None:
         self.sock, self.source = sock, source
         self.deadline = time.monotonic() + HANDSHAKE_SECONDS
-        self.data = b""                             # of the step that is awaited
-        self.wanted = _HELLO.size                   # how long that step is
+        self.data, self.wanted = b"", _HELLO.size   # of the step that is awaited, and how long that is
         self.steps: Iterator[int] | None = None     # the server's half of the handshake, under way
 
 
@@ -2509,7 +2508,7 @@ class Server:
         while busy and time.monotonic() < give_up and not hurry.wait(0.05):
             with self._lock:
                 busy = any(w.inbox or w.delivering or not all(job and job.beside for job in w.beside.values())
-                           for w in self._scheduler.workers.values())       # for runs nobody waits: there are always more
+                           for w in self._scheduler.workers.values())       # for runs nobody waits
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the server is stopped; False if `timeout` seconds passed first."""
@@ -3005,8 +3004,14 @@ def decode_value(data: Any) -> Any:
     return pickle.loads(pickled, buffers=buffers)
 
 
+def _awaited(coroutine: Any) -> Any:
+    import asyncio  # late: slow to import, and few need it
+    return asyncio.run(coroutine)
+
+
 def encode_value(value: Any) -> bytes | Blob:
-    """Return a job's result as it travels. Raises pickle.PicklingError naming the type."""
+    """Return a job's result as it travels; of a coroutine, what it returns. Raises pickle.PicklingError."""
+    value = _awaited(value) if type(value) is types.CoroutineType else value
     if type(value) in ATOMS:
         return pack(pickle.dumps(value, 5))
     pickler = _pickler()()
@@ -3334,7 +3339,7 @@ class Client:
             if not inputs:
                 heapq.heappush(self._backlog, (-wired[2].get("priority", 0), number))
                 self._send_backlog()
-            connection, busy = self.peer.connection, len(self._sent) > 2 * len(self.workers)
+            connection, busy = self.peer.connection, len(self._sent) > min(32, 2 * len(self.workers))
         if connection:      # few jobs out: go now; many: go on submitting while the writer makes batches
             if self._delivered and not busy:
                 self._flush_delivered()     # in the same frame: alone they would cost the next answer time
@@ -3623,7 +3628,8 @@ def _check_numbers(**values: Any) -> None:
 
 def _call_each(fn: Callable[..., Any], *chunk: tuple[Any, ...]) -> list[Any]:
     """Make several calls of one function as one job: what `map(chunksize=)` sends."""
-    return [fn(*args) for args in chunk]
+    values = [fn(*args) for args in chunk]
+    return [*map(_awaited, values)] if type(values[0]) is types.CoroutineType else values
 
 
 class Executor(concurrent.futures.Executor):

@@ -70,7 +70,7 @@ def main() -> int:
     for place in range(count):
         identity = node + place.to_bytes(4, "big") + (1).to_bytes(4, "big")      # its slot, and the first of it
         connections.append(join(port, secret, "worker", identity, node=node, node_name=NAME, slot=place, device="cpu",
-                                tags=[], has=[], positions={}))
+                                tags=[], has=[], positions={}, returns=False))
     selector = selectors.DefaultSelector()
     for connection in connections:
         selector.register(connection._seam.sock, selectors.EVENT_READ, connection)

@@ -163,11 +163,12 @@ class TestExceptions:
 
     @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt("stop"), GeneratorExit()], ids=repr)
     def test_those_that_end_a_program_are_the_job_s_and_the_worker_lives(self, pool, error):
-        before = {w["pid"] for w in pool.info()["workers"]} if "pid" in pool.info()["workers"][0] else None
+        pool.wait_for_workers(2)
+        before = {w["pid"] for w in pool.info()["workers"]}
         future = pool.submit(fail, error)
         assert type(future.exception(SOON)) is type(error) and future.attempts == 1
         assert pool.submit(same, 1).result(SOON) == 1
-        assert before is None or before == {w["pid"] for w in pool.info()["workers"]}
+        assert before == {w["pid"] for w in pool.info()["workers"]}
 
     def test_a_job_s_worker_is_the_same_process_after_system_exit(self, own_pool):
         pool = own_pool(1)
@@ -504,7 +505,17 @@ class TestWaiting:
             assert {future.result() for future in minipool.as_completed(futures, SOON)} == {1, 2}
 
 
+async def double_later(n):
+    await asyncio.sleep(0)
+    return 2 * n
+
+
 class TestAsyncio:
+    def test_a_coroutine_function_is_a_job_row_2_54(self, pool):
+        assert pool.submit(double_later, 21).result(SOON) == 42
+        assert [list(pool.map(double_later, range(5), chunksize=n)) for n in (1, 2)] == [[0, 2, 4, 6, 8]] * 2
+        assert isinstance(pool.submit(double_later, None).exception(SOON), TypeError)
+
     def test_run_in_executor(self, pool):
         async def main():
             loop = asyncio.get_running_loop()
