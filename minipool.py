@@ -1374,7 +1374,7 @@ class Scheduler:
         self._order = itertools.count()                 # of arrival: it breaks ties of jobs, and of timers
         self._queues: dict[Key, list[tuple[float, int, Job]]] = {}      # heaps of ready jobs, and of some ready no more
         self._selections: dict[frozenset[str] | None, Selection] = {None: Selection()}      # by `on`; None: all
-        self._adopting = adopting
+        self._adopting = now + self.beat if adopting else 0.0       # so long only those count who were in before
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
         self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
         self._expected_workers = 0                      # as many as any returning client last saw
@@ -1385,6 +1385,7 @@ class Scheduler:
         # the method that takes a message is named after it: "submit" goes to _submit
         self._handlers = {k: getattr(self, f"_{k}") for k, (senders, _) in CATALOGUE.items() if senders - {"server"}}
         if adopting:
+            self._arm(self._adopting, self._end_adoption, False)
             self._arm(now + T_ADOPT, self._end_adoption, True)
 
     # ---- the three ways in ----
@@ -1602,10 +1603,10 @@ class Scheduler:
 
     def _end_adoption(self, is_due: bool, now: float) -> None:
         """Once all workers are back that clients knew, or it is due: jobs sent again that none claims run anew."""
-        connected = sum(worker.peer is not None and worker.returns for worker in self.workers.values())
+        connected = sum(w.peer is not None and (w.returns or now >= self._adopting) for w in self.workers.values())
         if not self._adopting or not (is_due or 0 < self._expected_workers <= connected):
             return
-        self._adopting = False
+        self._adopting = 0.0
         for session in self.sessions.values():
             for job in session.jobs.values():
                 if job.state == State.WAITING and job.payload is not None:
@@ -3880,9 +3881,8 @@ def _print_lines(server: Server, options: argparse.Namespace, source: str) -> No
     if server.is_local:
         prefix = f"MINIPOOL_SECRET_FILE={options.secret_file} " if options.secret_file else ""
     tls = " --tls" * server.tls
-    is_installed = "site-packages" in os.path.abspath(__file__)
-    command, worker = ("minipool", "minipool-worker") if is_installed else (
-        "python minipool.py", "python minipool_worker.py")
+    command = "minipool" if "site-packages" in os.path.abspath(__file__) else "python minipool.py"
+    worker = "minipool-worker" if command == "minipool" else "python minipool_worker.py"
     lines = [f"minipool {__version__} server on {address} (Python {PYTHON}); the secret is from {source}",
              f"  workers:  {prefix}{worker} connect {address}{tls}",
              f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}" + "   and Executor(tls=True)" * server.tls,

@@ -5,6 +5,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,11 @@ MARK = "MINIPOOL_TEST_RUN"      # in the environment of every process that these
 os.environ[MARK] = secrets.token_hex(8)
 for _name in ("MINIPOOL_ADDRESS", "MINIPOOL_SECRET", "MINIPOOL_SECRET_FILE"):
     os.environ.pop(_name, None)     # the tests bring their own pools
+
+# Under a shell's `&` Ctrl-C is ignored, and would be in every program that is started from here.
+with contextlib.suppress(ValueError):       # not in the main thread
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What a server process of these tests resolves from a pickle is written there by tests/audit/sitecustomize.py: nothing.
 AUDIT = str(ROOT / "tests" / "audit")

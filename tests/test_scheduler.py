@@ -641,6 +641,8 @@ class TestRestart:
         pool.submit(again=True)
         pool.join_worker("w2", returns=False)
         assert pool.runs() == []            # who runs it may still be on its way back
+        pool.pass_time(1.1)
+        assert len(pool.runs()) == 1        # it would be here by now
 
     def test_what_may_begin_only_once_and_nobody_claims_fails(self):
         pool = Cluster(restarted=True)
