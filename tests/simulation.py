@@ -282,8 +282,9 @@ class Worker(Actor):
             self.say(("retire", "enough"))
 
     def on_bye(self, reason):
-        """Leave as planned: nothing of this process is needed any more."""
-        in_hand = self.running or self.beside or self.parked or self.outcomes
+        """Leave as planned: nothing of this process is needed any more. Of a run that nobody waits for it may be."""
+        jobs = [run[2] for run in self.beside.values()] + [job for job, *_ in self.outcomes.values()]
+        in_hand = self.running or self.parked or any(map(self.world.is_waited_for, jobs))
         assert self.is_retiring and not in_hand, "sent away with something in hand"
         self.world.crash(self)
 
@@ -587,6 +588,10 @@ class World:
 
     def client_of(self, session):
         return next((c for c in [*self.clients, *self.former] if c.session == session), None)
+
+    def is_waited_for(self, job):
+        client = self.client_of(job[0])
+        return client is not None and client.alive and job[1] in client.pending
 
     def is_frozen(self, actor):
         return getattr(getattr(actor, "node", actor), "frozen_until", 0.0) > self.now
