@@ -282,7 +282,7 @@ class Worker:
         self.id, self.setup, self._cell = setup["id"], setup, cell
         self.device: str = setup["device"]              # its place on the node; a job sees this one alone, as cuda:0
         self._lock = threading.RLock()
-        self._wake = threading.Condition(self._lock)    # the main thread waits here
+        self._wake = threading.Condition(self._lock)    # who wants a job, or its slot, waits here
         # all below is guarded by _lock
         self._inbox: dict[int, Attempt] = {}            # attempts that have not begun, by token
         self._ready: list[tuple[float, int]] = []       # a heap, in the queue's order, of those with nothing missing
@@ -293,7 +293,7 @@ class Worker:
         self._executor: minipool.Executor | None = None # of the jobs here
         self._outcomes: dict[int, tuple[Name, Message]] = {}    # by token: job, and the message that tells it
         self._objects: dict[Name, Any] = {}             # small or pulled objects, as bytes
-        self._functions: dict[Name, Any] = {}           # those that were opened; for the main thread
+        self._functions: dict[Name, Any] = {}           # those that were opened; for the threads that run jobs
         self._sessions: dict[bytes, SessionState] = {}
         self._welcomed = False                          # the server has settled what we hold: jobs may begin
         self._name = ""                                 # as the first welcome said

@@ -2,6 +2,7 @@
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import gc
 import os
@@ -497,7 +498,9 @@ class TestLosses:
         assert [job.result(SOON) for job in [keeper.submit(len, array) for _ in range(50)]] == [1000] * 50
         assert keeper.recomputed == 1
 
-    def test_of_a_node_that_never_comes_back_costs_its_values_only(self, cluster):
+    @contextlib.contextmanager
+    def large_value_on_a_node_that_goes(self, cluster):
+        """Scatter a small value "here", make a large one "there", and kill that node."""
         cluster.node("here")
         node = cluster.node("there")
         with cluster.executor() as pool, Keeper(pool) as keeper:
@@ -506,18 +509,15 @@ class TestLosses:
             large = keeper.options(prefer="there").submit(bytes_of, 1_000_000)
             large.exception(SOON)
             node.process.kill()
+            yield pool, keeper, small, large
+
+    def test_of_a_node_that_never_comes_back_costs_its_values_only(self, cluster):
+        with self.large_value_on_a_node_that_goes(cluster) as (pool, keeper, small, large):
             assert keeper.submit(nth, [large, small], 0).result(SOON).sum() == 1_000_000
             assert keeper.recomputed == 1 and small.result(SOON).sum() == 1000
 
     def test_the_place_of_most_bytes_that_is_gone_is_not_waited_for(self, cluster):
-        cluster.node("here")
-        node = cluster.node("there")
-        with cluster.executor() as pool, Keeper(pool) as keeper:
-            pool.wait_for_workers(2, SOON)
-            small = keeper.scatter(bytes_of(1000), on="here")
-            large = keeper.options(prefer="there").submit(bytes_of, 1_000_000)
-            large.exception(SOON)
-            node.process.kill()
+        with self.large_value_on_a_node_that_goes(cluster) as (pool, keeper, small, large):
             wait_until(lambda: len(pids(pool)) == 1)
             assert keeper.submit(place, large, small).result(SOON).startswith("here") and keeper.recomputed == 1
 

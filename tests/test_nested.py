@@ -1,9 +1,11 @@
 """Jobs that submit jobs: get_executor() in a job, waiting that lends the slot, secede() and rejoin()."""
 import os
 import signal
+import threading
 import time
 
 import pytest
+from processes import wait_until
 
 import minipool
 from minipool import Executor, JobKilled, JobTimeout, WorkerDied, current_job, gather, get_executor, rejoin, secede
@@ -127,6 +129,10 @@ def wait_for(file):
         time.sleep(0.01)
 
 
+def thread_names():
+    return [thread.name for thread in threading.enumerate()]
+
+
 def how_many_workers(_):
     return len({worker["name"] for worker in get_executor().info()["workers"]})
 
@@ -157,11 +163,7 @@ class TestOneWorker:
 
     def test_needs_no_more_threads_for_it_afterwards(self, one):
         one.submit(down, 20).result(SOON)
-        names = one.run(lambda: [t.name for t in __import__("threading").enumerate()])["local-0"]
-        deadline = time.monotonic() + SOON
-        while names.count("minipool-jobs") and time.monotonic() < deadline:
-            names = one.run(lambda: [t.name for t in __import__("threading").enumerate()])["local-0"]
-        assert "minipool-jobs" not in names
+        wait_until(lambda: "minipool-jobs" not in one.run(thread_names)["local-0"], SOON)
 
     def test_that_renews_itself_after_each_job_is_enough_too(self, embedded):
         ex = embedded(1, max_tasks_per_child=1)
@@ -217,9 +219,7 @@ class TestTheExecutorInAJob:
 
     def test_runs_what_its_job_does_not_wait_for(self, pool, tmp_path):
         pool.submit(submit_and_leave, str(tmp_path / "file")).result(SOON)
-        deadline = time.monotonic() + SOON
-        while not (tmp_path / "file").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(tmp_path / "file")
         assert (tmp_path / "file").exists()
 
     def test_dials_a_server_that_was_started_again_too(self, cluster):
