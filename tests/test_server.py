@@ -27,11 +27,12 @@ def wait_until(true, seconds=20):
 
 
 def open_descriptors():
+    """Return how many there are; no test may leave more, but what an earlier one left may go meanwhile."""
     return len(os.listdir("/proc/self/fd"))
 
 
 def our_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("minipool")]
+    return {thread for thread in threading.enumerate() if thread.name.startswith("minipool")}
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ class TestListening:
         with pytest.raises(OSError) as error:
             Server(port=port, secret=SECRET).start()
         assert error.value.errno == errno.EADDRINUSE
-        assert our_threads() == threads and open_descriptors() == before
+        assert our_threads() <= threads and open_descriptors() <= before
 
     def test_a_port_is_free_for_the_next_server_at_once(self):
         with Server(port=0, secret=SECRET) as first:
@@ -398,7 +399,7 @@ class TestEnding:
             member.connection.dispose()
         for guest in guests:
             guest.close()
-        wait_until(lambda: our_threads() == threads and open_descriptors() == before)
+        wait_until(lambda: our_threads() <= threads and open_descriptors() <= before)
 
     def test_stop_does_not_wait_for_members_that_do_not_read(self):
         before = open_descriptors()
@@ -410,13 +411,13 @@ class TestEnding:
         server.stop()
         assert time.monotonic() - began < 2
         deaf.connection.dispose()
-        wait_until(lambda: open_descriptors() == before)
+        wait_until(lambda: open_descriptors() <= before)
 
     @pytest.mark.parametrize("round", range(5))
     def test_a_server_stopped_as_soon_as_it_runs_stops_fast(self, round):
         began, threads = time.monotonic(), our_threads()
         Server(port=0, secret=SECRET).start().stop()
-        assert time.monotonic() - began < 1 and our_threads() == threads
+        assert time.monotonic() - began < 1 and our_threads() <= threads
 
     def test_stop_twice_and_without_a_start_is_harmless(self):
         server = Server(port=0, secret=SECRET)
@@ -433,7 +434,7 @@ class TestEnding:
                 member.hear("welcome")
                 member.say(("bye", "done"))
             member.connection.dispose()
-        wait_until(lambda: open_descriptors() == descriptors and our_threads() == threads)
+        wait_until(lambda: open_descriptors() <= descriptors and our_threads() <= threads)
         assert not server._connections and not server._scheduler._peers
 
     def test_two_hundred_strangers_that_come_and_go_leave_nothing_behind(self, server):
@@ -441,7 +442,7 @@ class TestEnding:
         for number in range(200):
             with stranger(server) as sock:
                 sock.sendall(minipool.first_hello("client")[:number % 65])
-        wait_until(lambda: open_descriptors() == descriptors and not server._doorkeeper._guests)
+        wait_until(lambda: open_descriptors() <= descriptors and not server._doorkeeper._guests)
 
 
 # ---- where the secret comes from ----
