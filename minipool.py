@@ -40,7 +40,8 @@ Sections, bottom-up; each uses only what is above it:
     5 server      threads, one lock, outboxes, the clock
     6 values      pickles of functions, arguments and results; what travels by value
     7 client      Future, Executor and its views, the embedded pool
-    8 CLI         serve, status, versions, secret
+    8 instances   Actor, Pool: objects that live in workers
+    9 CLI         serve, status, versions, secret
 
 The worker's half is in minipool_worker.py, which imports this module; never the reverse.
 """
@@ -97,6 +98,8 @@ __version__ = "0.1.0"
 __all__ = [
     # pools and clients
     "Executor", "Future", "Server", "is_server_running", "as_completed", "wait", "gather", "get_executor",
+    # objects that live in workers
+    "Actor", "Pool", "WorkerInterface",
     # inside a job
     "current_job", "secede", "rejoin",
     # errors
@@ -2156,7 +2159,8 @@ class Scheduler:
 
     @staticmethod
     def _told(worker: Worker) -> dict[str, Any]:
-        return {"name": worker.name, "node": worker.node.name, "device": worker.device, "tags": sorted(worker.tags)}
+        return {"name": worker.name, "node": worker.node.name, "device": worker.device, "pid": worker.pid,
+                "tags": sorted(worker.tags)}
 
     def _tell_workers(self, sessions: Iterable[Session]) -> None:
         """Tell clients which workers can be given jobs now, and what credit that gives a session."""
@@ -2178,7 +2182,7 @@ class Scheduler:
                        "silent_s": round(max(0.0, now - n.heard_at), 1),
                        **{k: n.info.get(k) for k in ("host", "pid", "python", "lost")}}
                       for n in self.nodes.values()],
-            "workers": [{**self._told(w), "pid": w.pid, "connected": w.peer is not None, "finished": w.finished,
+            "workers": [{**self._told(w), "connected": w.peer is not None, "finished": w.finished,
                          "state": ("draining" if w in self._leaving else "suspect" if w.node.is_suspect else
                                    "busy" if w.inbox else "idle"),
                          "jobs": [job.name or f"job {job.number}" for job in list(w.inbox.values())[:3] if job]}
@@ -3277,6 +3281,7 @@ class Client:
         self._backlog: list[tuple[float, int]] = []     # a heap of those it has not: (-priority, number)
         self._known_objects: set[int] = set()           # what the server has of ours, on this connection
         self._log: list[tuple[int, bytes | Blob]] = []  # what every worker must have run before our jobs
+        self.log_places: dict[str, int] = {}            # of what has a name there
         self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
         self._answers: dict[int, Any] = {}
         self._on_answer = self._answers.__setitem__     # number and value are all that such a message says
@@ -3401,8 +3406,11 @@ class Client:
         if self.peer.connection:        # else the next announcement says it
             self.peer.connection.post(messages)
 
-    def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Append a call that every worker must have made before it begins a job submitted from now on."""
+    def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Append a call that every worker must have made before it begins a job submitted from now on.
+
+        Returns its position.
+        """
         call, buffers, inputs = self.functions.dumps_call(fn, args, kwargs, fn)
         if inputs:
             raise ValueError(f"{name_of(fn)}() is for every worker: give it the result of a future")
@@ -3412,6 +3420,15 @@ class Client:
             self._log.append((next(self.numbers), data))
             if self._welcomed:
                 self._send_log(len(self._log) - 1)
+            return len(self._log) - 1
+
+    def forget(self, position: int) -> None:
+        """Let workers that have not made a call of the log make one that does nothing in its place."""
+        with self.lock:
+            self._log[position] = self._log[position][0], pickle.dumps(((), {}, dict))
+            name = self.session, self._log[position][0]
+            self.peer.values.pop(name, None)
+            self.peer.send(("put", name, self._log[position][1]))
 
     def _send_log(self, known: int) -> None:
         for position, (number, data) in enumerate(self._log[known:], known):
@@ -3607,13 +3624,14 @@ os.register_at_fork(after_in_child=_forget_all)
 
 # what the server reads, and what options() takes
 _WIRE_OPTIONS = {"retries", "priority", "max_deaths", "job_timeout", "cancel_running", "max_tasks", "beside"}
-_OPTIONS = (_WIRE_OPTIONS | {"retry_on", "on", "prefer", "name", "timeout"}) - {"max_tasks", "beside"}
+_OPTIONS = (_WIRE_OPTIONS | {"retry_on", "on", "prefer", "name", "timeout", "max_restarts"}) - {"max_tasks", "beside"}
 _said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
 # numbers among arguments and options: type, the smallest, in the standard library's words where it has some
 _NUMBERS = {"max_workers": (int, 1, "greater than 0"), "max_tasks_per_child": (int, 1, ">= 1"),
             "buffersize": (int, 1, "None or > 0"), "chunksize": (int, 1, ">= 1"), "retries": (int, 0, ">= 0"),
-            "max_deaths": (int, 0, ">= 0"), "priority": (int | float, 1 - BIGGEST, "a number"),
+            "max_deaths": (int, 0, ">= 0"), "max_restarts": (int, 0, ">= 0"),
+            "priority": (int | float, 1 - BIGGEST, "a number"),
             "job_timeout": (int | float, 1e-9, "a number of seconds above 0")}
 
 
@@ -3783,9 +3801,46 @@ class Executor(concurrent.futures.Executor):
                 warnings.warn(f"{text}: such jobs wait until one joins", RuntimeWarning, stacklevel=2)
         return view
 
-    def on_start(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
-        """Run fn(*args, **kwargs) once on every worker, late ones too, before later jobs; like an initializer."""
-        self._client.add_to_log(fn, args, kwargs)
+    def on_start(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
+        """Run fn(*args, **kwargs) once on every worker, late ones too, before later jobs; like an initializer.
+
+        Returns its name for forget(): that of `options(name=)`, where the same name replaces, or one of its own.
+        """
+        name = self._options.get("name")
+        if name in self._client.log_places:
+            self.forget(name)
+        position = self._client.add_to_log(fn, args, kwargs)
+        name = name or f"{name_of(fn)}-{position}"
+        self._client.log_places[name] = position
+        return name
+
+    def forget(self, name: str) -> None:
+        """Run a call of on_start() no more on workers that have not run it. Raises KeyError for an unknown name."""
+        self._client.forget(self._client.log_places.pop(name))
+
+    def actor(self, cls: type, /, *args: Any, **kwargs: Any) -> Actor:
+        """Return a handle on an instance cls(*args, **kwargs) in one worker (`options(on=)`: one of those).
+
+        That is the worker with the fewest actors of this program. Where there is none yet it waits for one, for
+        `options(timeout=)` seconds at most; else it returns at once.
+        """
+        if not isinstance(cls, type):
+            raise TypeError(f"actor() needs a class, not {cls!r}")
+        with self._client._changed:
+            if not self._client._changed.wait_for(self._admitted, self._options.get("timeout")):
+                raise TimeoutError(f"no worker has come for the actor {cls.__qualname__}")
+            taken = collections.Counter(worker for actor in _actors for worker in actor._view._options["on"])
+            worker = min((worker["name"] for worker in self._admitted()), key=taken.__getitem__)
+        view = self.options(on=worker, max_deaths=0)        # at most once, and there
+        return Actor(view, cls, (self._client.session, next(self._client.numbers)), (args, kwargs))._start()
+
+    def _admitted(self) -> list[dict[str, Any]]:
+        """Return the workers there are that `on` admits; of an embedded pool when all have come, or cannot."""
+        on = self._options.get("on")
+        if self._client.child and not on:
+            with contextlib.suppress(TimeoutError):     # one that does not come is in nobody's way here
+                self.wait_for_workers(self.size, 10)
+        return [worker for worker in self._client.workers if not (on and set(on).isdisjoint(worker["tags"]))]
 
     def wait_for_workers(self, n: int, timeout: float | None = None) -> None:
         """Block until there are `n` workers; raise TimeoutError after `timeout` seconds."""
@@ -3794,10 +3849,18 @@ class Executor(concurrent.futures.Executor):
             if not client._changed.wait_for(lambda: len(client.workers) >= n, timeout):
                 raise TimeoutError(f"{len(client.workers)} of {n} workers are there after {timeout:g} s")
 
-    def kill(self, target: Future) -> None:
-        """End the running job of a future by ending its worker's process; the future raises JobKilled."""
+    def kill(self, target: Future | Actor) -> None:
+        """End the running job of a future by ending its worker's process; the future raises JobKilled.
+
+        Of an actor: all its calls that have not ended, and every later one.
+        """
+        if isinstance(target, Actor) and target._view._client is self._client:
+            target._is_killed = True
+            views = list(target._views.values())
+            return self._client.kill([f for f in list(self._client.unfinished.values()) if f._view in views],
+                                     f"its actor {target._cls.__qualname__} was ended by kill()")
         if not isinstance(target, Future) or target._client is not self._client:
-            raise TypeError(f"kill() takes a future of this executor, not {target!r}")
+            raise TypeError(f"kill() takes a future or an actor of this executor, not {target!r}")
         self._client.kill([target], "kill() was called")
 
     def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -3806,14 +3869,11 @@ class Executor(concurrent.futures.Executor):
         With `options(on=)` only there. Each call has a thread of its own, and does not wait for initializers. Raises
         the first exception once all have answered, and TimeoutError after `options(timeout=)` seconds.
         """
-        on, futures = self._options.get("on"), dict[str, Future]()
-        if self._client.child and not on:       # of an embedded pool all that were asked for
-            self.wait_for_workers(self.size, 10)
-        for worker in self._client.workers:
-            if not (on and set(on).isdisjoint(worker["tags"])):
-                view = self.options()
-                view._options.update(on=(worker["name"],), beside=True)
-                futures[worker["name"]] = self._client.submit(view, fn, args, kwargs)
+        futures = dict[str, Future]()
+        for worker in self._admitted():
+            view = self.options()
+            view._options.update(on=(worker["name"],), beside=True)
+            futures[worker["name"]] = self._client.submit(view, fn, args, kwargs)
         late = concurrent.futures.wait(futures.values(), self._options.get("timeout")).not_done
         if late:
             raise TimeoutError(f"{len(late)} of {len(futures)} workers have not answered in time")
@@ -3851,7 +3911,230 @@ def get_executor() -> Executor:
 
 
 # ==================================================================================================================
-# 8 CLI
+# 8 instances
+#
+# Objects that live in worker processes from one job to the next: an Actor is one, a Pool has one in every worker.
+# Here jobs are made and nothing else, so what holds for jobs holds for calls. An actor's calls are jobs for one
+# worker, begun in the order in which they were made and at most once; a pool's constructors and updates are entries
+# of the session's log, which every worker has run, in order, before its next job.
+# ==================================================================================================================
+
+# ---- worker half ----
+
+_instances: dict[Name, tuple[Any, BaseException | None]] = {}   # in this process; or what the constructor raised
+
+
+def _make_instance(name: Name, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if name in _instances:      # its worker was away, not dead
+        return
+    try:
+        _instances[name] = cls(*args, **kwargs), None
+    except BaseException as error:
+        _instances[name] = None, error
+        raise
+
+
+def _use_instance(name: Name, attribute: str, call: tuple[tuple[Any, ...], dict[str, Any]] | None = None) -> Any:
+    """Read an attribute of an instance, or call it."""
+    lost = WorkerDied(f"{attribute}: the process that the instance lived in is no more")
+    instance, error = _instances.get(name, (None, lost))
+    if error is not None:
+        raise error
+    value = getattr(instance, attribute)
+    return value if call is None else value(*call[0], **call[1])
+
+
+def _drop_instance(name: Name) -> None:
+    _instances.pop(name, None)
+
+
+# ---- client half ----
+
+_actors: weakref.WeakSet[Actor] = weakref.WeakSet()     # the handles of this process
+
+
+class Actor:
+    """A handle on an instance that lives in one worker, had from `Executor.actor`: its methods return Futures.
+
+    Calls of a handle begin in the order in which they were made, one that is given futures when those are done; between
+    them the worker takes other jobs. A plain attribute is read by value. What the constructor raised, every use raises.
+    A call whose process dies raises WorkerDied, and so does every later one, but with `options(max_restarts=n)` those
+    have a new instance, n times. A handle may be given to jobs and to other actors. The instance ends with the last
+    handle in the process that made it.
+    """
+
+    def __init__(self, view: Executor, cls: type, name: Name, made_with: tuple[Any, ...] = ()) -> None:
+        self._view, self._cls, self._name, self._made_with = view, cls, name, made_with
+        self._views: dict[str, Executor] = {}       # by method: how its calls are called
+        self._restarts = view._options.get("max_restarts") or 0
+        self._is_killed = False
+        _actors.add(self)
+        if made_with:           # a collector, which may call this, takes no lock
+            weakref.finalize(self, view._client.later, functools.partial(_end_actor, view, name))
+
+    def _start(self) -> Actor:
+        """Send the constructor; in the process whose handles keep the instance."""
+        self._pid = self._process()
+        self._made = self._submit("__init__", _make_instance, self._cls, *self._made_with)
+        return self
+
+    def _process(self) -> int | None:
+        """Return the process id of the worker; None while it is away."""
+        return next((w["pid"] for w in self._view._client.workers if w["name"] in self._view._options["on"]), None)
+
+    def _submit(self, attribute: str, fn: Callable[..., Any], *rest: Any) -> Future:
+        if attribute not in self._views:
+            name = self._view._options.get("name") or f"{self._cls.__qualname__}.{attribute}"
+            self._views[attribute] = self._view.options(name=name)
+        view = self._views[attribute]
+        return view._client.submit(view, fn, (self._name, *rest), {})
+
+    def _use(self, attribute: str, *call: Any) -> Future:
+        if self._is_killed:
+            raise JobKilled(f"the actor {self._cls.__qualname__} was ended by kill()")
+        if self._restarts:
+            process = self._process()
+            if self._pid not in (None, process):
+                self._restarts -= 1
+                self._start()
+            self._pid = self._pid or process
+        return self._submit(attribute, _use_instance, attribute, *call)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):            # what copy, pickle and inspect look for is not the instance's
+            raise AttributeError(name)
+        if callable(getattr(self._cls, name, None)):
+            return lambda *args, **kwargs: self._use(name, (args, kwargs))
+        return self._use(name).result()
+
+    def __reduce__(self) -> Any:
+        if self._made_with:
+            self._made.exception()      # so that a call from elsewhere does not come before it
+        return _actor_of, (self._cls, self._name, self._view._options["on"])
+
+    def __repr__(self) -> str:
+        return f"<minipool.Actor {self._cls.__qualname__} on {self._view._options['on'][0]}>"
+
+
+def _actor_of(cls: type, name: Name, on: tuple[str, ...]) -> Actor:
+    """Return the handle that another process sent."""
+    return Actor(get_executor().options(on=on, max_deaths=0), cls, name)
+
+
+def _end_actor(view: Executor, name: Name) -> None:
+    # a closed executor has no instances any more
+    with contextlib.suppress(RuntimeError, concurrent.futures.BrokenExecutor):
+        view._client.submit(view, _drop_instance, (name,), {})
+
+
+class WorkerInterface:
+    """What the worker class of a Pool looks like; any class with `run` will do."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Do one job; return its result."""
+        raise NotImplementedError("a worker class defines run()")
+
+    def handle_update(self, *args: Any, **kwargs: Any) -> None:
+        """Take in what `Pool.update_workers` was given, between two jobs."""
+        raise NotImplementedError("a worker class that is updated defines handle_update()")
+
+
+def _arguments(call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not isinstance(call, dict) or not call.keys() <= {"args", "kwargs"}:
+        raise TypeError(f'a job, an update or init_data is {{"args": [...], "kwargs": {{...}}}}, not {call!r:.100}')
+    return tuple(call.get("args", ())), dict(call.get("kwargs", {}))
+
+
+class _Results:
+    """The results of jobs that are submitted as they are asked for; one that raises does not end it."""
+
+    def __init__(self, jobs: Iterator[Future], ahead: int, in_order: bool) -> None:
+        self._jobs, self._ahead, self._in_order = jobs, ahead, in_order
+        self._pending: list[concurrent.futures.Future[Any]] = []
+
+    def __iter__(self) -> _Results:
+        return self
+
+    def __next__(self) -> Any:
+        self._pending.extend(itertools.islice(self._jobs, self._ahead - len(self._pending)))
+        if not self._pending:
+            raise StopIteration
+        future: concurrent.futures.Future[Any] = self._pending[0]
+        if not self._in_order:
+            future = next(iter(wait(self._pending, None, concurrent.futures.FIRST_COMPLETED).done))
+        self._pending.remove(future)
+        return future.result()
+
+
+class Pool:
+    """One instance of `worker_class` in every worker, late workers too; its jobs go to whichever is free.
+
+    `init_data` holds the constructor's arguments, as {"args": [...], "kwargs": {...}}; so do jobs those of `run` and
+    updates those of `handle_update`. `address` and `secret` as in Executor; with `executor` it works through that one
+    and leaves it open. An exception in `run` is raised where the result would come, and the worker lives.
+    """
+
+    def __init__(self, worker_class: type, init_data: dict[str, Any] | None = None, secret: str | None = None,
+                 address: str | None = None, *, executor: Executor | None = None) -> None:
+        args, kwargs = _arguments(init_data or {})
+        self._owned = None if executor else Executor(address, secret=secret)
+        self.executor = (executor or self._owned).options(name=f"{worker_class.__qualname__}.run")      # type: ignore[union-attr]
+        self._client = self.executor._client
+        self._name = self._client.session, next(self._client.numbers)
+        self._log = [self._client.add_to_log(_make_instance, (self._name, worker_class, args, kwargs), {})]
+
+    def map(self, data: Iterable[dict[str, Any]]) -> list[Any]:
+        """Return the results in the order of `data`, or raise the first exception and cancel what has not begun."""
+        every = itertools.repeat
+        return list(self.executor.map(_use_instance, every(self._name), every("run"), map(_arguments, data)))
+
+    def _results(self, data: Iterable[dict[str, Any]], in_order: bool) -> Iterator[Any]:
+        submit = functools.partial(self.executor.submit, _use_instance, self._name, "run")
+        return _Results(map(submit, map(_arguments, data)), 2 * self.executor.size + 16, in_order)
+
+    def imap(self, data: Iterable[dict[str, Any]]) -> Iterator[Any]:
+        """Return an iterator of the results in the order of `data`, of which it reads only what keeps all busy.
+
+        It can be continued after an exception.
+        """
+        return self._results(data, True)
+
+    def imap_unordered(self, data: Iterable[dict[str, Any]]) -> Iterator[Any]:
+        """Do as `imap`, with the results in the order in which they come."""
+        return self._results(data, False)
+
+    def update_workers(self, data: dict[str, Any]) -> None:
+        """Have every worker take in an update before any job submitted from now on; late workers get all, in order."""
+        call = self._name, "handle_update", _arguments(data)
+        self._log.append(self._client.add_to_log(_use_instance, call, {}))
+
+    def get_workers_count(self) -> int:
+        """Return how many workers there are now."""
+        return len(self._client.workers)
+
+    def get_nodes_count(self) -> int:
+        """Return on how many nodes they are."""
+        return len({worker["node"] for worker in self._client.workers})
+
+    def close(self) -> None:
+        """End this pool's jobs, those that run by force, its instances, and its executor if that is its own."""
+        self._client.kill(self.executor._mine(), "its pool was closed")
+        if self._owned:
+            return self._owned.shutdown()
+        while self._log:
+            self._client.forget(self._log.pop())
+        with contextlib.suppress(MinipoolError):        # of a worker that is gone there is nothing left
+            self.executor.run(_drop_instance, self._name)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+# ==================================================================================================================
+# 9 CLI
 #
 # serve, status, versions, secret. What a person asked for goes to stdout, everything else to stderr. A mistake of
 # the user's is one sentence, never a traceback; the exit code says what kind it was.

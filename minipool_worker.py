@@ -576,10 +576,11 @@ class Worker:
         for name in names:
             self._objects.pop(name, None)
             self._functions.pop(name, None)
+            minipool._instances.pop(name, None)
 
     def _on_leave(self, session: bytes) -> None:
         self._sessions.pop(session, None)
-        self._on_drop([name for name in self._objects if name[0] == session])
+        self._on_drop([name for name in [*self._objects, *minipool._instances] if name[0] == session])
         minipool._shared_objects.pop(session, None)
 
     def _on_bye(self, reason: str) -> None:

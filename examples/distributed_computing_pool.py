@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 
-from actors import Pool, WorkerInterface
+from minipool import Pool, WorkerInterface
 
 
 class Solver(WorkerInterface):

@@ -112,6 +112,7 @@ class TestNames:
 def exists(name):
     """Whether a name is one of minipool's, of a class of it, of the standard library or of a recipe."""
     spaces = (minipool, minipool_worker, minipool.Executor, minipool.Future, minipool.Server, minipool_worker.Node,
+              minipool.Actor, minipool.Pool,
               minipool.WorkerDied, concurrent.futures, concurrent.futures.Future,
               asyncio.AbstractEventLoop, builtins)
     return (any(hasattr(space, name) for space in spaces) or name in minipool._OPTIONS

@@ -1,23 +1,16 @@
-"""Pool (examples/actors.py): one instance of a class in every worker, and jobs and updates for them."""
+"""Pool: one instance of a class in every worker, and jobs and updates for them."""
 import itertools
 import os
 import random
 import signal
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-import actors
-from actors import Pool, WorkerInterface
-
-from minipool import Executor, JobKilled, Server, WorkerDied
+import minipool
+from minipool import Executor, JobKilled, Pool, Server, WorkerDied, WorkerInterface
 from minipool_worker import Node
-
-pytestmark = pytest.mark.slow     # a recipe: what passes on one Python holds for the others
 
 SOON = 30
 SECRET = "a secret of the tests"
@@ -153,7 +146,7 @@ class TestUpdates:
                     assert pool.get_nodes_count() == 2
                     late = pool.executor.options(on="second")
                     assert late.submit(sum, [1, 2]).result(SOON) == 3
-                    answers = [pool.executor.options(on=name).submit(_answer, pool._key).result(SOON)
+                    answers = [pool.executor.options(on=name).submit(_answer, pool._name).result(SOON)
                                for name in ("first", "second")]
                     assert answers[0] == answers[1] == list(range(100))
                 os.kill(pid, signal.SIGKILL)
@@ -162,7 +155,7 @@ class TestUpdates:
 
 
 def _answer(key):
-    return actors._instances[key].updates
+    return minipool._instances[key][0].updates
 
 
 class TestSeveral:
