@@ -3968,6 +3968,7 @@ class Actor:
         self._views: dict[str, Executor] = {}       # by method: how its calls are called
         self._restarts = view._options.get("max_restarts") or 0
         self._is_killed = False
+        self._made: Future | None = None            # the constructor's call; None: it was made in another process
         _actors.add(self)
         if made_with:           # a collector, which may call this, takes no lock
             weakref.finalize(self, view._client.later, functools.partial(_end_actor, view, name))
@@ -3992,6 +3993,8 @@ class Actor:
     def _use(self, attribute: str, *call: Any) -> Future:
         if self._is_killed:
             raise JobKilled(f"the actor {self._cls.__qualname__} was ended by kill()")
+        if self._made and (made_with := self._made._call) and not made_with[1]:
+            self._made.exception()          # it waits for futures, and must not be overtaken
         if self._restarts:
             process = self._process()
             if self._pid not in (None, process):
@@ -4008,8 +4011,8 @@ class Actor:
         return self._use(name).result()
 
     def __reduce__(self) -> Any:
-        if self._made_with:
-            self._made.exception()      # so that a call from elsewhere does not come before it
+        if self._made:
+            self._made.exception()          # a call from elsewhere must not overtake it either
         return _actor_of, (self._cls, self._name, self._view._options["on"])
 
     def __repr__(self) -> str:

@@ -128,6 +128,10 @@ class TestTheConstructor:
             with pytest.raises(KeyError, match="no such model"):
                 handle.work().result(SOON)
 
+    def test_it_may_be_given_futures_and_no_call_overtakes_it(self, pool):
+        counter = pool.actor(Counter, pool.submit(after, 0.3, 10))
+        assert [call.result(SOON) for call in (counter.add(), counter.add())] == [11, 12]
+
     def test_it_needs_a_class(self, pool):
         with pytest.raises(TypeError, match="needs a class"):
             pool.actor(after)
