@@ -649,8 +649,8 @@ def _tag(key: hmac.HMAC, number: int, header: bytes, control: bytes) -> bytes:
 class Connection:
     """Framed, authenticated messages over one socket.
 
-    One thread receives. Many threads send: they append to the outbox under `_lock`, and whoever finds the *writer
-    role* free takes it. Draining, numbering, tagging and writing happen only while holding the role, so frames
+    One thread receives. Many threads send: they append to the outbox, and whoever finds the *writer role* free takes
+    it under `_lock`. Draining, numbering, tagging and writing happen only while holding the role, so frames
     leave in the order of their numbers; the role is given back under the lock only if the outbox is empty at that
     moment, so nothing is left behind. A borrowed thread never blocks: what the kernel does not take at once is left
     to the connection's writer thread, and with it the role. That thread starts when it is first needed.
@@ -661,12 +661,11 @@ class Connection:
         self.closed = False                     # by either side; written under _lock
         self.destination: Callable[[Message, int], memoryview | None] = lambda *_: None     # where a range's body goes
         self._seam = seam
-        # the outbox and the role; all guarded by _lock
+        # the outbox and the role; both are looked at together, under _lock
         self._lock = threading.Lock()
         self._control: collections.deque[Message] = collections.deque()
         self._ranges: collections.deque[Message] = collections.deque()      # control messages overtake these
-        self._writing = False                   # somebody holds the writer role
-        self._disposed = False                  # the receiver is gone: who gives the role back closes the descriptor
+        self._role = threading.Lock()           # the writer role; it passes from thread to thread
         self._writer: threading.Thread | None = None
         self._handed: queue.SimpleQueue[bool] = queue.SimpleQueue()     # True: the role, to the writer; False: the end
         # only for the holder of the writer role
@@ -689,9 +688,8 @@ class Connection:
     def flush(self, frames: int = BORROWED_FRAMES) -> None:
         """Write up to `frames` frames (0: more is coming) of what waits, without blocking; the writer does the rest."""
         with self._lock:
-            if self._writing or self.closed or not (self._control or self._ranges):
+            if self.closed or not (self._control or self._ranges) or not self._role.acquire(blocking=False):
                 return
-            self._writing = True
         self._write(frames)
 
     def start_writer(self) -> None:
@@ -720,10 +718,7 @@ class Connection:
                 else:
                     break
             self.start_writer()
-            with self._lock:
-                if self.closed:             # the writer thread may be gone already
-                    raise ConnectionError("it was closed meanwhile")
-                self._handed.put(True)
+            self._handed.put(True)
         except BaseException as error:      # also a bug, or Ctrl-C: it must not leave a connection that looks alive
             self.close()
             self._rest = []
@@ -738,9 +733,7 @@ class Connection:
         """Encode the next frame into `_rest`; give the role back if nothing waits, or never will."""
         with self._lock:
             if self.closed or not (self._control or self._ranges):
-                self._writing = False
-                if self._disposed:
-                    self._seam.sock.close()
+                self._role.release()
                 return False
             body: Any = b""
             if self._control:
@@ -812,7 +805,7 @@ class Connection:
     @property
     def waiting(self) -> int:
         """Messages and ranges in the outbox, and whether one is being written."""
-        return len(self._control) + len(self._ranges) + self._writing
+        return len(self._control) + len(self._ranges) + self._role.locked()
 
     def close(self) -> None:
         """End the connection; its threads wake. The descriptor goes when nobody can be using it any more."""
@@ -824,15 +817,13 @@ class Connection:
             self._ranges.clear()
             with contextlib.suppress(OSError):      # wakes both ends; an SSLSocket's own would go on without TLS
                 socket.socket.shutdown(self._seam.sock, socket.SHUT_RDWR)
-        self._handed.put(False)
 
     def dispose(self) -> None:
         """Close, called by the receiving thread when it has finished: nobody reads from the descriptor any more."""
         self.close()
-        with self._lock:
-            self._disposed = True
-            if not self._writing:
-                self._seam.sock.close()
+        with self._role:            # whoever writes fails at once and gives it back: now nobody writes any more either
+            self._seam.sock.close()
+        self._handed.put(False)
 
 
 def parse_address(address: str | None) -> tuple[str, int]:

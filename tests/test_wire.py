@@ -536,7 +536,7 @@ class TestWriterRole:
         assert sorted(received) == [(t, n) for t in range(count) for n in range(each)]
         assert all([n for t, n in received if t == thread] == list(range(each)) for thread in range(count))
         wait_until(lambda: not client.waiting)
-        assert not client.held_twice and not client._writing and not server.has_input(0)
+        assert not client.held_twice and not client._role.locked() and not server.has_input(0)
         client.dispose()
         server.dispose()
 
