@@ -813,8 +813,6 @@ class Connection:
             if self.closed:
                 return
             self.closed = True
-            self._control.clear()
-            self._ranges.clear()
             with contextlib.suppress(OSError):      # wakes both ends; an SSLSocket's own would go on without TLS
                 socket.socket.shutdown(self._seam.sock, socket.SHUT_RDWR)
 
