@@ -676,7 +676,7 @@ class Connection:
         # only for the receiving thread
         self._receive_key = hmac.new(receive_key, digestmod="sha256")
         self._receive_number = 0
-        self._scratch = memoryview(bytearray(4096))     # grows while it is filled: thousands of idle peers have little
+        self._scratch = memoryview(mmap.mmap(-1, 1 << 16, mmap.MAP_PRIVATE))    # its pages cost an idle peer nothing
         self._pending = bytearray()             # received and not yet consumed
 
     def post(self, messages: Iterable[Message]) -> None:
@@ -796,8 +796,6 @@ class Connection:
         while len(self._pending) < size:
             count = self._seam.receive_into(self._scratch)
             self._pending += self._scratch[:count]
-            if count == len(self._scratch) < 64 * 1024:
-                self._scratch = memoryview(bytearray(4 * count))
         taken = bytes(self._pending[:size])
         del self._pending[:size]
         return taken
