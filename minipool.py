@@ -831,14 +831,12 @@ def parse_address(address: str | None) -> tuple[str, int]:
         host, _, port = host.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    try:
+    with contextlib.suppress(OSError, ValueError):
         if ":" in host:
             socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
-        if not host or not 0 < int(port) < 65536:
-            raise ValueError(port)
-    except (OSError, ValueError):
-        raise ValueError(f"{address!r} is not an address: expected host or host:port, and no URL") from None
-    return host, int(port)
+        if host and 0 < int(port) < 65536:
+            return host, int(port)
+    raise ValueError(f"{address!r} is not an address: expected host or host:port, and no URL")
 
 
 def format_address(host: str, port: int) -> str:
