@@ -461,14 +461,13 @@ def first_hello(role: str, identity: bytes = b"") -> bytes:
 
 
 def _read_exactly(sock: socket.socket, size: int) -> bytes:
-    data = more = b""
-    while len(data) < size:
-        with contextlib.suppress(ConnectionResetError):
-            more = sock.recv(size - len(data))
-        if not more:
-            raise ConnectionError("the connection was closed during the handshake: it may not be a minipool server, or "
-                                  "one that wants TLS (--tls, tls=True)")
-        data, more = data + more, b""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while len(data) < size and (more := sock.recv(size - len(data))):
+            data += more
+    if len(data) < size:
+        raise ConnectionError("the connection was closed during the handshake: it may not be a minipool server, or "
+                              "one that wants TLS (--tls, tls=True)")
     return data
 
 
