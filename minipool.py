@@ -658,7 +658,6 @@ class Connection:
     def __init__(self, seam: Plain, send_key: bytes, receive_key: bytes, remote: str) -> None:
         self.remote = remote                    # the other end's role, proven by the handshake
         self.closed = False                     # by either side; written under _lock
-        self.destination: Callable[[Message, int], memoryview | None] = lambda *_: None     # where a range's body goes
         self._seam = seam
         # the outbox and the role; both are looked at together, under _lock
         self._lock = threading.Lock()
@@ -759,8 +758,8 @@ class Connection:
         self._send_number += 1
         self._rest = [memoryview(header + tag + control), *([memoryview(body).cast("B")] if len(body) else ())]
 
-    def receive(self) -> list[Message]:
-        """Block for the next frame; return its messages.
+    def receive(self, places: dict[tuple[Name, int], memoryview] | None = None) -> list[Message]:
+        """Block for the next frame; return its messages. The body of a range goes to its (name, offset) in `places`.
 
         Raises EOFError at the end of the stream, OSError if the connection broke, Malformed if no honest peer sends
         such a frame. Lengths are bounded before anything is allocated, a tag is verified before anything is opened.
@@ -779,7 +778,8 @@ class Connection:
             return messages
         if len(messages) != 1 or messages[0][0] != "range":
             raise Malformed("only a range has a body")
-        body = self.destination(messages[0], body_size) or memoryview(bytearray(body_size))
+        place = (places or {}).get(messages[0][1:3])
+        body = place if place and len(place) == body_size else memoryview(bytearray(body_size))
         have = min(body_size, len(self._pending))
         body[:have] = self._take(have)
         while have < body_size:
@@ -1016,7 +1016,7 @@ class Peer:
     def _hear(self, connection: Connection) -> None:
         """Read one frame and act on it; the caller holds `_reading`."""
         try:
-            rest = [message for message in connection.receive() if not self._handle_range(connection, message)]
+            rest = [m for m in connection.receive(self._asked) if not self._handle_range(connection, m)]
             self._failures = 0
             if rest:
                 self._on_batch(rest)
@@ -1056,7 +1056,6 @@ class Peer:
             raise
         connection = Connection(Tls(sock) if binding else Plain(sock), keys.up, keys.down, "server")
         connection.start_writer()
-        connection.destination = self._destination
         return connection
 
     def _serve(self, connection: Connection) -> None:
@@ -1126,12 +1125,6 @@ class Peer:
                 offset = pull.wanted.popleft()
                 place = self._asked[name, offset] = memoryview(pull.buffer)[offset:offset + RANGE]
                 self.connection.post([("pull", name, offset, len(place))])
-
-    def _destination(self, message: Message, size: int) -> memoryview | None:
-        """Return where the body of a range belongs; None if nobody here waits for it."""
-        with self.lock:
-            place = self._asked.get(message[1:3])
-        return place if place and len(place) == size else None
 
     def _handle_range(self, connection: Connection, message: Message) -> bool:
         """Act on a message about large values; return False for any other."""

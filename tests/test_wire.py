@@ -353,10 +353,9 @@ class TestFrames:
     def test_a_range_goes_where_it_belongs_without_a_copy(self, pair):
         client, server = pair
         place = bytearray(5)
-        server.destination = lambda message, size: memoryview(place)[:size]
         client.post([("range", (b"c", 1), 0, b"", b"hello")])
         client.flush()
-        server.receive()
+        server.receive({((b"c", 1), 0): memoryview(place)})
         assert place == b"hello"
 
     @pytest.mark.parametrize("size", [0, 20_000])
@@ -686,7 +685,6 @@ def reader(pair):
     """A peer that pulls, without its thread: the test takes each step."""
     peer = Peer("client", ("127.0.0.1", 9), Secret.new().role_key, lock=threading.RLock(), announce=list, on_batch=list)
     peer.connection = pair[0]
-    pair[0].destination = peer._destination
     yield peer
     peer.stop()
 
@@ -710,7 +708,7 @@ def answer_pulls(reader, server, answer):
             header, body = answer(name, offset, length)
             server.post([(*header, body)])
             server.flush(0)
-            for message in reader.connection.receive():
+            for message in reader.connection.receive(reader._asked):
                 reader._handle_range(reader.connection, message)
     return asked
 
