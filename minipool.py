@@ -934,7 +934,7 @@ class Pull:
     def __init__(self, size: int, done: Callable[[Any], None]) -> None:
         self.done = done                        # done(buffer), or done(None): nobody holds it
         self.buffer = bytearray(size)
-        self.wanted = collections.deque(range(0, max(1, size), RANGE))  # offsets not asked for
+        self.missing = collections.deque(range(0, max(1, size), RANGE))     # offsets; the first are asked for
         self.spoiled: collections.Counter[int] = collections.Counter()  # digests that did not match, by offset
 
 
@@ -959,7 +959,7 @@ class Peer:
         self.trouble: BaseException | None = None           # why there is no connection
         self.lost_at: float | None = time.monotonic()       # since when; None while connected
         self._failures = 0                                  # dials since the server last said something
-        self.values: dict[Name, Blob] = {}                  # large values that others may pull; guarded by lock
+        self.values: dict[Name, Blob] = {}                  # large values that others may pull; written under lock
         self._announce, self._on_batch, self._on_lost, self._on_idle = announce, on_batch, on_lost, on_idle
         self._pulls: dict[Name, Pull] = {}                  # guarded by lock, as is
         self._asked: dict[tuple[Name, int], memoryview] = {}    # ranges on their way, (name, offset): where they belong
@@ -1080,9 +1080,7 @@ class Peer:
         finally:
             with self.lock:
                 self.connection, self.lost_at = None, time.monotonic()
-                for name, offset in self._asked:        # to be asked for again
-                    self._pulls[name].wanted.appendleft(offset)
-                self._asked.clear()
+                self._asked.clear()             # what is missing is asked for again
             connection.close()
             with self._reading:             # nobody else reads from the descriptor any more
                 connection.dispose()
@@ -1119,19 +1117,18 @@ class Peer:
     def _ask_more(self) -> None:
         """Ask for ranges up to the bound, oldest pull first."""
         for name, pull in self._pulls.items():
-            while pull.wanted:
+            for offset in pull.missing:
                 if not self.connection or len(self._asked) >= PULLS_IN_FLIGHT:
                     return
-                offset = pull.wanted.popleft()
-                place = self._asked[name, offset] = memoryview(pull.buffer)[offset:offset + RANGE]
-                self.connection.post([("pull", name, offset, len(place))])
+                if (name, offset) not in self._asked:
+                    place = self._asked[name, offset] = memoryview(pull.buffer)[offset:offset + RANGE]
+                    self.connection.post([("pull", name, offset, len(place))])
 
     def _handle_range(self, connection: Connection, message: Message) -> bool:
         """Act on a message about large values; return False for any other."""
         if message[0] == "pull":
             _, name, offset, length = message
-            with self.lock:
-                blob = self.values.get(name)
+            blob = self.values.get(name)
             if blob is None or offset + length > blob.size:
                 connection.post([("gone", name)])
             else:
@@ -1152,19 +1149,19 @@ class Peer:
     def _take_range(self, connection: Connection, name: Name, offset: int, digest: bytes, body: Any = b"") -> None:
         """Check an arrived range; a spoiled one is asked for again, three times, then the value counts as lost."""
         with self.lock:
-            place = self._asked.pop((name, offset), None)
+            if (place := self._asked.pop((name, offset), None)) is None:
+                return              # it is not wanted any more
+            pull = self._pulls[name]
+            pull.missing.remove(offset)
             self._ask_more()
         connection.flush()          # the next one is on its way while this one is checked
-        intact = hashlib.sha256(body).digest() == digest
+        intact = len(body) == len(place) and hashlib.sha256(body).digest() == digest
         with self.lock:
-            pull = self._pulls.get(name)
-            if place is None or pull is None:
-                return
-            if not intact or len(body) != len(place):
+            if not intact:
                 pull.spoiled[offset] += 1
-                pull.wanted.appendleft(offset)
+                pull.missing.appendleft(offset)
             lost = pull.spoiled[offset] > 3
-            if not lost and (pull.wanted or any(asked == name for asked, _ in self._asked)):
+            if not lost and pull.missing:
                 return self._ask_more()
             self.forget_pull(name)
         pull.done(None if lost else pull.buffer)
