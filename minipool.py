@@ -1138,9 +1138,8 @@ class Peer:
             self._take_range(connection, *message[1:])
         elif message[0] == "gone":
             with self.lock:
-                pull = self.forget_pull(message[1])
-            if pull:
-                pull.done(None)
+                if pull := self.forget_pull(message[1]):
+                    pull.done(None)
         else:
             return False
         connection.flush()
