@@ -720,7 +720,8 @@ class Connection:
         except BaseException as error:      # also a bug, or Ctrl-C: it must not leave a connection that looks alive
             self.close()
             self._rest = []
-            self._next_frame()              # gives the role back
+            with contextlib.suppress(RuntimeError):     # Ctrl-C may come just after the role was given back
+                self._role.release()
             if not isinstance(error, Exception):
                 raise
             broken = isinstance(error, OSError)     # if not, the borrowed thread is not to blame: tell the log
@@ -816,8 +817,10 @@ class Connection:
     def dispose(self) -> None:
         """Close, called by the receiving thread when it has finished: nobody reads from the descriptor any more."""
         self.close()
-        with self._role:            # whoever writes fails at once and gives it back: now nobody writes any more either
-            self._seam.sock.close()
+        # who writes fails at once and gives the role back, unless Ctrl-C hit that thread just when it had taken it
+        if self._role.acquire(timeout=1):
+            self._role.release()            # of a closed connection nobody takes it again
+        self._seam.sock.close()
         self._handed.put(False)
 
 
