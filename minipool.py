@@ -747,8 +747,7 @@ class Connection:
         control = pickle.dumps(batch, 5)
         if len(control) > 2 * BATCH_BYTES and len(batch) > 1:      # a sudden run of fat messages
             half = len(batch) // 2
-            with self._lock:
-                self._control.extendleft(reversed(batch[half:]))
+            self._control.extendleft(reversed(batch[half:]))
             return self._encode_frame(batch[:half], body)
         if len(control) > MAX_CONTROL:
             raise ValueError(f"a message of {len(control)} bytes cannot be sent: {brief(batch[0])}")
