@@ -793,8 +793,7 @@ class Connection:
     def _take(self, size: int) -> bytes:
         """Receive until `size` bytes are there, and consume them."""
         while len(self._pending) < size:
-            count = self._seam.receive_into(self._scratch)
-            self._pending += self._scratch[:count]
+            self._pending += self._scratch[:self._seam.receive_into(self._scratch)]
         taken = bytes(self._pending[:size])
         del self._pending[:size]
         return taken
