@@ -636,6 +636,14 @@ class TestWriterRole:
             os.fstat(stranger)                      # EBADF if somebody closed it
             os.close(stranger)
 
+    def test_a_writer_that_never_gives_the_role_back_holds_nobody_up_for_long(self):
+        client, server = connect()
+        client._role.acquire()                      # as a thread that Ctrl-C hit just then
+        began, before = time.monotonic(), open_descriptors()
+        client.dispose()
+        assert time.monotonic() - began < 5 and open_descriptors() == before - 1
+        server.dispose()
+
     def test_two_hundred_connections_leave_no_descriptor_behind(self):
         before = open_descriptors()
         for number in range(200):
