@@ -541,7 +541,7 @@ class Plain:
         """Send what fits now, or the first part of it; return how many bytes went, 0 if the kernel's buffer is full."""
         try:
             return self.sock.sendmsg(buffers, (), socket.MSG_DONTWAIT)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return 0
 
     def receive_into(self, view: memoryview) -> int:
@@ -705,17 +705,16 @@ class Connection:
             while frames:
                 if not (self._rest or self._next_frame()):
                     return
-                if sent := self._seam.send(self._rest):
-                    while self._rest and sent >= len(self._rest[0]):
-                        sent -= len(self._rest.pop(0))
-                    if sent:
-                        self._rest[0] = self._rest[0][sent:]
-                    frames -= not self._rest
-                elif threading.current_thread() is self._writer:
-                    self._seam.poll(select.POLLOUT, 60)
-                else:
+                if not (sent := self._seam.send(self._rest)):
                     break
+                while self._rest and sent >= len(self._rest[0]):
+                    sent -= len(self._rest.pop(0))
+                if sent:
+                    self._rest[0] = self._rest[0][sent:]
+                frames -= not self._rest
             self.start_writer()
+            if threading.current_thread() is self._writer:
+                self._seam.poll(select.POLLOUT, 60)     # the kernel takes no more; then it goes on itself
             self._handed.put(True)
         except BaseException as error:      # also a bug, or Ctrl-C: it must not leave a connection that looks alive
             self.close()
