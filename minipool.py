@@ -464,14 +464,13 @@ def first_hello(role: str, identity: bytes = b"") -> bytes:
 
 
 def _read_exactly(sock: socket.socket, size: int) -> bytes:
-    data = more = b""
-    while len(data) < size:
-        with contextlib.suppress(ConnectionResetError):
-            more = sock.recv(size - len(data))
-        if not more:
-            raise ConnectionError("the connection was closed during the handshake: it may not be a minipool server, or "
-                                  "one that wants TLS (--tls, tls=True)")
-        data, more = data + more, b""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while len(data) < size and (more := sock.recv(size - len(data))):
+            data += more
+    if len(data) < size:
+        raise ConnectionError("the connection was closed during the handshake: it may not be a minipool server, or "
+                              "one that wants TLS (--tls, tls=True)")
     return data
 
 
@@ -545,7 +544,7 @@ class Plain:
         """Send what fits now, or the first part of it; return how many bytes went, 0 if the kernel's buffer is full."""
         try:
             return self.sock.sendmsg(buffers, (), socket.MSG_DONTWAIT)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return 0
 
     def receive_into(self, view: memoryview) -> int:
@@ -652,8 +651,8 @@ def _tag(key: hmac.HMAC, number: int, header: bytes, control: bytes) -> bytes:
 class Connection:
     """Framed, authenticated messages over one socket.
 
-    One thread receives. Many threads send: they append to the outbox under `_lock`, and whoever finds the *writer
-    role* free takes it. Draining, numbering, tagging and writing happen only while holding the role, so frames
+    One thread receives. Many threads send: they append to the outbox, and whoever finds the *writer role* free takes
+    it under `_lock`. Draining, numbering, tagging and writing happen only while holding the role, so frames
     leave in the order of their numbers; the role is given back under the lock only if the outbox is empty at that
     moment, so nothing is left behind. A borrowed thread never blocks: what the kernel does not take at once is left
     to the connection's writer thread, and with it the role. That thread starts when it is first needed.
@@ -662,14 +661,12 @@ class Connection:
     def __init__(self, seam: Plain, send_key: bytes, receive_key: bytes, remote: str) -> None:
         self.remote = remote                    # the other end's role, proven by the handshake
         self.closed = False                     # by either side; written under _lock
-        self.destination: Callable[[Message, int], memoryview | None] = lambda *_: None     # where a range's body goes
         self._seam = seam
-        # the outbox and the role; all guarded by _lock
+        # the outbox and the role; both are looked at together, under _lock
         self._lock = threading.Lock()
         self._control: collections.deque[Message] = collections.deque()
         self._ranges: collections.deque[Message] = collections.deque()      # control messages overtake these
-        self._writing = False                   # somebody holds the writer role
-        self._disposed = False                  # the receiver is gone: who gives the role back closes the descriptor
+        self._role = threading.Lock()           # the writer role; it passes from thread to thread
         self._writer: threading.Thread | None = None
         self._handed: queue.SimpleQueue[bool] = queue.SimpleQueue()     # True: the role, to the writer; False: the end
         # only for the holder of the writer role
@@ -680,7 +677,7 @@ class Connection:
         # only for the receiving thread
         self._receive_key = hmac.new(receive_key, digestmod="sha256")
         self._receive_number = 0
-        self._scratch = memoryview(bytearray(4096))     # grows while it is filled: thousands of idle peers have little
+        self._scratch = memoryview(mmap.mmap(-1, 1 << 16, mmap.MAP_PRIVATE))    # its pages cost an idle peer nothing
         self._pending = bytearray()             # received and not yet consumed
 
     def post(self, messages: Iterable[Message]) -> None:
@@ -692,9 +689,8 @@ class Connection:
     def flush(self, frames: int = BORROWED_FRAMES) -> None:
         """Write up to `frames` frames (0: more is coming) of what waits, without blocking; the writer does the rest."""
         with self._lock:
-            if self._writing or self.closed or not (self._control or self._ranges):
+            if self.closed or not (self._control or self._ranges) or not self._role.acquire(blocking=False):
                 return
-            self._writing = True
         self._write(frames)
 
     def start_writer(self) -> None:
@@ -712,25 +708,22 @@ class Connection:
             while frames:
                 if not (self._rest or self._next_frame()):
                     return
-                if sent := self._seam.send(self._rest):
-                    while self._rest and sent >= len(self._rest[0]):
-                        sent -= len(self._rest.pop(0))
-                    if sent:
-                        self._rest[0] = self._rest[0][sent:]
-                    frames -= not self._rest
-                elif threading.current_thread() is self._writer:
-                    self._seam.poll(select.POLLOUT, 60)
-                else:
+                if not (sent := self._seam.send(self._rest)):
                     break
+                while self._rest and sent >= len(self._rest[0]):
+                    sent -= len(self._rest.pop(0))
+                if sent:
+                    self._rest[0] = self._rest[0][sent:]
+                frames -= not self._rest
             self.start_writer()
-            with self._lock:
-                if self.closed:             # the writer thread may be gone already
-                    raise ConnectionError("it was closed meanwhile")
-                self._handed.put(True)
+            if threading.current_thread() is self._writer:
+                self._seam.poll(select.POLLOUT, 60)     # the kernel takes no more; then it goes on itself
+            self._handed.put(True)
         except BaseException as error:      # also a bug, or Ctrl-C: it must not leave a connection that looks alive
             self.close()
             self._rest = []
-            self._next_frame()              # gives the role back
+            with contextlib.suppress(RuntimeError):     # Ctrl-C may come just after the role was given back
+                self._role.release()
             if not isinstance(error, Exception):
                 raise
             broken = isinstance(error, OSError)     # if not, the borrowed thread is not to blame: tell the log
@@ -741,9 +734,7 @@ class Connection:
         """Encode the next frame into `_rest`; give the role back if nothing waits, or never will."""
         with self._lock:
             if self.closed or not (self._control or self._ranges):
-                self._writing = False
-                if self._disposed:
-                    self._seam.sock.close()
+                self._role.release()
                 return False
             body: Any = b""
             if self._control:
@@ -758,8 +749,7 @@ class Connection:
         control = pickle.dumps(batch, 5)
         if len(control) > 2 * BATCH_BYTES and len(batch) > 1:      # a sudden run of fat messages
             half = len(batch) // 2
-            with self._lock:
-                self._control.extendleft(reversed(batch[half:]))
+            self._control.extendleft(reversed(batch[half:]))
             return self._encode_frame(batch[:half], body)
         if len(control) > MAX_CONTROL:
             raise ValueError(f"a message of {len(control)} bytes cannot be sent: {brief(batch[0])}")
@@ -770,8 +760,8 @@ class Connection:
         self._send_number += 1
         self._rest = [memoryview(header + tag + control), *([memoryview(body).cast("B")] if len(body) else ())]
 
-    def receive(self) -> list[Message]:
-        """Block for the next frame; return its messages.
+    def receive(self, places: dict[tuple[Name, int], memoryview] | None = None) -> list[Message]:
+        """Block for the next frame; return its messages. The body of a range goes to its (name, offset) in `places`.
 
         Raises EOFError at the end of the stream, OSError if the connection broke, Malformed if no honest peer sends
         such a frame. Lengths are bounded before anything is allocated, a tag is verified before anything is opened.
@@ -790,7 +780,8 @@ class Connection:
             return messages
         if len(messages) != 1 or messages[0][0] != "range":
             raise Malformed("only a range has a body")
-        body = self.destination(messages[0], body_size) or memoryview(bytearray(body_size))
+        place = (places or {}).get(messages[0][1:3])
+        body = place if place and len(place) == body_size else memoryview(bytearray(body_size))
         have = min(body_size, len(self._pending))
         body[:have] = self._take(have)
         while have < body_size:
@@ -804,10 +795,7 @@ class Connection:
     def _take(self, size: int) -> bytes:
         """Receive until `size` bytes are there, and consume them."""
         while len(self._pending) < size:
-            count = self._seam.receive_into(self._scratch)
-            self._pending += self._scratch[:count]
-            if count == len(self._scratch) < 64 * 1024:
-                self._scratch = memoryview(bytearray(4 * count))
+            self._pending += self._scratch[:self._seam.receive_into(self._scratch)]
         taken = bytes(self._pending[:size])
         del self._pending[:size]
         return taken
@@ -815,7 +803,7 @@ class Connection:
     @property
     def waiting(self) -> int:
         """Messages and ranges in the outbox, and whether one is being written."""
-        return len(self._control) + len(self._ranges) + self._writing
+        return len(self._control) + len(self._ranges) + self._role.locked()
 
     def close(self) -> None:
         """End the connection; its threads wake. The descriptor goes when nobody can be using it any more."""
@@ -823,19 +811,17 @@ class Connection:
             if self.closed:
                 return
             self.closed = True
-            self._control.clear()
-            self._ranges.clear()
             with contextlib.suppress(OSError):      # wakes both ends; an SSLSocket's own would go on without TLS
                 socket.socket.shutdown(self._seam.sock, socket.SHUT_RDWR)
-        self._handed.put(False)
 
     def dispose(self) -> None:
         """Close, called by the receiving thread when it has finished: nobody reads from the descriptor any more."""
         self.close()
-        with self._lock:
-            self._disposed = True
-            if not self._writing:
-                self._seam.sock.close()
+        # who writes fails at once and gives the role back, unless Ctrl-C hit that thread just when it had taken it
+        if self._role.acquire(timeout=1):
+            self._role.release()            # of a closed connection nobody takes it again
+        self._seam.sock.close()
+        self._handed.put(False)
 
 
 def parse_address(address: str | None) -> tuple[str, int]:
@@ -847,14 +833,12 @@ def parse_address(address: str | None) -> tuple[str, int]:
         host, _, port = host.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    try:
+    with contextlib.suppress(OSError, ValueError):
         if ":" in host:
             socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
-        if not host or not 0 < int(port) < 65536:
-            raise ValueError(port)
-    except (OSError, ValueError):
-        raise ValueError(f"{address!r} is not an address: expected host or host:port, and no URL") from None
-    return host, int(port)
+        if host and 0 < int(port) < 65536:
+            return host, int(port)
+    raise ValueError(f"{address!r} is not an address: expected host or host:port, and no URL")
 
 
 def format_address(host: str, port: int) -> str:
@@ -953,7 +937,7 @@ class Pull:
     def __init__(self, size: int, done: Callable[[Any], None]) -> None:
         self.done = done                        # done(buffer), or done(None): nobody holds it
         self.buffer = bytearray(size)
-        self.wanted = collections.deque(range(0, max(1, size), RANGE))  # offsets not asked for
+        self.missing = collections.deque(range(0, max(1, size), RANGE))     # offsets; the first are asked for
         self.spoiled: collections.Counter[int] = collections.Counter()  # digests that did not match, by offset
 
 
@@ -969,8 +953,7 @@ class Peer:
     def __init__(self, role: str, address: tuple[str, int], key: KeySource, *,
                  lock: threading.Lock | threading.RLock, announce: Callable[[], list[Message]],
                  on_batch: Callable[[list[Message]], None], on_lost: Callable[[], None] = lambda: None,
-                 on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", name: str = "",
-                 tls: bool = False) -> None:
+                 on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", tls: bool = False) -> None:
         self.role, self.address, self.key, self.identity = role, address, key, identity
         self._tls = tls_context() if tls else None
         self.lock = lock
@@ -979,14 +962,14 @@ class Peer:
         self.trouble: BaseException | None = None           # why there is no connection
         self.lost_at: float | None = time.monotonic()       # since when; None while connected
         self._failures = 0                                  # dials since the server last said something
-        self.values: dict[Name, Blob] = {}                  # large values that others may pull; guarded by lock
+        self.values: dict[Name, Blob] = {}                  # large values that others may pull; written under lock
         self._announce, self._on_batch, self._on_lost, self._on_idle = announce, on_batch, on_lost, on_idle
         self._pulls: dict[Name, Pull] = {}                  # guarded by lock, as is
         self._asked: dict[tuple[Name, int], memoryview] = {}    # ranges on their way, (name, offset): where they belong
         self._reading = threading.Lock()                    # held by the thread that reads the socket
         self._leads = 0                                     # how often a thread that waits took that over
         self._stopping = threading.Event()
-        self.thread = threading.Thread(target=self._run, name=f"minipool-{name or role}-io", daemon=True)
+        self.thread = threading.Thread(target=self._run, name=f"minipool-{role}-io", daemon=True)
 
     def stop(self, *farewell: Message) -> None:
         """Say farewell and end the threads; blocks for at most a second of unsent words."""
@@ -1036,7 +1019,7 @@ class Peer:
     def _hear(self, connection: Connection) -> None:
         """Read one frame and act on it; the caller holds `_reading`."""
         try:
-            rest = [message for message in connection.receive() if not self._handle_range(connection, message)]
+            rest = [m for m in connection.receive(self._asked) if not self._handle_range(connection, m)]
             self._failures = 0
             if rest:
                 self._on_batch(rest)
@@ -1076,7 +1059,6 @@ class Peer:
             raise
         connection = Connection(Tls(sock) if binding else Plain(sock), keys.up, keys.down, "server")
         connection.start_writer()
-        connection.destination = self._destination
         return connection
 
     def _serve(self, connection: Connection) -> None:
@@ -1101,9 +1083,7 @@ class Peer:
         finally:
             with self.lock:
                 self.connection, self.lost_at = None, time.monotonic()
-                for name, offset in self._asked:        # to be asked for again
-                    self._pulls[name].wanted.appendleft(offset)
-                self._asked.clear()
+                self._asked.clear()             # what is missing is asked for again
             connection.close()
             with self._reading:             # nobody else reads from the descriptor any more
                 connection.dispose()
@@ -1140,25 +1120,18 @@ class Peer:
     def _ask_more(self) -> None:
         """Ask for ranges up to the bound, oldest pull first."""
         for name, pull in self._pulls.items():
-            while pull.wanted:
+            for offset in pull.missing:
                 if not self.connection or len(self._asked) >= PULLS_IN_FLIGHT:
                     return
-                offset = pull.wanted.popleft()
-                place = self._asked[name, offset] = memoryview(pull.buffer)[offset:offset + RANGE]
-                self.connection.post([("pull", name, offset, len(place))])
-
-    def _destination(self, message: Message, size: int) -> memoryview | None:
-        """Return where the body of a range belongs; None if nobody here waits for it."""
-        with self.lock:
-            place = self._asked.get(message[1:3])
-        return place if place and len(place) == size else None
+                if (name, offset) not in self._asked:
+                    place = self._asked[name, offset] = memoryview(pull.buffer)[offset:offset + RANGE]
+                    self.connection.post([("pull", name, offset, len(place))])
 
     def _handle_range(self, connection: Connection, message: Message) -> bool:
         """Act on a message about large values; return False for any other."""
         if message[0] == "pull":
             _, name, offset, length = message
-            with self.lock:
-                blob = self.values.get(name)
+            blob = self.values.get(name)
             if blob is None or offset + length > blob.size:
                 connection.post([("gone", name)])
             else:
@@ -1168,9 +1141,8 @@ class Peer:
             self._take_range(connection, *message[1:])
         elif message[0] == "gone":
             with self.lock:
-                pull = self.forget_pull(message[1])
-            if pull:
-                pull.done(None)
+                if pull := self.forget_pull(message[1]):
+                    pull.done(None)
         else:
             return False
         connection.flush()
@@ -1179,19 +1151,19 @@ class Peer:
     def _take_range(self, connection: Connection, name: Name, offset: int, digest: bytes, body: Any = b"") -> None:
         """Check an arrived range; a spoiled one is asked for again, three times, then the value counts as lost."""
         with self.lock:
-            place = self._asked.pop((name, offset), None)
+            if (place := self._asked.pop((name, offset), None)) is None:
+                return              # it is not wanted any more
+            pull = self._pulls[name]
+            pull.missing.remove(offset)
             self._ask_more()
         connection.flush()          # the next one is on its way while this one is checked
-        intact = hashlib.sha256(body).digest() == digest
+        intact = len(body) == len(place) and hashlib.sha256(body).digest() == digest
         with self.lock:
-            pull = self._pulls.get(name)
-            if place is None or pull is None:
-                return
-            if not intact or len(body) != len(place):
+            if not intact:
                 pull.spoiled[offset] += 1
-                pull.wanted.appendleft(offset)
+                pull.missing.appendleft(offset)
             lost = pull.spoiled[offset] > 3
-            if not lost and (pull.wanted or any(asked == name for asked, _ in self._asked)):
+            if not lost and pull.missing:
                 return self._ask_more()
             self.forget_pull(name)
         pull.done(None if lost else pull.buffer)

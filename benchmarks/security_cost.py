@@ -359,7 +359,7 @@ def help_bulk() -> None:
 def pull(kind: str, connection: minipool.Connection, buffer: memoryview) -> None:
     name, size = (b"creator", 1), len(buffer)
     wanted = collections.deque(range(0, size, minipool.RANGE))
-    connection.destination = lambda message, length: buffer[message[2]:message[2] + length]
+    places = {(name, offset): buffer[offset:offset + minipool.RANGE] for offset in wanted}
 
     def ask() -> None:
         if wanted:
@@ -370,7 +370,7 @@ def pull(kind: str, connection: minipool.Connection, buffer: memoryview) -> None
     for _ in range(minipool.PULLS_IN_FLIGHT):
         ask()
     while missing:
-        for _, _, _offset, digest, body in connection.receive():
+        for _, _, _offset, digest, body in connection.receive(places):
             if not kind.startswith("bare") and hashlib.sha256(body).digest() != digest:
                 raise SystemExit("a range was spoiled")
             missing -= 1

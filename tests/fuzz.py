@@ -221,7 +221,6 @@ class Outsider:
             wrong = wrong[::-1]
         ours, theirs = socket.socketpair()
         connection = Connection(Plain(ours), b"", self.keys.up if knows else b"a key that nobody knows", "client")
-        connection.destination = self.destination
         with theirs:
             theirs.sendall(stream + wrong)
         expected, taken = [m for batch in self.sent[:before] for m in batch], []
@@ -258,11 +257,6 @@ class Outsider:
             case 4: return frame[:40] + rng.choice(self.strange)[:len(rest)]
             case 5: return b"".join(f for f in rng.sample(self.up, len(self.up)) if f is not frame)
             case _: return spoil(rng, frame, self.strange)
-
-    @staticmethod
-    def destination(message, size):
-        assert message[0] == "range" and size <= minipool.RANGE
-        return memoryview(bytearray(size))
 
 
 class Door:

@@ -354,10 +354,9 @@ class TestFrames:
     def test_a_range_goes_where_it_belongs_without_a_copy(self, pair):
         client, server = pair
         place = bytearray(5)
-        server.destination = lambda message, size: memoryview(place)[:size]
         client.post([("range", (b"c", 1), 0, b"", b"hello")])
         client.flush()
-        server.receive()
+        server.receive({((b"c", 1), 0): memoryview(place)})
         assert place == b"hello"
 
     @pytest.mark.parametrize("size", [0, 20_000])
@@ -537,7 +536,7 @@ class TestWriterRole:
         assert sorted(received) == [(t, n) for t in range(count) for n in range(each)]
         assert all([n for t, n in received if t == thread] == list(range(each)) for thread in range(count))
         wait_until(lambda: not client.waiting)
-        assert not client.held_twice and not client._writing and not server.has_input(0)
+        assert not client.held_twice and not client._role.locked() and not server.has_input(0)
         client.dispose()
         server.dispose()
 
@@ -638,6 +637,14 @@ class TestWriterRole:
             os.fstat(stranger)                      # EBADF if somebody closed it
             os.close(stranger)
 
+    def test_a_writer_that_never_gives_the_role_back_holds_nobody_up_for_long(self):
+        client, server = connect()
+        client._role.acquire()                      # as a thread that Ctrl-C hit just then
+        began, before = time.monotonic(), open_descriptors()
+        client.dispose()
+        assert time.monotonic() - began < 5 and open_descriptors() == before - 1
+        server.dispose()
+
     def test_two_hundred_connections_leave_no_descriptor_behind(self):
         before = open_descriptors()
         for number in range(200):
@@ -687,7 +694,6 @@ def reader(pair):
     """A peer that pulls, without its thread: the test takes each step."""
     peer = Peer("client", ("127.0.0.1", 9), Secret.new().role_key, lock=threading.RLock(), announce=list, on_batch=list)
     peer.connection = pair[0]
-    pair[0].destination = peer._destination
     yield peer
     peer.stop()
 
@@ -711,7 +717,7 @@ def answer_pulls(reader, server, answer):
             header, body = answer(name, offset, length)
             server.post([(*header, body)])
             server.flush(0)
-            for message in reader.connection.receive():
+            for message in reader.connection.receive(reader._asked):
                 reader._handle_range(reader.connection, message)
     return asked
 
