@@ -1321,7 +1321,8 @@ class Job:
     # what to run; without a payload: a worker or an announcement told of this job, its client has still to send it
     fn: Name = (b"", 0)
     payload: Value | None = None
-    # its options
+    options: dict[str, Any] = {}
+    # those of them that are read here
     name = ""
     priority: float = 0
     on: frozenset[str] | None = None
@@ -1636,8 +1637,8 @@ class Scheduler:
         if (job is not None and job.payload is not None) or session.broken is not None:
             return              # of a broken session the client was told, and fails its futures
         job = job or self._new_job(session, number)
-        job.fn, job.payload, job.log = fn, payload, log
-        for option, setting in (options or {}).items():
+        job.fn, job.payload, job.log, job.options = fn, payload, log, options or {}
+        for option, setting in job.options.items():
             if option in _OPTIONS_READ:
                 setattr(job, option, setting)
         if job.on is not None:
@@ -1841,19 +1842,12 @@ class Scheduler:
         self._equip(worker, job)
         if worker.acks:
             self._send_acks(worker)
-        options: dict[str, Any] = {"name": job.name} if job.name else {}
+        options = job.options       # as they came: of many jobs they are one object, which a batch holds once
         if job.attempts > 1:
-            options["attempt"] = job.attempts
-        if job.priority:
-            options["priority"] = job.priority
-        if job.max_tasks:
-            options["max_tasks"] = job.max_tasks
-        if job.beside:
-            options["beside"] = True
+            options = {**options, "attempt": job.attempts}
         if job.estimate >= LONG or job.job_timeout is not None:
-            options["say"] = True           # tell when it begins; a short one is over before anybody asks
-        self._send(worker.peer, ("run", job.token, (job.session.id, job.number), job.fn, job.payload, job.log,
-                                 options or None))
+            options = {**options, "say": True}      # tell when it begins; a short one is over before anybody asks
+        self._send(worker.peer, ("run", job.token, (job.session.id, job.number), job.fn, job.payload, job.log, options))
         self._guard_window(worker, now)
 
     def _equip(self, worker: Worker, job: Job) -> None:
