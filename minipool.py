@@ -1294,7 +1294,6 @@ class Worker(Member):
         self.unfit: dict[bytes, Value] = {}         # sessions whose log raised there, and what
         self.acks: list[int] = []                   # outcomes it may forget; they ride on the next run
         self.recalled: list[int] = []               # asked back, not answered yet
-        self.recall_at = 0.0
         self.watched = False                        # a timer looks after its window
 
 
@@ -1379,7 +1378,7 @@ class Scheduler:
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
         self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
         self._expected_workers = 0                      # as many as any returning client last saw
-        self._timers: list[tuple[float, int, Callable[[Any, float], None], Any]] = []
+        self._timers: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._entered_at = now
         self._sends: dict[Any, list[Message]] = collections.defaultdict(list)
         self._closes: list[Any] = []
@@ -1423,8 +1422,8 @@ class Scheduler:
         """Advance on time alone; call it when `deadline` has come."""
         self._enter(now)
         while self._timers and self._timers[0][0] <= now:
-            _, _, step, about = heapq.heappop(self._timers)
-            step(about, now)
+            _, _, step, (about, *rest) = heapq.heappop(self._timers)
+            step(about, now, *rest)
         return self._take_actions(now)
 
     @property
@@ -1452,8 +1451,8 @@ class Scheduler:
         if peer is not None and message[-1] != []:      # an empty list is not worth a message
             self._sends[peer].append(message)
 
-    def _arm(self, when: float, step: Callable[[Any, float], None], about: Any) -> None:
-        """Call step(about, now) at `when`; a step checks for itself whether it still has a reason."""
+    def _arm(self, when: float, step: Callable[..., None], *about: Any) -> None:
+        """Call step(about, now, ...) at `when`; a step checks for itself whether it still has a reason."""
         # it compares `now` with the very sum it was armed with: (a + b) - a can be less than b
         heapq.heappush(self._timers, (when, next(self._order), step, about))
 
@@ -1584,14 +1583,14 @@ class Scheduler:
                 self._place(job, worker, token)     # it survived the server: the job is not run again
                 self._started(worker, now, token)
                 if job.killed:
-                    self._kill_attempt((worker, token), now)
+                    self._kill_attempt(worker, now, token)
             if kind in ("begun", "parked"):     # the old connection may have lost the word
                 self._slot(worker, now, token, kind == "begun")
             if self._current(worker, token) is None:
                 self._unassign(worker, token)
                 if kind in ("begun", "parked"):     # what comes of it is stale: the slot is wanted for others
                     (worker.inbox if kind == "begun" else worker.beside)[token] = None
-                    self._kill_attempt((worker, token), now)
+                    self._kill_attempt(worker, now, token)
                 else:
                     worker.acks.append(token)
             elif kind == "outcome":
@@ -1646,7 +1645,7 @@ class Scheduler:
         if job.deaths > job.max_deaths:         # it died before its client told how often it may
             job.deaths = job.max_deaths + 1
         if job.begun and job.worker and job.job_timeout is not None:    # its limit was not known then
-            self._arm(now + job.job_timeout, self._time_out, (job.worker, job.token))
+            self._arm(now + job.job_timeout, self._time_out, job.worker, job.token)
         if job.state == State.WAITING and not (self._adopting and options and options.get("again")):
             self._run_anew(job, now)
 
@@ -1706,11 +1705,12 @@ class Scheduler:
             job.begun = True
             self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
             if job.job_timeout is not None:
-                self._arm(now + job.job_timeout, self._time_out, (worker, token))
+                self._arm(now + job.job_timeout, self._time_out, worker, token)
 
-    def _time_out(self, attempt: tuple[Worker, int], now: float) -> None:
+    def _time_out(self, worker: Worker, now: float, token: int) -> None:
         """A job has run for its job_timeout, unless that attempt is over."""
-        if (job := self._current(*attempt)) and job.job_timeout is not None:    # no limit outlives its job's record
+        job = self._current(worker, token)
+        if job and job.job_timeout is not None:     # no limit outlives its job's record
             reason = f"it ran longer than its job_timeout of {job.job_timeout:g} s"
             self._kill(job.session, now, [job.number], reason, TIMED_OUT)
 
@@ -1757,7 +1757,7 @@ class Scheduler:
             elif job.worker and job.state == State.RUNNING:     # it keeps the slot until the worker answers
                 if job.cancel_running or session.id not in self.sessions:
                     job.killed = KILLED, "nobody wants its outcome any more"
-                self._kill_attempt((job.worker, job.token), now)
+                self._kill_attempt(job.worker, now, job.token)
             self._move(job, end)
         for (owner, _, _), heap in self._queues.items():
             if owner is session and len(heap) > 64 + 2 * len(session.jobs):     # most of it is dead: sweep
@@ -1963,12 +1963,11 @@ class Scheduler:
     def _recall(self, worker: Worker, now: float) -> None:
         """Ask for all that has not begun. A question: only the worker knows, so the jobs stay assigned."""
         worker.recalled = list(worker.inbox)
-        worker.recall_at = now
         for job in filter(None, worker.inbox.values()):
             job.session.estimates.pop(job.fn, None)     # the next ones come alone, and tell when they begin
         self._send(worker.peer, ("recall", worker.recalled))
         self._refresh(worker)
-        self._arm(now + T_RECALL, self._despair_of_recall, worker)
+        self._arm(now + T_RECALL, self._despair_of_recall, worker, worker.recalled)
 
     def _recalled(self, worker: Worker, now: float, asked: list[int], taken: list[int]) -> None:
         """The worker's answer: what it took out goes back uncharged; what it did not has begun, and is not short."""
@@ -1980,11 +1979,11 @@ class Scheduler:
             if worker.inbox:
                 worker.load = LONG              # nothing joins what is not short until it ends
 
-    def _despair_of_recall(self, worker: Worker, now: float) -> None:
+    def _despair_of_recall(self, worker: Worker, now: float, asked: list[int]) -> None:
         """No answer: the process cannot even read. All but the job it must be at run elsewhere, under new tokens."""
-        if not worker.recalled or now < worker.recall_at + T_RECALL:
+        if worker.recalled is not asked:        # it was answered, or the worker has joined anew
             return
-        lost = [token for token in worker.recalled[1:] if token in worker.inbox
+        lost = [token for token in asked[1:] if token in worker.inbox
                 and (job := self._current(worker, token)) and not job.begun]
         self._take_back(worker, lost, now)
         worker.inbox.update(dict.fromkeys(lost))    # they keep the slot busy: the worker still has them
@@ -2108,13 +2107,12 @@ class Scheduler:
                 continue
             job.killed = status, reason             # this is the last attempt
             if job.worker and job.state == State.RUNNING:
-                self._kill_attempt((job.worker, job.token), now)
+                self._kill_attempt(job.worker, now, job.token)
             elif job.state == State.READY or not self._adopting:    # else a worker may tell that it runs
                 self._put_back(job, now)
 
-    def _kill_attempt(self, attempt: tuple[Worker, int], now: float) -> None:
+    def _kill_attempt(self, worker: Worker, now: float, token: int) -> None:
         """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has."""
-        worker, token = attempt
         held = {**worker.beside, **worker.inbox}
         job = held.get(token)
         if token in held and not (job and job.beside):
@@ -2123,7 +2121,7 @@ class Scheduler:
                 reason = job.killed[1] if job and job.killed else "its job is not wanted here any more"
                 self._send(worker.node.peer, ("kill", [token], reason))
                 # either word may be lost, and it may begin just after both have looked: repeated until it is over
-                self._arm(now + T_KILL_AGAIN, self._kill_attempt, attempt)
+                self._arm(now + T_KILL_AGAIN, self._kill_attempt, worker, token)
 
     # ---- ranges: relayed as they come, to whoever asked ----
 
