@@ -1581,7 +1581,6 @@ class Scheduler:
                 job.attempts = max(1, job.attempts)         # its client may have counted this one
                 job.estimate, job.beside = LONG, job.beside or kind == "beside"
                 self._place(job, worker, token)     # it survived the server: the job is not run again
-                self._started(worker, now, token)
                 if job.killed:
                     self._kill_attempt(worker, now, token)
             if kind in ("begun", "parked"):     # the old connection may have lost the word
@@ -1593,10 +1592,10 @@ class Scheduler:
                     self._kill_attempt(worker, now, token)
                 else:
                     worker.acks.append(token)
-            elif kind == "outcome":
-                resend.append(token)        # it comes by the usual way: it may be one that wants a retry
             elif kind != "inbox":
                 self._started(worker, now, token)       # the old connection may have lost the word
+                if kind == "outcome":
+                    resend.append(token)    # it comes by the usual way: it may be one that wants a retry
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
         self._send(worker.peer, ("resend", resend))
         self._send_acks(worker)
