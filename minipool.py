@@ -1641,8 +1641,7 @@ class Scheduler:
                 setattr(job, option, setting)
         if job.on is not None:
             job.on = frozenset(job.on) or None
-        if job.deaths > job.max_deaths:         # it died before its client told how often it may
-            job.deaths = job.max_deaths + 1
+        job.deaths = min(job.deaths, job.max_deaths + 1)        # it may have died before its client told how often
         if job.begun and job.worker and job.job_timeout is not None:    # its limit was not known then
             self._arm(now + job.job_timeout, self._time_out, job.worker, job.token)
         if job.state == State.WAITING and not (self._adopting and options and options.get("again")):
