@@ -1838,8 +1838,7 @@ class Scheduler:
         self._place(job, worker, self._token)
         self._refresh(worker)
         self._equip(worker, job)
-        if worker.acks:
-            self._send_acks(worker)
+        self._send_acks(worker)
         options = job.options       # as they came: of many jobs they are one object, which a batch holds once
         if job.attempts > 1:
             options = {**options, "attempt": job.attempts}
