@@ -1281,6 +1281,8 @@ class Worker(Member):
         super().__init__(info["id"])
         self.node, self.device, self.pid, self.name = node, info["device"], info["pid"], f"{node.name}-{info['slot']}"
         self.tags = frozenset([self.name, node.name, *info["tags"]])    # all that `on` can name
+        # what clients and the status page are told of it
+        self.told = {"name": self.name, "node": node.name, "device": self.device, "tags": sorted(self.tags)}
         self.returns: bool = info["returns"]        # it was in the pool of an earlier server
         self.finished = 0
         self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: one that nobody wants
@@ -2143,13 +2145,9 @@ class Scheduler:
             for peer in owner.asked.pop(key):
                 self._send(peer, ("gone", key[0]))
 
-    @staticmethod
-    def _told(worker: Worker) -> dict[str, Any]:
-        return {"name": worker.name, "node": worker.node.name, "device": worker.device, "tags": sorted(worker.tags)}
-
     def _tell_workers(self, sessions: Iterable[Session]) -> None:
         """Tell clients which workers can be given jobs now, and what credit that gives a session."""
-        workers = [self._told(w) for w in self.workers.values() if w.peer is not None and w not in self._leaving]
+        workers = [w.told for w in self.workers.values() if w.peer is not None and w not in self._leaving]
         for session in sessions:
             self._send(session.peer, ("workers", workers, max(CREDIT_JOBS, 4 * WINDOW_JOBS * len(self.workers))))
 
@@ -2167,7 +2165,7 @@ class Scheduler:
                        "silent_s": round(max(0.0, now - n.heard_at), 1),
                        **{k: n.info.get(k) for k in ("host", "pid", "python", "lost")}}
                       for n in self.nodes.values()],
-            "workers": [{**self._told(w), "pid": w.pid, "connected": w.peer is not None, "finished": w.finished,
+            "workers": [{**w.told, "pid": w.pid, "connected": w.peer is not None, "finished": w.finished,
                          "state": ("draining" if w in self._leaving else "suspect" if w.node.is_suspect else
                                    "busy" if w.inbox else "idle"),
                          "jobs": [job.name or f"job {job.number}" for job in list(w.inbox.values())[:3] if job]}
