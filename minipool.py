@@ -1571,7 +1571,6 @@ class Scheduler:
         held = {**worker.inbox, **worker.beside, **worker.delivering}
         self._take_back(worker, [token for token, job in held.items() if token not in listed or (
             job is not None and listed[token][0] != (job.session.id, job.number))], now)
-        resend = []
         for token, (name, kind) in listed.items():
             self._token = max(self._token, token)
             session = self._session(name[0], now)
@@ -1596,10 +1595,9 @@ class Scheduler:
                     worker.acks.append(token)
             elif kind != "inbox":
                 self._started(worker, now, token)       # the old connection may have lost the word
-                if kind == "outcome":
-                    resend.append(token)    # it comes by the usual way: it may be one that wants a retry
+                if kind == "outcome":       # it comes by the usual way: it may be one that wants a retry
+                    self._send(worker.peer, ("resend", [token]))
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
-        self._send(worker.peer, ("resend", resend))
         self._send_acks(worker)
 
     def _end_adoption(self, is_due: bool, now: float) -> None:
