@@ -1973,8 +1973,7 @@ class Scheduler:
             self._started(worker, now, token)
         if worker.recalled == asked:
             worker.recalled = []
-            if worker.inbox:
-                worker.load = LONG              # nothing joins what is not short until it ends
+            worker.load = LONG if worker.inbox else 0.0     # nothing joins what is not short until it ends
 
     def _despair_of_recall(self, worker: Worker, now: float, asked: list[int]) -> None:
         """No answer: the process cannot even read. All but the job it must be at run elsewhere, under new tokens."""
