@@ -1642,8 +1642,8 @@ class Scheduler:
         if job.on is not None:
             job.on = frozenset(job.on) or None
         job.deaths = min(job.deaths, job.max_deaths + 1)        # it may have died before its client told how often
-        if job.begun and job.worker and job.job_timeout is not None:    # its limit was not known then
-            self._arm(now + job.job_timeout, self._time_out, job.worker, job.token)
+        if job.begun and job.job_timeout is not None:   # its limit was not known then
+            self._arm(now + job.job_timeout, self._time_out, job, job.token)
         if job.state == State.WAITING and not (self._adopting and options and options.get("again")):
             self._run_anew(job, now)
 
@@ -1703,12 +1703,11 @@ class Scheduler:
             job.begun = True
             self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
             if job.job_timeout is not None:
-                self._arm(now + job.job_timeout, self._time_out, worker, token)
+                self._arm(now + job.job_timeout, self._time_out, job, token)
 
-    def _time_out(self, worker: Worker, now: float, token: int) -> None:
+    def _time_out(self, job: Job, now: float, token: int) -> None:
         """A job has run for its job_timeout, unless that attempt is over."""
-        job = self._current(worker, token)
-        if job and job.job_timeout is not None:     # no limit outlives its job's record
+        if job.token == token and job.state == State.RUNNING:
             reason = f"it ran longer than its job_timeout of {job.job_timeout:g} s"
             self._kill(job.session, now, [job.number], reason, TIMED_OUT)
 

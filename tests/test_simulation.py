@@ -192,7 +192,7 @@ class ReusesTokens(Scheduler):
 
 
 class ForgetsTheTimeLimit(Scheduler):
-    def _time_out(self, worker, now, token):
+    def _time_out(self, job, now, token):
         pass
 
 
