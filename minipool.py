@@ -1246,8 +1246,8 @@ class Member:
     """What dials the server: a client's Session, a Worker, a Node."""
     grace = T_GONE                                  # seconds that it may stay away
 
-    def __init__(self, id: bytes) -> None:
-        self.id, self.name = id, ""
+    def __init__(self, id: bytes, name: str = "") -> None:
+        self.id, self.name = id, name
         self.peer: Any = None                       # its connection
         self.lost_at = FOREVER                      # when it lost that; FOREVER while it has one, and after its end
         self.asked: dict[tuple[Name, int, int], list[Any]] = {}     # ranges asked of it, and by which peers
@@ -1256,8 +1256,8 @@ class Member:
 class Node(Member):
     """A host's supervisor: it owns death, and vouches for its workers."""
 
-    def __init__(self, id: bytes, now: float) -> None:
-        super().__init__(id)
+    def __init__(self, id: bytes, name: str, now: float) -> None:
+        super().__init__(id, name)
         self.heard_at = now                         # a byte from any connection of the host
         self.is_suspect = False                     # none for T_SUSPECT
         self.is_leaving = False                     # and so do its workers, those that come later too
@@ -1278,8 +1278,8 @@ class Worker(Member):
     """One process, one device."""
 
     def __init__(self, node: Node, info: dict[str, Any]) -> None:
-        super().__init__(info["id"])
-        self.node, self.device, self.pid, self.name = node, info["device"], info["pid"], f"{node.name}-{info['slot']}"
+        super().__init__(info["id"], f"{node.name}-{info['slot']}")
+        self.node, self.device, self.pid = node, info["device"], info["pid"]
         self.tags = frozenset([self.name, node.name, *info["tags"]])    # all that `on` can name
         # what clients and the status page are told of it
         self.told = {"name": self.name, "node": node.name, "device": self.device, "tags": sorted(self.tags)}
@@ -1510,8 +1510,7 @@ class Scheduler:
     def _new_node(self, id: bytes, name: str, now: float) -> Node:
         taken = {node.name for node in self.nodes.values()}
         names = itertools.chain([name or "node"], (f"{name}~{i}" for i in itertools.count(2)))
-        node = self.nodes[id] = Node(id, now)
-        node.name = next(name for name in names if name not in taken)
+        node = self.nodes[id] = Node(id, next(name for name in names if name not in taken), now)
         self._await(node, now)
         self._arm(now + self.beat, self._exchange_beats, node)
         return node
