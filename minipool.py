@@ -1725,11 +1725,10 @@ class Scheduler:
         if job is None or status == UNFIT:
             return self._forget(worker, token)
         session = job.session
-        if not job.delivering:              # else it was sent again
-            old = session.estimates.pop(job.fn, seconds)
-            estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
-            if estimate < SHORT and seconds <= 2 * SHORT:       # one long sample ends the streaming of a function
-                session.estimates[job.fn] = estimate
+        old = session.estimates.pop(job.fn, seconds)        # one sent again counts again: they tend to what is true
+        estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
+        if estimate < SHORT and seconds <= 2 * SHORT:       # one long sample ends the streaming of a function
+            session.estimates[job.fn] = estimate
         if status == RAISED and retry and (job.retries > 0 or job.payload is None):
             job.retries -= 1
             self._forget(worker, token)
