@@ -1362,8 +1362,8 @@ Actions = collections.namedtuple("Actions", "sends closes")     # what the shell
 class Scheduler:
     """Who is there, what is queued, who runs what: all rules, no I/O."""
 
-    def __init__(self, now: float, first_token: int, *, max_value: int = 64 << 30, adopting: bool = True,
-                 dead_after: float = T_DEAD, about: dict[str, Any] | None = None) -> None:
+    def __init__(self, now: float, first_token: int, *, max_value: int = 64 << 30, dead_after: float = T_DEAD,
+                 about: dict[str, Any] | None = None) -> None:
         self.sessions: dict[bytes, Session] = {}
         self.workers: dict[bytes, Worker] = {}
         self.nodes: dict[bytes, Node] = {}
@@ -1376,7 +1376,7 @@ class Scheduler:
         self._order = itertools.count()                 # of arrival: it breaks ties of jobs, and of timers
         self._queues: dict[Key, list[tuple[float, int, Job]]] = {}      # heaps of ready jobs, and of some ready no more
         self._selections: dict[frozenset[str] | None, Selection] = {None: Selection()}      # by `on`; None: all
-        self._adopting = now + self.beat if adopting else 0.0       # so long only those count who were in before
+        self._adopting = now + self.beat                # so long only those count who were in before; 0: it is over
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
         self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
         self._expected_workers = 0                      # as many as any returning client last saw
@@ -1386,9 +1386,8 @@ class Scheduler:
         self._closes: list[Any] = []
         # the method that takes a message is named after it: "submit" goes to _submit
         self._handlers = {k: getattr(self, f"_{k}") for k, (senders, _) in CATALOGUE.items() if senders - {"server"}}
-        if adopting:
-            self._arm(self._adopting, self._end_adoption, False)
-            self._arm(now + T_ADOPT, self._end_adoption, True)
+        self._arm(self._adopting, self._end_adoption, False)
+        self._arm(now + T_ADOPT, self._end_adoption, True)
 
     # ---- the three ways in ----
 
@@ -2465,7 +2464,7 @@ class Server:
         self._secret.role_key("client", instance)       # a password is stretched once, here
         about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, max_value=self.max_value,
-                                    adopting=not self._embedded, dead_after=self.dead_after, about=about)
+                                    dead_after=self.dead_after, about=about)
         self._threads[0].start()
         self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, self._tls)
         return self
