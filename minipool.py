@@ -1221,8 +1221,8 @@ class Member:
     """What dials the server: a client's Session, a Worker, a Node."""
     grace = T_GONE                                  # seconds that it may stay away
 
-    def __init__(self, id: bytes) -> None:
-        self.id, self.name = id, ""
+    def __init__(self, id: bytes, name: str = "") -> None:
+        self.id, self.name = id, name
         self.peer: Any = None                       # its connection
         self.lost_at = FOREVER                      # when it lost that; FOREVER while it has one, and after its end
         self.asked: dict[tuple[Name, int, int], list[Any]] = {}     # ranges asked of it, and by which peers
@@ -1231,8 +1231,8 @@ class Member:
 class Node(Member):
     """A host's supervisor: it owns death, and vouches for its workers."""
 
-    def __init__(self, id: bytes, now: float) -> None:
-        super().__init__(id)
+    def __init__(self, id: bytes, name: str, now: float) -> None:
+        super().__init__(id, name)
         self.heard_at = now                         # a byte from any connection of the host
         self.is_suspect = False                     # none for T_SUSPECT
         self.is_leaving = False                     # and so do its workers, those that come later too
@@ -1253,9 +1253,12 @@ class Worker(Member):
     """One process, one device."""
 
     def __init__(self, node: Node, info: dict[str, Any]) -> None:
-        super().__init__(info["id"])
-        self.node, self.device, self.pid, self.name = node, info["device"], info["pid"], f"{node.name}-{info['slot']}"
+        super().__init__(info["id"], f"{node.name}-{info['slot']}")
+        self.node, self.device, self.pid = node, info["device"], info["pid"]
         self.tags = frozenset([self.name, node.name, *info["tags"]])    # all that `on` can name
+        # what clients and the status page are told of it
+        self.told = {"name": self.name, "node": node.name, "device": self.device, "pid": self.pid,
+                     "tags": sorted(self.tags)}
         self.returns: bool = info["returns"]        # it was in the pool of an earlier server
         self.finished = 0
         self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: one that nobody wants
@@ -1269,7 +1272,6 @@ class Worker(Member):
         self.unfit: dict[bytes, Value] = {}         # sessions whose log raised there, and what
         self.acks: list[int] = []                   # outcomes it may forget; they ride on the next run
         self.recalled: list[int] = []               # asked back, not answered yet
-        self.recall_at = 0.0
         self.watched = False                        # a timer looks after its window
 
 
@@ -1296,7 +1298,8 @@ class Job:
     # what to run; without a payload: a worker or an announcement told of this job, its client has still to send it
     fn: Name = (b"", 0)
     payload: Value | None = None
-    # its options
+    options: dict[str, Any] = {}
+    # those of them that are read here
     name = ""
     priority: float = 0
     on: frozenset[str] | None = None
@@ -1335,8 +1338,8 @@ Actions = collections.namedtuple("Actions", "sends closes")     # what the shell
 class Scheduler:
     """Who is there, what is queued, who runs what: all rules, no I/O."""
 
-    def __init__(self, now: float, first_token: int, *, max_value: int = 64 << 30, adopting: bool = True,
-                 dead_after: float = T_DEAD, about: dict[str, Any] | None = None) -> None:
+    def __init__(self, now: float, first_token: int, *, max_value: int = 64 << 30, dead_after: float = T_DEAD,
+                 about: dict[str, Any] | None = None) -> None:
         self.sessions: dict[bytes, Session] = {}
         self.workers: dict[bytes, Worker] = {}
         self.nodes: dict[bytes, Node] = {}
@@ -1349,19 +1352,18 @@ class Scheduler:
         self._order = itertools.count()                 # of arrival: it breaks ties of jobs, and of timers
         self._queues: dict[Key, list[tuple[float, int, Job]]] = {}      # heaps of ready jobs, and of some ready no more
         self._selections: dict[frozenset[str] | None, Selection] = {None: Selection()}      # by `on`; None: all
-        self._adopting = now + self.beat if adopting else 0.0       # so long only those count who were in before
+        self._adopting = now + self.beat                # so long only those count who were in before; 0: it is over
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
         self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
         self._expected_workers = 0                      # as many as any returning client last saw
-        self._timers: list[tuple[float, int, Callable[[Any, float], None], Any]] = []
+        self._timers: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._entered_at = now
         self._sends: dict[Any, list[Message]] = collections.defaultdict(list)
         self._closes: list[Any] = []
         # the method that takes a message is named after it: "submit" goes to _submit
         self._handlers = {k: getattr(self, f"_{k}") for k, (senders, _) in CATALOGUE.items() if senders - {"server"}}
-        if adopting:
-            self._arm(self._adopting, self._end_adoption, False)
-            self._arm(now + T_ADOPT, self._end_adoption, True)
+        self._arm(self._adopting, self._end_adoption, False)
+        self._arm(now + T_ADOPT, self._end_adoption, True)
 
     # ---- the three ways in ----
 
@@ -1397,8 +1399,8 @@ class Scheduler:
         """Advance on time alone; call it when `deadline` has come."""
         self._enter(now)
         while self._timers and self._timers[0][0] <= now:
-            _, _, step, about = heapq.heappop(self._timers)
-            step(about, now)
+            _, _, step, (about, *rest) = heapq.heappop(self._timers)
+            step(about, now, *rest)
         return self._take_actions(now)
 
     @property
@@ -1426,8 +1428,8 @@ class Scheduler:
         if peer is not None and message[-1] != []:      # an empty list is not worth a message
             self._sends[peer].append(message)
 
-    def _arm(self, when: float, step: Callable[[Any, float], None], about: Any) -> None:
-        """Call step(about, now) at `when`; a step checks for itself whether it still has a reason."""
+    def _arm(self, when: float, step: Callable[..., None], *about: Any) -> None:
+        """Call step(about, now, ...) at `when`; a step checks for itself whether it still has a reason."""
         # it compares `now` with the very sum it was armed with: (a + b) - a can be less than b
         heapq.heappush(self._timers, (when, next(self._order), step, about))
 
@@ -1483,8 +1485,7 @@ class Scheduler:
     def _new_node(self, id: bytes, name: str, now: float) -> Node:
         taken = {node.name for node in self.nodes.values()}
         names = itertools.chain([name or "node"], (f"{name}~{i}" for i in itertools.count(2)))
-        node = self.nodes[id] = Node(id, now)
-        node.name = next(name for name in names if name not in taken)
+        node = self.nodes[id] = Node(id, next(name for name in names if name not in taken), now)
         self._await(node, now)
         self._arm(now + self.beat, self._exchange_beats, node)
         return node
@@ -1544,7 +1545,6 @@ class Scheduler:
         held = {**worker.inbox, **worker.beside, **worker.delivering}
         self._take_back(worker, [token for token, job in held.items() if token not in listed or (
             job is not None and listed[token][0] != (job.session.id, job.number))], now)
-        resend = []
         for token, (name, kind) in listed.items():
             self._token = max(self._token, token)
             session = self._session(name[0], now)
@@ -1556,24 +1556,22 @@ class Scheduler:
                 job.attempts = max(1, job.attempts)         # its client may have counted this one
                 job.estimate, job.beside = LONG, job.beside or kind == "beside"
                 self._place(job, worker, token)     # it survived the server: the job is not run again
-                self._started(worker, now, token)
                 if job.killed:
-                    self._kill_attempt((worker, token), now)
+                    self._kill_attempt(worker, now, token)
             if kind in ("begun", "parked"):     # the old connection may have lost the word
                 self._slot(worker, now, token, kind == "begun")
             if self._current(worker, token) is None:
                 self._unassign(worker, token)
                 if kind in ("begun", "parked"):     # what comes of it is stale: the slot is wanted for others
                     (worker.inbox if kind == "begun" else worker.beside)[token] = None
-                    self._kill_attempt((worker, token), now)
+                    self._kill_attempt(worker, now, token)
                 else:
                     worker.acks.append(token)
-            elif kind == "outcome":
-                resend.append(token)        # it comes by the usual way: it may be one that wants a retry
             elif kind != "inbox":
                 self._started(worker, now, token)       # the old connection may have lost the word
+                if kind == "outcome":       # it comes by the usual way: it may be one that wants a retry
+                    self._send(worker.peer, ("resend", [token]))
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
-        self._send(worker.peer, ("resend", resend))
         self._send_acks(worker)
 
     def _end_adoption(self, is_due: bool, now: float) -> None:
@@ -1611,16 +1609,15 @@ class Scheduler:
         if (job is not None and job.payload is not None) or session.broken is not None:
             return              # of a broken session the client was told, and fails its futures
         job = job or self._new_job(session, number)
-        job.fn, job.payload, job.log = fn, payload, log
-        for option, setting in (options or {}).items():
+        job.fn, job.payload, job.log, job.options = fn, payload, log, options or {}
+        for option, setting in job.options.items():
             if option in _OPTIONS_READ:
                 setattr(job, option, setting)
         if job.on is not None:
             job.on = frozenset(job.on) or None
-        if job.deaths > job.max_deaths:         # it died before its client told how often it may
-            job.deaths = job.max_deaths + 1
-        if job.begun and job.worker and job.job_timeout is not None:    # its limit was not known then
-            self._arm(now + job.job_timeout, self._time_out, (job.worker, job.token))
+        job.deaths = min(job.deaths, job.max_deaths + 1)        # it may have died before its client told how often
+        if job.begun and job.job_timeout is not None:   # its limit was not known then
+            self._arm(now + job.job_timeout, self._time_out, job, job.token)
         if job.state == State.WAITING and not (self._adopting and options and options.get("again")):
             self._run_anew(job, now)
 
@@ -1680,11 +1677,11 @@ class Scheduler:
             job.begun = True
             self._send(job.session.peer, ("began", job.number, worker.name, job.attempts))
             if job.job_timeout is not None:
-                self._arm(now + job.job_timeout, self._time_out, (worker, token))
+                self._arm(now + job.job_timeout, self._time_out, job, token)
 
-    def _time_out(self, attempt: tuple[Worker, int], now: float) -> None:
+    def _time_out(self, job: Job, now: float, token: int) -> None:
         """A job has run for its job_timeout, unless that attempt is over."""
-        if (job := self._current(*attempt)) and job.job_timeout is not None:    # no limit outlives its job's record
+        if job.token == token and job.state == State.RUNNING:
             reason = f"it ran longer than its job_timeout of {job.job_timeout:g} s"
             self._kill(job.session, now, [job.number], reason, TIMED_OUT)
 
@@ -1703,11 +1700,10 @@ class Scheduler:
         if job is None or status == UNFIT:
             return self._forget(worker, token)
         session = job.session
-        if not job.delivering:              # else it was sent again
-            old = session.estimates.pop(job.fn, seconds)
-            estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
-            if estimate < SHORT and seconds <= 2 * SHORT:       # one long sample ends the streaming of a function
-                session.estimates[job.fn] = estimate
+        old = session.estimates.pop(job.fn, seconds)        # one sent again counts again: they tend to what is true
+        estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
+        if estimate < SHORT and seconds <= 2 * SHORT:       # one long sample ends the streaming of a function
+            session.estimates[job.fn] = estimate
         if status == RAISED and retry and (job.retries > 0 or job.payload is None):
             job.retries -= 1
             self._forget(worker, token)
@@ -1731,7 +1727,7 @@ class Scheduler:
             elif job.worker and job.state == State.RUNNING:     # it keeps the slot until the worker answers
                 if job.cancel_running or session.id not in self.sessions:
                     job.killed = KILLED, "nobody wants its outcome any more"
-                self._kill_attempt((job.worker, job.token), now)
+                self._kill_attempt(job.worker, now, job.token)
             self._move(job, end)
         for (owner, _, _), heap in self._queues.items():
             if owner is session and len(heap) > 64 + 2 * len(session.jobs):     # most of it is dead: sweep
@@ -1814,21 +1810,13 @@ class Scheduler:
         self._place(job, worker, self._token)
         self._refresh(worker)
         self._equip(worker, job)
-        if worker.acks:
-            self._send_acks(worker)
-        options: dict[str, Any] = {"name": job.name} if job.name else {}
+        self._send_acks(worker)
+        options = job.options       # as they came: of many jobs they are one object, which a batch holds once
         if job.attempts > 1:
-            options["attempt"] = job.attempts
-        if job.priority:
-            options["priority"] = job.priority
-        if job.max_tasks:
-            options["max_tasks"] = job.max_tasks
-        if job.beside:
-            options["beside"] = True
+            options = {**options, "attempt": job.attempts}
         if job.estimate >= LONG or job.job_timeout is not None:
-            options["say"] = True           # tell when it begins; a short one is over before anybody asks
-        self._send(worker.peer, ("run", job.token, (job.session.id, job.number), job.fn, job.payload, job.log,
-                                 options or None))
+            options = {**options, "say": True}      # tell when it begins; a short one is over before anybody asks
+        self._send(worker.peer, ("run", job.token, (job.session.id, job.number), job.fn, job.payload, job.log, options))
         self._guard_window(worker, now)
 
     def _equip(self, worker: Worker, job: Job) -> None:
@@ -1944,12 +1932,11 @@ class Scheduler:
     def _recall(self, worker: Worker, now: float) -> None:
         """Ask for all that has not begun. A question: only the worker knows, so the jobs stay assigned."""
         worker.recalled = list(worker.inbox)
-        worker.recall_at = now
         for job in filter(None, worker.inbox.values()):
             job.session.estimates.pop(job.fn, None)     # the next ones come alone, and tell when they begin
         self._send(worker.peer, ("recall", worker.recalled))
         self._refresh(worker)
-        self._arm(now + T_RECALL, self._despair_of_recall, worker)
+        self._arm(now + T_RECALL, self._despair_of_recall, worker, worker.recalled)
 
     def _recalled(self, worker: Worker, now: float, asked: list[int], taken: list[int]) -> None:
         """The worker's answer: what it took out goes back uncharged; what it did not has begun, and is not short."""
@@ -1958,14 +1945,13 @@ class Scheduler:
             self._started(worker, now, token)
         if worker.recalled == asked:
             worker.recalled = []
-            if worker.inbox:
-                worker.load = LONG              # nothing joins what is not short until it ends
+            worker.load = LONG if worker.inbox else 0.0     # nothing joins what is not short until it ends
 
-    def _despair_of_recall(self, worker: Worker, now: float) -> None:
+    def _despair_of_recall(self, worker: Worker, now: float, asked: list[int]) -> None:
         """No answer: the process cannot even read. All but the job it must be at run elsewhere, under new tokens."""
-        if not worker.recalled or now < worker.recall_at + T_RECALL:
+        if worker.recalled is not asked:        # it was answered, or the worker has joined anew
             return
-        lost = [token for token in worker.recalled[1:] if token in worker.inbox
+        lost = [token for token in asked[1:] if token in worker.inbox
                 and (job := self._current(worker, token)) and not job.begun]
         self._take_back(worker, lost, now)
         worker.inbox.update(dict.fromkeys(lost))    # they keep the slot busy: the worker still has them
@@ -2089,13 +2075,12 @@ class Scheduler:
                 continue
             job.killed = status, reason             # this is the last attempt
             if job.worker and job.state == State.RUNNING:
-                self._kill_attempt((job.worker, job.token), now)
+                self._kill_attempt(job.worker, now, job.token)
             elif job.state == State.READY or not self._adopting:    # else a worker may tell that it runs
                 self._put_back(job, now)
 
-    def _kill_attempt(self, attempt: tuple[Worker, int], now: float) -> None:
+    def _kill_attempt(self, worker: Worker, now: float, token: int) -> None:
         """Two words race for an attempt: the worker hands it back if it has not begun, the node ends it if it has."""
-        worker, token = attempt
         held = {**worker.beside, **worker.inbox}
         job = held.get(token)
         if token in held and not (job and job.beside):
@@ -2104,7 +2089,7 @@ class Scheduler:
                 reason = job.killed[1] if job and job.killed else "its job is not wanted here any more"
                 self._send(worker.node.peer, ("kill", [token], reason))
                 # either word may be lost, and it may begin just after both have looked: repeated until it is over
-                self._arm(now + T_KILL_AGAIN, self._kill_attempt, attempt)
+                self._arm(now + T_KILL_AGAIN, self._kill_attempt, worker, token)
 
     # ---- ranges: relayed as they come, to whoever asked ----
 
@@ -2129,14 +2114,9 @@ class Scheduler:
             for peer in owner.asked.pop(key):
                 self._send(peer, ("gone", key[0]))
 
-    @staticmethod
-    def _told(worker: Worker) -> dict[str, Any]:
-        return {"name": worker.name, "node": worker.node.name, "device": worker.device, "pid": worker.pid,
-                "tags": sorted(worker.tags)}
-
     def _tell_workers(self, sessions: Iterable[Session]) -> None:
         """Tell clients which workers can be given jobs now, and what credit that gives a session."""
-        workers = [self._told(w) for w in self.workers.values() if w.peer is not None and w not in self._leaving]
+        workers = [w.told for w in self.workers.values() if w.peer is not None and w not in self._leaving]
         for session in sessions:
             self._send(session.peer, ("workers", workers, max(CREDIT_JOBS, 4 * WINDOW_JOBS * len(self.workers))))
 
@@ -2154,7 +2134,7 @@ class Scheduler:
                        "silent_s": round(max(0.0, now - n.heard_at), 1),
                        **{k: n.info.get(k) for k in ("host", "pid", "python", "lost")}}
                       for n in self.nodes.values()],
-            "workers": [{**self._told(w), "connected": w.peer is not None, "finished": w.finished,
+            "workers": [{**w.told, "connected": w.peer is not None, "finished": w.finished,
                          "state": ("draining" if w in self._leaving else "suspect" if w.node.is_suspect else
                                    "busy" if w.inbox else "idle"),
                          "jobs": [job.name or f"job {job.number}" for job in list(w.inbox.values())[:3] if job]}
@@ -2460,7 +2440,7 @@ class Server:
         self._secret.role_key("client", instance)       # a password is stretched once, here
         about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, max_value=self.max_value,
-                                    adopting=not self._embedded, dead_after=self.dead_after, about=about)
+                                    dead_after=self.dead_after, about=about)
         self._threads[0].start()
         self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, self._tls)
         return self

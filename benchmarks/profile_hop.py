@@ -322,7 +322,7 @@ def show_steps(size):
 
     def scheduler_run(count):
         """Return a step: a batch of jobs from submission to acknowledgement, as the scheduler sees it."""
-        scheduler = minipool.Scheduler(0.0, 1, adopting=False)
+        scheduler = minipool.Scheduler(0.0, 1)
         id, node = worker_id, worker_id[:8].ljust(16, b"\0")
         common = {"python": minipool.PYTHON, "name": "n", "host": "h", "pid": 1}
         scheduler.receive(1, [("node", {**common, "id": node, "slots": []})], 0.0)

@@ -548,7 +548,9 @@ class Insider:
     def __init__(self, seed):
         self.rng = random.Random(seed)
         self.nonsense, self.now, self.peers = Nonsense(self.rng), 1000.0, 0
-        self.scheduler = Scheduler(self.now, 1_000_000, adopting=self.rng.random() < 0.5)
+        self.scheduler = Scheduler(self.now, 1_000_000)
+        if self.rng.random() < 0.5:
+            self.scheduler._end_adoption(True, self.now)
         self.talkers = {}               # peer: role, identity, whether it has announced itself
         self.outcomes, self.honest, self.who = collections.Counter(), Honest(), {}
         for who, words in honest_words().items():

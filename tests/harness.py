@@ -41,7 +41,9 @@ class Cluster:
     def start_server(self, adopting=True):
         self.lives += 1
         self.connections, self.sent = {}, {}
-        self.scheduler = Scheduler(self.now, self.lives * 1_000_000, adopting=adopting, dead_after=self.dead_after)
+        self.scheduler = Scheduler(self.now, self.lives * 1_000_000, dead_after=self.dead_after)
+        if not adopting:
+            self.scheduler._end_adoption(True, self.now)
 
     def feed(self, who, *messages):
         """Let `who` say these messages over its connection."""

@@ -441,6 +441,7 @@ class World:
         self.events, self.record, self.history = 0, record, []
         self.limited = {}                   # since when jobs with a time limit are known to run, by token
         self.crowded = {}                   # windows of several jobs, and since when they are as they are
+        self.recalls = {}                   # what each worker is asked for, and since when
         self.last_token, self.tokens = 0, set()     # the largest of earlier events; those of the last one
         self.names = itertools.count(1)
         self.mix = self.rng.choice([(8, 1, 1), (1, 1, 1), (30, 1, 0), (1, 0, 2)])
@@ -556,7 +557,10 @@ class World:
                 key = worker.id, tuple(worker.inbox)
                 crowded[key] = self.crowded.get(key, self.now)
                 assert entry != "tick" or self.now <= crowded[key] + 0.2, "jobs wait behind one that is not short"
-            if worker.recalled and entry == "tick" and self.now >= worker.recall_at + T_RECALL:
+            asked, since = self.recalls.get(worker.id, ([], 0.0))
+            if worker.recalled is not asked:
+                self.recalls[worker.id] = worker.recalled, self.now
+            elif worker.recalled and entry == "tick" and self.now >= since + T_RECALL:
                 waiting = [worker.inbox.get(token) for token in worker.recalled[1:]]
                 unbegun = [job for job in waiting if job and job.state == State.RUNNING and not job.begun]
                 assert not unbegun, "a recall is waited for"

@@ -134,7 +134,7 @@ class ForgetsTheAnswerToARecall(Scheduler):
 
 
 class WaitsForTheAnswerToARecall(Scheduler):
-    def _despair_of_recall(self, worker, now):
+    def _despair_of_recall(self, worker, now, asked):
         pass
 
 
@@ -192,7 +192,7 @@ class ReusesTokens(Scheduler):
 
 
 class ForgetsTheTimeLimit(Scheduler):
-    def _time_out(self, about, now):
+    def _time_out(self, job, now, token):
         pass
 
 
