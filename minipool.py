@@ -2851,8 +2851,26 @@ class Entry:
 
 def name_of(fn: Any) -> str:
     """Return what to call a function in logs and errors."""
-    fn = getattr(fn, "func", fn)        # of a partial
+    fn = fn.func if isinstance(fn, functools.partial) else fn
     return getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None) or type(fn).__name__
+
+
+def _dump(what: str, fn: Any, value: Any, owner: Any = None) -> Any:
+    """Return a pickler that has pickled `value`: `fn`, or something of a call; an error says `what` it is."""
+    while True:  # each turn leaves one more unpicklable name out of a module
+        pickler = _pickler()(owner, fn if value is fn else None)
+        try:
+            pickler.dump(value)
+            return pickler
+        except Exception as error:
+            why = ": its objects are nested too deeply"
+            if not isinstance(error.__cause__ or error, RecursionError):
+                if pickler.path and (slot := pickler.path[-1]).soft:
+                    slot.module.left_out[slot.name] = slot.value
+                    continue
+                path = "".join(f", global {slot.name!r}" for slot in pickler.path)
+                why = f"{path}: it is or holds an object of {type(pickler.last)} ({error})"
+            raise pickle.PicklingError(f"cannot pickle {what} {name_of(fn)}{why}") from error
 
 
 class Functions:
@@ -2880,7 +2898,7 @@ class Functions:
         known = self._known.get(fn) if keep else None
         if known and all(get(*args) is value for get, args, value in known[1]):
             return known[0]
-        pickler = self._dump("function", fn, fn)
+        pickler = _dump("function", fn, fn, self)
         blob, seen = pickler.file.getvalue(), list(pickler.seen.values())
         with self.lock:
             entry = self._entries.get(blob) or Entry(self._next_number(), blob, self.gone)
@@ -2899,14 +2917,14 @@ class Functions:
         if not more and all(type(a) in ATOMS for a in args) and all(type(a) in ATOMS for a in kwargs.values()):
             return pickle.dumps((args, kwargs), 5), [], []  # a seventh of the price
         try:
-            pickler = self._dump("a call of", fn, (args, kwargs, *more))
+            pickler = _dump("a call of", fn, (args, kwargs, *more), self)
         except pickle.PicklingError:
             named: Any = {**dict(enumerate(args)), **kwargs}
             with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
                 import inspect
                 named = inspect.signature(fn).bind(*args, **kwargs).arguments
             for name, part in named.items():
-                self._dump(f"argument {name!r} of", fn, part)  # one of them fails again, and says where
+                _dump(f"argument {name!r} of", fn, part, self)  # one of them fails again, and says where
             raise
         inputs = [part for part in pickler.buffers if isinstance(part, concurrent.futures.Future)]
         return pickler.file.getvalue(), pickler.buffers, inputs
@@ -2914,23 +2932,6 @@ class Functions:
     def module(self, space: dict[str, Any]) -> _Module:
         """Return the record of a globals dictionary; kept for good, since its names' versions must never fall."""
         return self._modules.get(id(space)) or self._modules.setdefault(id(space), _Module(self.session, space))
-
-    def _dump(self, what: str, fn: Any, value: Any) -> Any:
-        """Return a pickler that has pickled `value`: `fn`, or something of a call; an error says `what` it is."""
-        while True:  # each turn leaves one more unpicklable name out of a module
-            pickler = _pickler()(self, fn if value is fn else None)
-            try:
-                pickler.dump(value)
-                return pickler
-            except Exception as error:
-                why = ": its objects are nested too deeply"
-                if not isinstance(error.__cause__ or error, RecursionError):
-                    if pickler.path and (slot := pickler.path[-1]).soft:
-                        slot.module.left_out[slot.name] = slot.value
-                        continue
-                    path = "".join(f", global {slot.name!r}" for slot in pickler.path)
-                    why = f"{path}: it is or holds an object of {type(pickler.last)} ({error})"
-                raise pickle.PicklingError(f"cannot pickle {what} {name_of(fn)}(){why}") from error
 
 
 # ---- worker half: what the pickles call ----
@@ -3015,12 +3016,8 @@ def encode_value(value: Any) -> bytes | Blob:
     value = _awaited(value) if type(value) is types.CoroutineType else value
     if type(value) in ATOMS:
         return pack(pickle.dumps(value, 5))
-    pickler = _pickler()()
-    try:
-        pickler.dump(value)
-        return pack(pickler.file.getvalue(), pickler.buffers)
-    except Exception as error:
-        raise pickle.PicklingError(f"cannot pickle the result, a {type(value).__qualname__}: {error}") from error
+    pickler = _dump("the result, a", type(value), value)
+    return pack(pickler.file.getvalue(), pickler.buffers)
 
 
 class _RemoteTraceback(Exception):
