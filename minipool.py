@@ -2843,10 +2843,8 @@ class Entry:
     """One pickled function. It lives as long as what it was made of or a job with it; then nobody will ask for it."""
 
     def __init__(self, number: int, blob: bytes, gone: list[int]) -> None:
-        self.number, self.blob, self._gone = number, blob, gone
-
-    def __del__(self) -> None:
-        self._gone.append(self.number)  # takes no lock: a collector may be what calls this
+        self.number, self.blob = number, blob
+        weakref.finalize(self, gone.append, number)  # takes no lock: a collector may be what calls this
 
 
 def name_of(fn: Any) -> str:
