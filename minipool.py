@@ -2457,7 +2457,7 @@ class Server:
         self._lock = threading.Lock()
         self._clock = threading.Condition(self._lock)   # wakes the ticker when a deadline comes nearer
         self._planned = 0.0                             # until when the ticker sleeps; guarded by _lock
-        self._connections: set[Connection] = set()      # each is a peer to the scheduler; guarded by _lock
+        self._connections: set[Connection] = set()      # each has its reader, and is a peer to the scheduler
         self._stopping = threading.Event()
         self._scheduler: Scheduler                      # made by start()
         self._doorkeeper: Doorkeeper | None = None
@@ -2497,8 +2497,8 @@ class Server:
         self._doorkeeper.stop()
         with self._lock:
             self._clock.notify_all()
-            for connection in self._connections:
-                connection.close()
+        for connection in list(self._connections):
+            connection.close()
         for thread in self._threads:
             thread.join(2)
 
@@ -2527,8 +2527,7 @@ class Server:
             log.warning("%d peers are connected, which is the limit: one more was turned away", PEERS)
             return sock.close()
         connection = Connection((Tls if self.tls else Plain)(sock), keys.down, keys.up, role)
-        with self._lock:
-            self._connections.add(connection)
+        self._connections.add(connection)
         thread = threading.Thread(target=self._serve_peer, args=(connection, identity),
                                   name=f"minipool-{role}-{sock.fileno()}", daemon=True)
         try:
@@ -2543,7 +2542,7 @@ class Server:
         try:
             messages = connection.receive()
             check_announcement(messages[0], connection.remote, identity)
-            while connection in self._connections:  # else it said goodbye, or was superseded
+            while not connection.closed:            # else it said goodbye, or was superseded
                 if log.isEnabledFor(logging.DEBUG):
                     log.debug("< %s %s", who, ", ".join(map(brief, messages)))
                 self._perform(Scheduler.receive, connection, messages)
@@ -2561,8 +2560,7 @@ class Server:
             self._forget_peer(connection)
 
     def _forget_peer(self, connection: Connection) -> None:
-        with self._lock:
-            self._connections.discard(connection)
+        self._connections.discard(connection)
         connection.dispose()
         with contextlib.suppress(Exception):
             self._perform(Scheduler.disconnected, connection)
@@ -2571,14 +2569,12 @@ class Server:
         """Feed the scheduler and do what it asks: append under the lock, write outside it."""
         with self._lock:
             actions = step(self._scheduler, *arguments, time.monotonic())
-            touched = [connection for connection in actions.sends if connection in self._connections]
-            for connection in touched:
-                connection.post(actions.sends[connection])
-            self._connections.difference_update(actions.closes)
+            for connection, sent in actions.sends.items():
+                connection.post(sent)       # if it is gone, for nobody
             deadline = self._scheduler.deadline
             if deadline is not None and deadline < self._planned:
                 self._clock.notify()
-        for connection in touched:
+        for connection in actions.sends:
             connection.flush()
         for connection in actions.closes:
             connection.close()
