@@ -1427,9 +1427,9 @@ class Scheduler:
         return self._take_actions(now)
 
     @property
-    def deadline(self) -> float | None:
-        """When tick() is due; None: not before something happens."""
-        return self._timers[0][0] if self._timers else None
+    def deadline(self) -> float:
+        """When tick() is due; FOREVER: not before something happens."""
+        return self._timers[0][0] if self._timers else FOREVER
 
     def _beat(self, node: Node, now: float) -> None:
         node.heard_at = now
@@ -2571,8 +2571,7 @@ class Server:
             actions = step(self._scheduler, *arguments, time.monotonic())
             for connection, sent in actions.sends.items():
                 connection.post(sent)       # if it is gone, for nobody
-            deadline = self._scheduler.deadline
-            if deadline is not None and deadline < self._planned:
+            if self._scheduler.deadline < self._planned:
                 self._clock.notify()
         for connection in actions.sends:
             connection.flush()
@@ -2582,10 +2581,10 @@ class Server:
     def _tick(self) -> None:
         while not self._stopping.is_set():
             with self._lock:
-                now, deadline = time.monotonic(), self._scheduler.deadline
-                self._planned = now + 60 if deadline is None else deadline
-                if self._planned > now and not self._stopping.is_set():
-                    self._clock.wait(min(60, self._planned - now))
+                self._planned = self._scheduler.deadline
+                left = self._planned - time.monotonic()
+                if left > 0 and not self._stopping.is_set():
+                    self._clock.wait(min(60, left))
                     continue            # the deadline may have moved meanwhile
             try:
                 self._perform(Scheduler.tick)

@@ -574,8 +574,8 @@ class Insider:
                 self.talkers.pop(peer, None)
                 assert peer not in self.who, f"the connection of the honest {self.who[peer]} was closed"
         assert not self.honest.dismissed, self.honest.dismissed
-        deadline = self.scheduler.deadline
-        assert deadline is None or deadline - self.now < threading.TIMEOUT_MAX, "no thread can wait for this deadline"
+        left = self.scheduler.deadline - self.now
+        assert left == minipool.FOREVER or left < threading.TIMEOUT_MAX, "no thread can wait for this deadline"
 
     def listen(self, peer, messages, todo):
         for message in messages:
@@ -623,7 +623,7 @@ class Insider:
         end = self.now + seconds
         for _ in range(1000):
             deadline = self.scheduler.deadline
-            if deadline is None or deadline > end:
+            if deadline > end:
                 break
             self.now = max(self.now, deadline)
             self.perform(self.scheduler.tick)
