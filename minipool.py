@@ -2325,8 +2325,8 @@ class Doorkeeper:
             ready = {key.fileobj for key, _ in self._selector.select(0.2)}  # also how soon a deadline is noticed
             for sock in self._guests.keys() & ready:
                 self._hear(self._guests[sock])
-            if self._listener in ready:                     # newcomers come last, as they may need room
-                self._welcome_guests()
+            if self._listener in ready:                     # a newcomer comes last, as it may need room
+                self._welcome_guest()
             now = time.monotonic()
             for guest in [guest for guest in self._guests.values() if guest.deadline < now]:
                 self._dismiss(guest, "was silent")
@@ -2335,35 +2335,32 @@ class Doorkeeper:
         for closing in (self._selector, self._listener, self._spare):
             closing.close()
 
-    def _welcome_guests(self) -> None:
-        for _ in range(64):
+    def _welcome_guest(self) -> None:
+        try:
+            sock, (source, *_) = self._listener.accept()
+        except OSError as error:
+            if isinstance(error, BlockingIOError) or self._stopping:
+                return
+            # out of descriptors: nobody is left to wait for an answer that will not come; who is in does not notice
+            self._spare.close()
+            with contextlib.suppress(OSError), self._listener.accept()[0]:
+                log.warning("somebody was turned away: %s (`ulimit -n` sets how many descriptors there are)", error)
+            with contextlib.suppress(OSError):
+                self._spare = socket.socket()
+            return time.sleep(0.05)     # they may be given back; and the log is not flooded
+        sock.setblocking(False)
+        if self._tls:               # its handshake is a part of what is received
             try:
-                sock, (source, *_) = self._listener.accept()
-            except OSError as error:
-                if isinstance(error, BlockingIOError) or self._stopping:
-                    return
-                # out of descriptors: nobody is left to wait for an answer that will not come; who is in does not notice
-                self._spare.close()
-                with contextlib.suppress(OSError):
-                    self._listener.accept()[0].close()
-                    log.warning("somebody was turned away: %s (`ulimit -n` sets how many descriptors there are)", error)
-                with contextlib.suppress(OSError):
-                    self._spare = socket.socket()
-                return time.sleep(0.05)     # they may be given back; and the log is not flooded
-            sock.setblocking(False)
-            if self._tls:               # its handshake is a part of what is received
-                try:
-                    sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-                except OSError:         # gone already
-                    continue
-            same = sum(guest.source == source for guest in self._guests.values())
-            if same >= GUESTS_PER_SOURCE and not source.startswith(("127.", "::1")):
-                sock.close()
-                continue
-            if len(self._guests) >= GUESTS:
-                self._dismiss(next(iter(self._guests.values())), "made room")   # the oldest: the honest are quick
-            self._guests[sock] = _Guest(sock, source)
-            self._selector.register(sock, selectors.EVENT_READ)
+                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            except OSError:         # gone already
+                return
+        same = sum(guest.source == source for guest in self._guests.values())
+        if same >= GUESTS_PER_SOURCE and not source.startswith(("127.", "::1")):
+            return sock.close()
+        if len(self._guests) >= GUESTS:
+            self._dismiss(next(iter(self._guests.values())), "made room")   # the oldest: the honest are quick
+        self._guests[sock] = _Guest(sock, source)
+        self._selector.register(sock, selectors.EVENT_READ)
 
     def _hear(self, guest: _Guest) -> None:
         """Take what a stranger says; every step is of a known size, any misfit is a quiet close."""
