@@ -2329,7 +2329,7 @@ class Doorkeeper:
                 self._welcome_guest()
             now = time.monotonic()
             for guest in [guest for guest in self._guests.values() if guest.deadline < now]:
-                self._dismiss(guest, "was silent")
+                self._dismiss(guest, "it was silent")
         for guest in list(self._guests.values()):
             self._dismiss(guest)
         for closing in (self._selector, self._listener, self._spare):
@@ -2358,7 +2358,7 @@ class Doorkeeper:
         if same >= GUESTS_PER_SOURCE and not source.startswith(("127.", "::1")):
             return sock.close()
         if len(self._guests) >= GUESTS:
-            self._dismiss(next(iter(self._guests.values())), "made room")   # the oldest: the honest are quick
+            self._dismiss(next(iter(self._guests.values())), "it made room")     # the oldest: the honest are quick
         self._guests[sock] = _Guest(sock, source)
         self._selector.register(sock, selectors.EVENT_READ)
 
@@ -2368,7 +2368,7 @@ class Doorkeeper:
             data = guest.sock.recv(guest.wanted - len(guest.data))
             guest.data += data
             if not guest.steps and guest.data[:8] != MAGIC[:len(guest.data)]:
-                raise Malformed(f"begins with {guest.data[:8]!r}")     # HTTP and TLS are easily told
+                raise Malformed(f"it begins with {guest.data[:8]!r}")     # HTTP and TLS are easily told
             if len(guest.data) == guest.wanted:
                 guest.steps = guest.steps or self._meet(guest)
                 guest.wanted = next(guest.steps, 0)
@@ -2376,7 +2376,7 @@ class Doorkeeper:
                 self._dismiss(guest)
         except Tls.would_block:
             return
-        except (OSError, Malformed) as error:
+        except (OSError, Malformed, RuntimeError) as error:     # the last: there is no room for it
             self._dismiss(guest, str(error))
 
     def _meet(self, guest: _Guest) -> Iterator[int]:
@@ -2385,21 +2385,21 @@ class Doorkeeper:
         magic, version, place, flags, named, _nonce = _HELLO.unpack(first)
         reserved = named[20:] if place == ROLES.index("worker") else named
         if magic != MAGIC or flags or not 1 <= place < len(ROLES) or any(reserved):
-            raise Malformed("not a hello")
+            raise Malformed("that is not a hello")
         role, identity = ROLES[place], named[:20]
         second = first_hello("server", bytes(5) + self._instance)
         guest.sock.sendall(second)
         if version != PROTOCOL:         # the dialer reads our version in it, and names both
-            raise Malformed(f"speaks protocol {version}")
+            raise Malformed(f"it speaks protocol {version}")
         keys = SessionKeys.derive(self._secret(role, self._instance, identity), first, second, self._binding)
         yield len(keys.dialer_proof)
         if not hmac.compare_digest(guest.data, keys.dialer_proof):
             guest.sock.sendall(REFUSED)
-            raise Malformed("has another secret")
+            raise Malformed("it has another secret")
         guest.sock.sendall(keys.server_proof)
+        self._admit(guest.sock, role, identity, keys)
         self._selector.unregister(guest.sock)
         del self._guests[guest.sock]
-        self._admit(guest.sock, role, identity, keys)
 
     def _dismiss(self, guest: _Guest, why: str = "") -> None:
         self._selector.unregister(guest.sock)
@@ -2410,7 +2410,7 @@ class Doorkeeper:
             self._spoken[guest.source] = now
             if len(self._spoken) > 10_000:
                 self._spoken.clear()
-            log.info("a stranger at %s %s: turned away", guest.source, why)
+            log.info("somebody at %s was turned away: %s", guest.source, why)
 
 
 def check_announcement(message: Message, role: str, identity: bytes) -> None:
@@ -2454,11 +2454,11 @@ class Server:
         self._lock = threading.Lock()
         self._clock = threading.Condition(self._lock)   # wakes the ticker when a deadline comes nearer
         self._planned = 0.0                             # until when the ticker sleeps; guarded by _lock
-        self._connections: set[Connection] = set()      # each has its reader, and is a peer to the scheduler
+        self._readers: dict[threading.Thread, Connection] = {}      # of whom they hear, and some that have ended
         self._stopping = threading.Event()
         self._scheduler: Scheduler                      # made by start()
         self._doorkeeper: Doorkeeper | None = None
-        self._threads = [threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)]      # to be joined
+        self._ticker = threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)
 
     @property
     def address(self) -> str:
@@ -2482,7 +2482,7 @@ class Server:
         about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, max_value=self.max_value,
                                     adopting=not self._embedded, dead_after=self.dead_after, about=about)
-        self._threads[0].start()
+        self._ticker.start()
         self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, self._tls)
         return self
 
@@ -2494,9 +2494,9 @@ class Server:
         self._doorkeeper.stop()
         with self._lock:
             self._clock.notify_all()
-        for connection in list(self._connections):
+        for connection in self._readers.values():
             connection.close()
-        for thread in self._threads:
+        for thread in (self._ticker, *self._readers):
             thread.join(2)
 
     def drain(self, patience: float, hurry: threading.Event) -> None:
@@ -2519,20 +2519,15 @@ class Server:
         self.stop()
 
     def _admit(self, sock: socket.socket, role: str, identity: bytes, keys: SessionKeys) -> None:
-        """Give a peer that proved itself its thread; called by the doorkeeper."""
-        if len(self._connections) >= PEERS:
-            log.warning("%d peers are connected, which is the limit: one more was turned away", PEERS)
-            return sock.close()
+        """Give a peer that proved itself its thread, or raise RuntimeError; called by the doorkeeper."""
+        self._readers = {thread: connection for thread, connection in self._readers.items() if thread.is_alive()}
+        if len(self._readers) >= PEERS:
+            raise RuntimeError(f"{PEERS} peers are connected, which is the limit")
         connection = Connection((Tls if self.tls else Plain)(sock), keys.down, keys.up, role)
-        self._connections.add(connection)
         thread = threading.Thread(target=self._serve_peer, args=(connection, identity),
                                   name=f"minipool-{role}-{sock.fileno()}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:   # out of threads: this peer has to come again, the others do not notice
-            log.warning("a %s was turned away: %s", role, error)
-            return self._forget_peer(connection)
-        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+        thread.start()      # out of threads it raises: this peer has to come again, the others do not notice
+        self._readers[thread] = connection
 
     def _serve_peer(self, connection: Connection, identity: bytes) -> None:
         who = threading.current_thread().name
@@ -2544,6 +2539,8 @@ class Server:
                     log.debug("< %s %s", who, ", ".join(map(brief, messages)))
                 self._perform(Scheduler.receive, connection, messages)
                 messages = connection.receive()
+                if messages[0][0] in ANNOUNCED:     # also of one that was superseded a moment ago
+                    raise Malformed("only the first message is an announcement")
         except (OSError, EOFError):
             pass
         except VersionMismatch as error:
@@ -2554,13 +2551,9 @@ class Server:
         except Exception:
             self._stumbled()
         finally:
-            self._forget_peer(connection)
-
-    def _forget_peer(self, connection: Connection) -> None:
-        self._connections.discard(connection)
-        connection.dispose()
-        with contextlib.suppress(Exception):
-            self._perform(Scheduler.disconnected, connection)
+            connection.dispose()
+            with contextlib.suppress(Exception):
+                self._perform(Scheduler.disconnected, connection)
 
     def _perform(self, step: Callable[..., Actions], *arguments: Any) -> None:
         """Feed the scheduler and do what it asks: append under the lock, write outside it."""

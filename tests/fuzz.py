@@ -700,13 +700,13 @@ class Behind:
                 self.hear(0)
             self.members["client"].say(*self.honest.submit())
             give_up = time.monotonic() + 20
-            while len(server._connections) > 3 or len(self.honest.results) < self.honest.submitted:
+            while len(server._scheduler._peers) > 3 or len(self.honest.results) < self.honest.submitted:
                 assert time.monotonic() < give_up and not errors, f"no end of it: {errors} {self.honest.results}"
                 self.hear(0.005)
             self.honest.check()
             with server._lock:
                 server._scheduler.check()
-            assert server._threads[0].is_alive() and server._doorkeeper._thread.is_alive(), "a thread died"
+            assert server._ticker.is_alive() and server._doorkeeper._thread.is_alive(), "a thread died"
             assert server.failure is None and not errors, errors
             for member in self.members.values():
                 member.connection.dispose()
