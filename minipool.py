@@ -1404,9 +1404,9 @@ class Scheduler:
         return self._take_actions(now)
 
     @property
-    def deadline(self) -> float | None:
-        """When tick() is due; None: not before something happens."""
-        return self._timers[0][0] if self._timers else None
+    def deadline(self) -> float:
+        """When tick() is due; FOREVER: not before something happens."""
+        return self._timers[0][0] if self._timers else FOREVER
 
     def _beat(self, node: Node, now: float) -> None:
         node.heard_at = now
@@ -2281,45 +2281,42 @@ class Doorkeeper:
             ready = {key.fileobj for key, _ in self._selector.select(0.2)}  # also how soon a deadline is noticed
             for sock in self._guests.keys() & ready:
                 self._hear(self._guests[sock])
-            if self._listener in ready:                     # newcomers come last, as they may need room
-                self._welcome_guests()
+            if self._listener in ready:                     # a newcomer comes last, as it may need room
+                self._welcome_guest()
             now = time.monotonic()
             for guest in [guest for guest in self._guests.values() if guest.deadline < now]:
-                self._dismiss(guest, "was silent")
+                self._dismiss(guest, "it was silent")
         for guest in list(self._guests.values()):
             self._dismiss(guest)
         for closing in (self._selector, self._listener, self._spare):
             closing.close()
 
-    def _welcome_guests(self) -> None:
-        for _ in range(64):
+    def _welcome_guest(self) -> None:
+        try:
+            sock, (source, *_) = self._listener.accept()
+        except OSError as error:
+            if isinstance(error, BlockingIOError) or self._stopping:
+                return
+            # out of descriptors: nobody is left to wait for an answer that will not come; who is in does not notice
+            self._spare.close()
+            with contextlib.suppress(OSError), self._listener.accept()[0]:
+                log.warning("somebody was turned away: %s (`ulimit -n` sets how many descriptors there are)", error)
+            with contextlib.suppress(OSError):
+                self._spare = socket.socket()
+            return time.sleep(0.05)     # they may be given back; and the log is not flooded
+        sock.setblocking(False)
+        if self._tls:               # its handshake is a part of what is received
             try:
-                sock, (source, *_) = self._listener.accept()
-            except OSError as error:
-                if isinstance(error, BlockingIOError) or self._stopping:
-                    return
-                # out of descriptors: nobody is left to wait for an answer that will not come; who is in does not notice
-                self._spare.close()
-                with contextlib.suppress(OSError):
-                    self._listener.accept()[0].close()
-                    log.warning("somebody was turned away: %s (`ulimit -n` sets how many descriptors there are)", error)
-                with contextlib.suppress(OSError):
-                    self._spare = socket.socket()
-                return time.sleep(0.05)     # they may be given back; and the log is not flooded
-            sock.setblocking(False)
-            if self._tls:               # its handshake is a part of what is received
-                try:
-                    sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-                except OSError:         # gone already
-                    continue
-            same = sum(guest.source == source for guest in self._guests.values())
-            if same >= GUESTS_PER_SOURCE and not source.startswith(("127.", "::1")):
-                sock.close()
-                continue
-            if len(self._guests) >= GUESTS:
-                self._dismiss(next(iter(self._guests.values())), "made room")   # the oldest: the honest are quick
-            self._guests[sock] = _Guest(sock, source)
-            self._selector.register(sock, selectors.EVENT_READ)
+                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            except OSError:         # gone already
+                return
+        same = sum(guest.source == source for guest in self._guests.values())
+        if same >= GUESTS_PER_SOURCE and not source.startswith(("127.", "::1")):
+            return sock.close()
+        if len(self._guests) >= GUESTS:
+            self._dismiss(next(iter(self._guests.values())), "it made room")     # the oldest: the honest are quick
+        self._guests[sock] = _Guest(sock, source)
+        self._selector.register(sock, selectors.EVENT_READ)
 
     def _hear(self, guest: _Guest) -> None:
         """Take what a stranger says; every step is of a known size, any misfit is a quiet close."""
@@ -2327,7 +2324,7 @@ class Doorkeeper:
             data = guest.sock.recv(guest.wanted - len(guest.data))
             guest.data += data
             if not guest.steps and guest.data[:8] != MAGIC[:len(guest.data)]:
-                raise Malformed(f"begins with {guest.data[:8]!r}")     # HTTP and TLS are easily told
+                raise Malformed(f"it begins with {guest.data[:8]!r}")     # HTTP and TLS are easily told
             if len(guest.data) == guest.wanted:
                 guest.steps = guest.steps or self._meet(guest)
                 guest.wanted = next(guest.steps, 0)
@@ -2335,7 +2332,7 @@ class Doorkeeper:
                 self._dismiss(guest)
         except Tls.would_block:
             return
-        except (OSError, Malformed) as error:
+        except (OSError, Malformed, RuntimeError) as error:     # the last: there is no room for it
             self._dismiss(guest, str(error))
 
     def _meet(self, guest: _Guest) -> Iterator[int]:
@@ -2344,21 +2341,21 @@ class Doorkeeper:
         magic, version, place, flags, named, _nonce = _HELLO.unpack(first)
         reserved = named[20:] if place == ROLES.index("worker") else named
         if magic != MAGIC or flags or not 1 <= place < len(ROLES) or any(reserved):
-            raise Malformed("not a hello")
+            raise Malformed("that is not a hello")
         role, identity = ROLES[place], named[:20]
         second = first_hello("server", bytes(5) + self._instance)
         guest.sock.sendall(second)
         if version != PROTOCOL:         # the dialer reads our version in it, and names both
-            raise Malformed(f"speaks protocol {version}")
+            raise Malformed(f"it speaks protocol {version}")
         keys = SessionKeys.derive(self._secret(role, self._instance, identity), first, second, self._binding)
         yield len(keys.dialer_proof)
         if not hmac.compare_digest(guest.data, keys.dialer_proof):
             guest.sock.sendall(REFUSED)
-            raise Malformed("has another secret")
+            raise Malformed("it has another secret")
         guest.sock.sendall(keys.server_proof)
+        self._admit(guest.sock, role, identity, keys)
         self._selector.unregister(guest.sock)
         del self._guests[guest.sock]
-        self._admit(guest.sock, role, identity, keys)
 
     def _dismiss(self, guest: _Guest, why: str = "") -> None:
         self._selector.unregister(guest.sock)
@@ -2369,7 +2366,7 @@ class Doorkeeper:
             self._spoken[guest.source] = now
             if len(self._spoken) > 10_000:
                 self._spoken.clear()
-            log.info("a stranger at %s %s: turned away", guest.source, why)
+            log.info("somebody at %s was turned away: %s", guest.source, why)
 
 
 def check_announcement(message: Message, role: str, identity: bytes) -> None:
@@ -2413,11 +2410,11 @@ class Server:
         self._lock = threading.Lock()
         self._clock = threading.Condition(self._lock)   # wakes the ticker when a deadline comes nearer
         self._planned = 0.0                             # until when the ticker sleeps; guarded by _lock
-        self._connections: set[Connection] = set()      # each is a peer to the scheduler; guarded by _lock
+        self._readers: dict[threading.Thread, Connection] = {}      # of whom they hear, and some that have ended
         self._stopping = threading.Event()
         self._scheduler: Scheduler                      # made by start()
         self._doorkeeper: Doorkeeper | None = None
-        self._threads = [threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)]      # to be joined
+        self._ticker = threading.Thread(target=self._tick, name="minipool-ticker", daemon=True)
 
     @property
     def address(self) -> str:
@@ -2441,7 +2438,7 @@ class Server:
         about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, max_value=self.max_value,
                                     dead_after=self.dead_after, about=about)
-        self._threads[0].start()
+        self._ticker.start()
         self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, self._tls)
         return self
 
@@ -2453,9 +2450,9 @@ class Server:
         self._doorkeeper.stop()
         with self._lock:
             self._clock.notify_all()
-            for connection in self._connections:
-                connection.close()
-        for thread in self._threads:
+        for connection in self._readers.values():
+            connection.close()
+        for thread in (self._ticker, *self._readers):
             thread.join(2)
 
     def drain(self, patience: float, hurry: threading.Event) -> None:
@@ -2478,32 +2475,28 @@ class Server:
         self.stop()
 
     def _admit(self, sock: socket.socket, role: str, identity: bytes, keys: SessionKeys) -> None:
-        """Give a peer that proved itself its thread; called by the doorkeeper."""
-        if len(self._connections) >= PEERS:
-            log.warning("%d peers are connected, which is the limit: one more was turned away", PEERS)
-            return sock.close()
+        """Give a peer that proved itself its thread, or raise RuntimeError; called by the doorkeeper."""
+        self._readers = {thread: connection for thread, connection in self._readers.items() if thread.is_alive()}
+        if len(self._readers) >= PEERS:
+            raise RuntimeError(f"{PEERS} peers are connected, which is the limit")
         connection = Connection((Tls if self.tls else Plain)(sock), keys.down, keys.up, role)
-        with self._lock:
-            self._connections.add(connection)
         thread = threading.Thread(target=self._serve_peer, args=(connection, identity),
                                   name=f"minipool-{role}-{sock.fileno()}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:   # out of threads: this peer has to come again, the others do not notice
-            log.warning("a %s was turned away: %s", role, error)
-            return self._forget_peer(connection)
-        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+        thread.start()      # out of threads it raises: this peer has to come again, the others do not notice
+        self._readers[thread] = connection
 
     def _serve_peer(self, connection: Connection, identity: bytes) -> None:
         who = threading.current_thread().name
         try:
             messages = connection.receive()
             check_announcement(messages[0], connection.remote, identity)
-            while connection in self._connections:  # else it said goodbye, or was superseded
+            while not connection.closed:            # else it said goodbye, or was superseded
                 if log.isEnabledFor(logging.DEBUG):
                     log.debug("< %s %s", who, ", ".join(map(brief, messages)))
                 self._perform(Scheduler.receive, connection, messages)
                 messages = connection.receive()
+                if messages[0][0] in ANNOUNCED:     # also of one that was superseded a moment ago
+                    raise Malformed("only the first message is an announcement")
         except (OSError, EOFError):
             pass
         except VersionMismatch as error:
@@ -2514,27 +2507,19 @@ class Server:
         except Exception:
             self._stumbled()
         finally:
-            self._forget_peer(connection)
-
-    def _forget_peer(self, connection: Connection) -> None:
-        with self._lock:
-            self._connections.discard(connection)
-        connection.dispose()
-        with contextlib.suppress(Exception):
-            self._perform(Scheduler.disconnected, connection)
+            connection.dispose()
+            with contextlib.suppress(Exception):
+                self._perform(Scheduler.disconnected, connection)
 
     def _perform(self, step: Callable[..., Actions], *arguments: Any) -> None:
         """Feed the scheduler and do what it asks: append under the lock, write outside it."""
         with self._lock:
             actions = step(self._scheduler, *arguments, time.monotonic())
-            touched = [connection for connection in actions.sends if connection in self._connections]
-            for connection in touched:
-                connection.post(actions.sends[connection])
-            self._connections.difference_update(actions.closes)
-            deadline = self._scheduler.deadline
-            if deadline is not None and deadline < self._planned:
+            for connection, sent in actions.sends.items():
+                connection.post(sent)       # if it is gone, for nobody
+            if self._scheduler.deadline < self._planned:
                 self._clock.notify()
-        for connection in touched:
+        for connection in actions.sends:
             connection.flush()
         for connection in actions.closes:
             connection.close()
@@ -2542,10 +2527,10 @@ class Server:
     def _tick(self) -> None:
         while not self._stopping.is_set():
             with self._lock:
-                now, deadline = time.monotonic(), self._scheduler.deadline
-                self._planned = now + 60 if deadline is None else deadline
-                if self._planned > now and not self._stopping.is_set():
-                    self._clock.wait(min(60, self._planned - now))
+                self._planned = self._scheduler.deadline
+                left = self._planned - time.monotonic()
+                if left > 0 and not self._stopping.is_set():
+                    self._clock.wait(min(60, left))
                     continue            # the deadline may have moved meanwhile
             try:
                 self._perform(Scheduler.tick)
@@ -2799,16 +2784,32 @@ class Entry:
     """One pickled function. It lives as long as what it was made of or a job with it; then nobody will ask for it."""
 
     def __init__(self, number: int, blob: bytes, gone: list[int]) -> None:
-        self.number, self.blob, self._gone = number, blob, gone
-
-    def __del__(self) -> None:
-        self._gone.append(self.number)  # takes no lock: a collector may be what calls this
+        self.number, self.blob = number, blob
+        weakref.finalize(self, gone.append, number)  # takes no lock: a collector may be what calls this
 
 
 def name_of(fn: Any) -> str:
     """Return what to call a function in logs and errors."""
-    fn = getattr(fn, "func", fn)        # of a partial
+    fn = fn.func if isinstance(fn, functools.partial) else fn
     return getattr(fn, "__qualname__", None) or getattr(fn, "__name__", None) or type(fn).__name__
+
+
+def _dump(what: str, fn: Any, value: Any, owner: Any = None) -> Any:
+    """Return a pickler that has pickled `value`: `fn`, or something of a call; an error says `what` it is."""
+    while True:  # each turn leaves one more unpicklable name out of a module
+        pickler = _pickler()(owner, fn if value is fn else None)
+        try:
+            pickler.dump(value)
+            return pickler
+        except Exception as error:
+            why = ": its objects are nested too deeply"
+            if not isinstance(error.__cause__ or error, RecursionError):
+                if pickler.path and (slot := pickler.path[-1]).soft:
+                    slot.module.left_out[slot.name] = slot.value
+                    continue
+                path = "".join(f", global {slot.name!r}" for slot in pickler.path)
+                why = f"{path}: it is or holds an object of {type(pickler.last)} ({error})"
+            raise pickle.PicklingError(f"cannot pickle {what} {name_of(fn)}{why}") from error
 
 
 class Functions:
@@ -2836,7 +2837,7 @@ class Functions:
         known = self._known.get(fn) if keep else None
         if known and all(get(*args) is value for get, args, value in known[1]):
             return known[0]
-        pickler = self._dump("function", fn, fn)
+        pickler = _dump("function", fn, fn, self)
         blob, seen = pickler.file.getvalue(), list(pickler.seen.values())
         with self.lock:
             entry = self._entries.get(blob) or Entry(self._next_number(), blob, self.gone)
@@ -2855,14 +2856,14 @@ class Functions:
         if not more and all(type(a) in ATOMS for a in args) and all(type(a) in ATOMS for a in kwargs.values()):
             return pickle.dumps((args, kwargs), 5), [], []  # a seventh of the price
         try:
-            pickler = self._dump("a call of", fn, (args, kwargs, *more))
+            pickler = _dump("a call of", fn, (args, kwargs, *more), self)
         except pickle.PicklingError:
             named: Any = {**dict(enumerate(args)), **kwargs}
             with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
                 import inspect
                 named = inspect.signature(fn).bind(*args, **kwargs).arguments
             for name, part in named.items():
-                self._dump(f"argument {name!r} of", fn, part)  # one of them fails again, and says where
+                _dump(f"argument {name!r} of", fn, part, self)  # one of them fails again, and says where
             raise
         inputs = [part for part in pickler.buffers if isinstance(part, concurrent.futures.Future)]
         return pickler.file.getvalue(), pickler.buffers, inputs
@@ -2870,23 +2871,6 @@ class Functions:
     def module(self, space: dict[str, Any]) -> _Module:
         """Return the record of a globals dictionary; kept for good, since its names' versions must never fall."""
         return self._modules.get(id(space)) or self._modules.setdefault(id(space), _Module(self.session, space))
-
-    def _dump(self, what: str, fn: Any, value: Any) -> Any:
-        """Return a pickler that has pickled `value`: `fn`, or something of a call; an error says `what` it is."""
-        while True:  # each turn leaves one more unpicklable name out of a module
-            pickler = _pickler()(self, fn if value is fn else None)
-            try:
-                pickler.dump(value)
-                return pickler
-            except Exception as error:
-                why = ": its objects are nested too deeply"
-                if not isinstance(error.__cause__ or error, RecursionError):
-                    if pickler.path and (slot := pickler.path[-1]).soft:
-                        slot.module.left_out[slot.name] = slot.value
-                        continue
-                    path = "".join(f", global {slot.name!r}" for slot in pickler.path)
-                    why = f"{path}: it is or holds an object of {type(pickler.last)} ({error})"
-                raise pickle.PicklingError(f"cannot pickle {what} {name_of(fn)}(){why}") from error
 
 
 # ---- worker half: what the pickles call ----
@@ -2971,12 +2955,8 @@ def encode_value(value: Any) -> bytes | Blob:
     value = _awaited(value) if type(value) is types.CoroutineType else value
     if type(value) in ATOMS:
         return pack(pickle.dumps(value, 5))
-    pickler = _pickler()()
-    try:
-        pickler.dump(value)
-        return pack(pickler.file.getvalue(), pickler.buffers)
-    except Exception as error:
-        raise pickle.PicklingError(f"cannot pickle the result, a {type(value).__qualname__}: {error}") from error
+    pickler = _dump("the result, a", type(value), value)
+    return pack(pickler.file.getvalue(), pickler.buffers)
 
 
 class _RemoteTraceback(Exception):

@@ -570,8 +570,8 @@ class Insider:
                 self.talkers.pop(peer, None)
                 assert peer not in self.who, f"the connection of the honest {self.who[peer]} was closed"
         assert not self.honest.dismissed, self.honest.dismissed
-        deadline = self.scheduler.deadline
-        assert deadline is None or deadline - self.now < threading.TIMEOUT_MAX, "no thread can wait for this deadline"
+        left = self.scheduler.deadline - self.now
+        assert left == minipool.FOREVER or left < threading.TIMEOUT_MAX, "no thread can wait for this deadline"
 
     def listen(self, peer, messages, todo):
         for message in messages:
@@ -619,7 +619,7 @@ class Insider:
         end = self.now + seconds
         for _ in range(1000):
             deadline = self.scheduler.deadline
-            if deadline is None or deadline > end:
+            if deadline > end:
                 break
             self.now = max(self.now, deadline)
             self.perform(self.scheduler.tick)
@@ -696,13 +696,13 @@ class Behind:
                 self.hear(0)
             self.members["client"].say(*self.honest.submit())
             give_up = time.monotonic() + 20
-            while len(server._connections) > 3 or len(self.honest.results) < self.honest.submitted:
+            while len(server._scheduler._peers) > 3 or len(self.honest.results) < self.honest.submitted:
                 assert time.monotonic() < give_up and not errors, f"no end of it: {errors} {self.honest.results}"
                 self.hear(0.005)
             self.honest.check()
             with server._lock:
                 server._scheduler.check()
-            assert server._threads[0].is_alive() and server._doorkeeper._thread.is_alive(), "a thread died"
+            assert server._ticker.is_alive() and server._doorkeeper._thread.is_alive(), "a thread died"
             assert server.failure is None and not errors, errors
             for member in self.members.values():
                 member.connection.dispose()

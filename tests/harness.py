@@ -67,7 +67,7 @@ class Cluster:
     def pass_time(self, seconds, beating=True):
         """Tick at each deadline on the way, as the server does; nodes beat their hearts."""
         end = self.now + seconds
-        while (deadline := self.scheduler.deadline) is not None and deadline <= end:
+        while (deadline := self.scheduler.deadline) <= end:
             self.now = max(self.now, deadline)
             self.tick()
             if beating:

@@ -713,7 +713,7 @@ class World:
     def pass_time(self, seconds):
         """Let time pass; the server's ticker wakes at each deadline, or late."""
         end = self.now + seconds
-        while (deadline := self.scheduler.deadline) is not None and deadline <= end and seconds < 100:
+        while (deadline := self.scheduler.deadline) <= end and seconds < 100:
             self.now = max(self.now, deadline)
             self.perform("tick")
             self.beats()
@@ -876,9 +876,8 @@ class World:
         for client in self.clients:
             client.acknowledge()
         if not self.waiting():
-            deadline = self.scheduler.deadline or self.now + 1.0
             ends = [w.ends_at for node in self.nodes for w in node.workers if w.running]
-            self.pass_time(max(0.0, min([deadline, self.now + 1.0, *ends]) - self.now) + 1e-4)
+            self.pass_time(max(0.0, min([self.scheduler.deadline, self.now + 1.0, *ends]) - self.now) + 1e-4)
 
     def stuck(self):
         return [self.scheduler.story(job) for client in self.clients for number in client.pending

@@ -513,7 +513,7 @@ class TestSenselessNumbers:
         node = join("node", announce=False)
         node.say(a_node(b"another node"))
         node.hear("beat")
-        assert server._threads[0].is_alive() and "stumbled" not in caplog.text
+        assert server._ticker.is_alive() and "stumbled" not in caplog.text
 
     @pytest.mark.parametrize("options", [{"max_deaths": -5}, {"retries": -5}, {"max_tasks": -1}, {"priority": 10**400},
                                          {"name": "x" * 10**5}], ids=lambda options: next(iter(options)))
@@ -553,7 +553,7 @@ class TestSenselessNumbers:
         node.say(a_node())
         control = pickle.dumps([("died", WORKER, token, {"what": "it ended", "more": "HERE"})], 3)
         node.say_raw(control.replace(b"X\4\0\0\0HERE", b"]" * (depth + 1) + b"a" * depth))
-        wait_until(lambda: len(server._connections) < 3)    # the worker is lost, or the node thrown out
+        wait_until(lambda: len(server._scheduler._peers) < 3)    # the worker is lost, or the node thrown out
         client.say(("ask", 1, "info"))
         client.hear("answer")
         node.connection.dispose()
@@ -576,7 +576,7 @@ class TestTickets:
     def test_open_no_other_place_and_no_other_role(self, server, join, ticket, role, identity):
         with pytest.raises(Refused):
             join(role, identity, ticket)
-        assert not server._connections
+        assert not server._readers
 
     def test_open_no_server_of_another_secret(self, join, ticket):
         with Server(port=0, secret=Secret.new().text) as other, pytest.raises(Refused):
@@ -611,7 +611,7 @@ class TestTickets:
         for role, identity in (("worker", WORKER), ("worker", b""), ("node", b"")):
             with pytest.raises(Refused):
                 join(role, identity, lambda *_: key)
-        assert not server._connections
+        assert not server._readers
 
 
 # ---- where it listens ----
