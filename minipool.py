@@ -3280,8 +3280,7 @@ class Client:
         self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
         self._answers: dict[int, Any] = {}
         self._on_answer = self._answers.__setitem__     # number and value are all that such a message says
-        self._credit = CREDIT_JOBS
-        self._welcomed = False                          # the server has settled what we hold: jobs may be sent
+        self._credit = 0                                # jobs that it may have; 0 until it has settled what we hold
         self.broken: Callable[[], BaseException] | None = None  # makes what every call and future then raises
         self.closing = False                            # it takes no more jobs, and ends with the last
         self._callbacks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -3296,9 +3295,9 @@ class Client:
             if initializer is not None:
                 self.add_to_log(initializer, tuple(initargs), {})
             with self._changed:         # until the first welcome
-                self._changed.wait_for(lambda: self._welcomed or isinstance(self.peer.trouble, final), connect_timeout)
+                self._changed.wait_for(lambda: self._credit or isinstance(self.peer.trouble, final), connect_timeout)
                 trouble = self.peer.trouble
-                if not self._welcomed:
+                if not self._credit:
                     raise trouble if isinstance(trouble, final) else ServerLost(
                         f"no minipool server at {format_address(*address)} within {connect_timeout:g} s ({trouble}): "
                         "start one there with `minipool serve`, or check the address")
@@ -3377,12 +3376,8 @@ class Client:
 
     def _send_backlog(self) -> None:
         """Send what the credit allows, most urgent first. Holds the lock; somebody flushes."""
-        while self._backlog and self._welcomed:
-            future = self.unfinished.get(self._backlog[0][1])       # None: cancelled here
-            if future and (len(self._sent) >= self._credit or self._sent_bytes >= CREDIT_BYTES):
-                break
-            heapq.heappop(self._backlog)
-            if future:
+        while self._backlog and len(self._sent) < self._credit and self._sent_bytes < CREDIT_BYTES:
+            if future := self.unfinished.get(heapq.heappop(self._backlog)[1]):      # else it was cancelled here
                 self._post_job(future)
 
     def _post_job(self, future: Future) -> None:
@@ -3410,8 +3405,7 @@ class Client:
         check_size(data, self.max_value, "arguments", fn)
         with self.lock:
             self._log.append((next(self.numbers), data))
-            if self._welcomed:
-                self._send_log(len(self._log) - 1)
+            self._send_log(len(self._log) - 1)      # a server that lacks earlier ones takes all from its welcome on
 
     def _send_log(self, known: int) -> None:
         for position, (number, data) in enumerate(self._log[known:], known):
@@ -3436,7 +3430,7 @@ class Client:
 
     def _on_lost(self) -> None:
         with self._changed:
-            self._welcomed = False
+            self._credit = 0
             self._changed.notify_all()
             lost_for = time.monotonic() - (self.peer.lost_at or time.monotonic())
             if lost_for > self._patience:
@@ -3476,7 +3470,6 @@ class Client:
             return bool(connection.waiting)
 
     def _on_welcome(self, info: dict[str, Any]) -> None:
-        self._welcomed = True
         self.max_value = info["max_value"]
         self._send_log(info["log"])
         self.peer.send(*(("kill", [n], future._doom) for n, future in self._sent.items() if future._doom))
