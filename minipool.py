@@ -3324,7 +3324,7 @@ class Client:
         check_size(packed, self.max_value, "arguments", fn)
         wired = view._wired
         if wired[0] is not entry:           # the same objects for the next call: then a batch holds them once
-            wire = {name: options[name] for name in _WIRE_OPTIONS if options.get(name) is not None}
+            wire = {name: value for name, value in options.items() if name in _OPTIONS_READ and value is not None}
             wire["name"] = options.get("name") or name_of(fn)
             if where := options.get("on") or options.get("prefer"):
                 wire.update(on=list(where), soft=not options.get("on"))
@@ -3598,9 +3598,8 @@ getattr(threading, "_register_atexit", atexit.register)(lambda: [*map(Client.clo
 os.register_at_fork(after_in_child=_forget_all)
 
 
-# what the server reads, and what options() takes
-_WIRE_OPTIONS = {"retries", "priority", "max_deaths", "job_timeout", "cancel_running", "max_tasks", "beside"}
-_OPTIONS = (_WIRE_OPTIONS | {"retry_on", "on", "prefer", "name", "timeout"}) - {"max_tasks", "beside"}
+# what options() takes: of what the server reads that which is the user's, and what is for the client alone
+_OPTIONS = _OPTIONS_READ.keys() - {"attempts", "max_tasks", "soft", "beside"} | {"retry_on", "prefer", "timeout"}
 _said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
 # numbers among arguments and options: type, the smallest, in the standard library's words where it has some
