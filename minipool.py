@@ -3266,7 +3266,6 @@ class Client:
         self.numbers = itertools.count(1)               # of jobs and objects alike
         self.functions = Functions(self.session, lambda: next(self.numbers))
         self.workers: list[dict[str, Any]] = []
-        self.max_value = 64 << 30
         self._info = {"session": self.session, "name": name, "python": PYTHON, "max_workers": max_workers}
         self._patience = float("inf")                   # seconds of an outage that are ridden out
         # all below is guarded by lock
@@ -3292,8 +3291,6 @@ class Client:
         self.peer.thread.start()
         final = Refused, VersionMismatch                # trying again does not help
         try:
-            if initializer is not None:
-                self.add_to_log(initializer, tuple(initargs), {})
             with self._changed:         # until the first welcome
                 self._changed.wait_for(lambda: self._credit or isinstance(self.peer.trouble, final), connect_timeout)
                 trouble = self.peer.trouble
@@ -3301,6 +3298,8 @@ class Client:
                     raise trouble if isinstance(trouble, final) else ServerLost(
                         f"no minipool server at {format_address(*address)} within {connect_timeout:g} s ({trouble}): "
                         "start one there with `minipool serve`, or check the address")
+            if initializer is not None:
+                self.add_to_log(initializer, tuple(initargs), {})
         except BaseException:
             self.close()
             raise
