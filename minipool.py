@@ -3062,7 +3062,7 @@ KEPT_COPIES = 16            # of large arguments; then read-only buffers stay wh
 ACKNOWLEDGE = 16            # outcomes that wait for a frame to ride on; a worker that dies with more has them run again
 
 _base: Any = concurrent.futures._base
-_PENDING, _RUNNING, _CANCELLED, _FINISHED = _base.PENDING, _base.RUNNING, _base.CANCELLED, _base.FINISHED
+_PENDING, _RUNNING, _FINISHED = _base.PENDING, _base.RUNNING, _base.FINISHED
 
 
 def gather(futures: Any, errors: str = "raise", timeout: float | None = None) -> Any:
@@ -3173,16 +3173,14 @@ class Future(concurrent.futures.Future[Any]):
 
         With `options(cancel_running=True)` a job that runs is cancelled too, and its worker's process ended.
         """
-        with self._client.lock, self._condition:        # in the order in which outcomes take them
-            if self._call is None or (self._state == _RUNNING and not self._call[0][2].get("cancel_running")):
-                return self.cancelled()
-            self._state = _CANCELLED
-            self.set_running_or_notify_cancel()         # wait() and as_completed() hear of it
-            self._condition.notify_all()
-            if self._client.retire(self):               # that decides it, and the server is told
-                self._client.peer.send(("cancel", [self._number]))
-        self._invoke_callbacks()
-        return True
+        with self._client.lock:
+            if self._call and (self._state != _RUNNING or self._call[0][2].get("cancel_running")):
+                self._state = _PENDING                      # what runs, super() would not cancel
+                super().cancel()
+                self.set_running_or_notify_cancel()         # wait() and as_completed() hear of it
+                if self._client.retire(self):               # that decides it, and the server is told
+                    self._client.peer.send(("cancel", [self._number]))
+            return self.cancelled()
 
     def result(self, timeout: float | None = None) -> Any:
         """Return the job's value or raise its exception; TimeoutError after `timeout` seconds, which stops nothing."""
@@ -3246,11 +3244,8 @@ class Future(concurrent.futures.Future[Any]):
             self.set_exception(error)
 
     def _invoke_callbacks(self) -> None:
-        invoke = super()._invoke_callbacks                  # type: ignore[misc]
-        if not self._client.lock._is_owned():               # type: ignore[attr-defined]
-            invoke()
-        elif self._done_callbacks:
-            self._client.later(invoke)                      # no user code under the lock
+        if self._done_callbacks:
+            self._client.later(super()._invoke_callbacks)   # type: ignore[misc]  # no user code under the lock
 
 
 class Client:
@@ -3361,12 +3356,12 @@ class Client:
             packed = pack(call, buffers)
             check_size(packed, self.max_value, "arguments", future)
         except concurrent.futures.CancelledError:
-            return self.later(future.cancel)        # not here: a chain may be long
+            future.cancel()
         except BaseException as error:      # that of a future, or its value cannot be pickled again
             with self.lock:
-                return self._finish(future, DIED, lambda error=error: error)
+                self._finish(future, DIED, lambda error=error: error)
         with self.lock:
-            if future._call:                # else it was cancelled meanwhile
+            if future._call:                # else it has ended
                 wired, _, log = future._call
                 future._call = wired, packed, log
                 heapq.heappush(self._backlog, (-wired[2].get("priority", 0), future._number))
