@@ -3270,7 +3270,7 @@ class Client:
         self._sent_bytes = 0
         self._backlog: list[tuple[float, int]] = []     # a heap of those it has not: (-priority, number)
         self._known_objects: set[int] = set()           # what the server has of ours, on this connection
-        self._log: list[tuple[int, bytes | Blob]] = []  # what every worker must have run before our jobs
+        self._log: list[tuple[Name, bytes | Blob]] = [] # what every worker must have run before our jobs
         self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
         self._answers: dict[int, Any] = {}
         self._on_answer = self._answers.__setitem__     # number and value are all that such a message says
@@ -3398,12 +3398,11 @@ class Client:
         data = pack(call, buffers)
         check_size(data, self.max_value, "arguments", fn)
         with self.lock:
-            self._log.append((next(self.numbers), data))
+            self._log.append(((self.session, next(self.numbers)), data))
             self._send_log(len(self._log) - 1)      # a server that lacks earlier ones takes all from its welcome on
 
     def _send_log(self, known: int) -> None:
-        for position, (number, data) in enumerate(self._log[known:], known):
-            name = self.session, number
+        for position, (name, data) in enumerate(self._log[known:], known):
             self.peer.send(("put", name, self.peer.share(name, data)), ("log", self.session, position, name))
 
     def kill(self, futures: Sequence[Future], reason: str) -> None:
