@@ -2998,7 +2998,7 @@ KEPT_COPIES = 16            # of large arguments; then read-only buffers stay wh
 ACKNOWLEDGE = 16            # outcomes that wait for a frame to ride on; a worker that dies with more has them run again
 
 _base: Any = concurrent.futures._base
-_PENDING, _RUNNING, _CANCELLED, _FINISHED = _base.PENDING, _base.RUNNING, _base.CANCELLED, _base.FINISHED
+_PENDING, _RUNNING, _FINISHED = _base.PENDING, _base.RUNNING, _base.FINISHED
 
 
 def gather(futures: Any, errors: str = "raise", timeout: float | None = None) -> Any:
@@ -3109,16 +3109,14 @@ class Future(concurrent.futures.Future[Any]):
 
         With `options(cancel_running=True)` a job that runs is cancelled too, and its worker's process ended.
         """
-        with self._client.lock, self._condition:        # in the order in which outcomes take them
-            if self._call is None or (self._state == _RUNNING and not self._call[0][2].get("cancel_running")):
-                return self.cancelled()
-            self._state = _CANCELLED
-            self.set_running_or_notify_cancel()         # wait() and as_completed() hear of it
-            self._condition.notify_all()
-            if self._client.retire(self):               # that decides it, and the server is told
-                self._client.peer.send(("cancel", [self._number]))
-        self._invoke_callbacks()
-        return True
+        with self._client.lock:
+            if self._call and (self._state != _RUNNING or self._call[0][2].get("cancel_running")):
+                self._state = _PENDING                      # what runs, super() would not cancel
+                super().cancel()
+                self.set_running_or_notify_cancel()         # wait() and as_completed() hear of it
+                if self._client.retire(self):               # that decides it, and the server is told
+                    self._client.peer.send(("cancel", [self._number]))
+            return self.cancelled()
 
     def result(self, timeout: float | None = None) -> Any:
         """Return the job's value or raise its exception; TimeoutError after `timeout` seconds, which stops nothing."""
@@ -3182,11 +3180,8 @@ class Future(concurrent.futures.Future[Any]):
             self.set_exception(error)
 
     def _invoke_callbacks(self) -> None:
-        invoke = super()._invoke_callbacks                  # type: ignore[misc]
-        if not self._client.lock._is_owned():               # type: ignore[attr-defined]
-            invoke()
-        elif self._done_callbacks:
-            self._client.later(invoke)                      # no user code under the lock
+        if self._done_callbacks:
+            self._client.later(super()._invoke_callbacks)   # type: ignore[misc]  # no user code under the lock
 
 
 class Client:
@@ -3202,7 +3197,6 @@ class Client:
         self.numbers = itertools.count(1)               # of jobs and objects alike
         self.functions = Functions(self.session, lambda: next(self.numbers))
         self.workers: list[dict[str, Any]] = []
-        self.max_value = 64 << 30
         self._info = {"session": self.session, "name": name, "python": PYTHON, "max_workers": max_workers}
         self._patience = float("inf")                   # seconds of an outage that are ridden out
         # all below is guarded by lock
@@ -3212,13 +3206,12 @@ class Client:
         self._sent_bytes = 0
         self._backlog: list[tuple[float, int]] = []     # a heap of those it has not: (-priority, number)
         self._known_objects: set[int] = set()           # what the server has of ours, on this connection
-        self._log: list[tuple[int, bytes | Blob]] = []  # what every worker must have run before our jobs
+        self._log: list[tuple[Name, bytes | Blob]] = [] # what every worker must have run before our jobs
         self.log_places: dict[str, int] = {}            # of what has a name there
         self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
         self._answers: dict[int, Any] = {}
         self._on_answer = self._answers.__setitem__     # number and value are all that such a message says
-        self._credit = CREDIT_JOBS
-        self._welcomed = False                          # the server has settled what we hold: jobs may be sent
+        self._credit = 0                                # jobs that it may have; 0 until it has settled what we hold
         self.broken: Callable[[], BaseException] | None = None  # makes what every call and future then raises
         self.closing = False                            # it takes no more jobs, and ends with the last
         self._callbacks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -3230,15 +3223,15 @@ class Client:
         self.peer.thread.start()
         final = Refused, VersionMismatch                # trying again does not help
         try:
-            if initializer is not None:
-                self.add_to_log(initializer, tuple(initargs), {})
             with self._changed:         # until the first welcome
-                self._changed.wait_for(lambda: self._welcomed or isinstance(self.peer.trouble, final), connect_timeout)
+                self._changed.wait_for(lambda: self._credit or isinstance(self.peer.trouble, final), connect_timeout)
                 trouble = self.peer.trouble
-                if not self._welcomed:
+                if not self._credit:
                     raise trouble if isinstance(trouble, final) else ServerLost(
                         f"no minipool server at {format_address(*address)} within {connect_timeout:g} s ({trouble}): "
                         "start one there with `minipool serve`, or check the address")
+            if initializer is not None:
+                self.add_to_log(initializer, tuple(initargs), {})
         except BaseException:
             self.close()
             raise
@@ -3262,7 +3255,7 @@ class Client:
         check_size(packed, self.max_value, "arguments", fn)
         wired = view._wired
         if wired[0] is not entry:           # the same objects for the next call: then a batch holds them once
-            wire = {name: options[name] for name in _WIRE_OPTIONS if options.get(name) is not None}
+            wire = {name: value for name, value in options.items() if name in _OPTIONS_READ and value is not None}
             wire["name"] = options.get("name") or name_of(fn)
             if where := options.get("on") or options.get("prefer"):
                 wire.update(on=list(where), soft=not options.get("on"))
@@ -3300,12 +3293,12 @@ class Client:
             packed = pack(call, buffers)
             check_size(packed, self.max_value, "arguments", future)
         except concurrent.futures.CancelledError:
-            return self.later(future.cancel)        # not here: a chain may be long
+            future.cancel()
         except BaseException as error:      # that of a future, or its value cannot be pickled again
             with self.lock:
-                return self._finish(future, DIED, lambda error=error: error)
+                self._finish(future, DIED, lambda error=error: error)
         with self.lock:
-            if future._call:                # else it was cancelled meanwhile
+            if future._call:                # else it has ended
                 wired, _, log = future._call
                 future._call = wired, packed, log
                 heapq.heappush(self._backlog, (-wired[2].get("priority", 0), future._number))
@@ -3314,12 +3307,8 @@ class Client:
 
     def _send_backlog(self) -> None:
         """Send what the credit allows, most urgent first. Holds the lock; somebody flushes."""
-        while self._backlog and self._welcomed:
-            future = self.unfinished.get(self._backlog[0][1])       # None: cancelled here
-            if future and (len(self._sent) >= self._credit or self._sent_bytes >= CREDIT_BYTES):
-                break
-            heapq.heappop(self._backlog)
-            if future:
+        while self._backlog and len(self._sent) < self._credit and self._sent_bytes < CREDIT_BYTES:
+            if future := self.unfinished.get(heapq.heappop(self._backlog)[1]):      # else it was cancelled here
                 self._post_job(future)
 
     def _post_job(self, future: Future) -> None:
@@ -3349,22 +3338,20 @@ class Client:
         data = pack(call, buffers)
         check_size(data, self.max_value, "arguments", fn)
         with self.lock:
-            self._log.append((next(self.numbers), data))
-            if self._welcomed:
-                self._send_log(len(self._log) - 1)
+            self._log.append(((self.session, next(self.numbers)), data))
+            self._send_log(len(self._log) - 1)      # a server that lacks earlier ones takes all from its welcome on
             return len(self._log) - 1
 
     def forget(self, position: int) -> None:
         """Let workers that have not made a call of the log make one that does nothing in its place."""
         with self.lock:
-            self._log[position] = self._log[position][0], pickle.dumps(((), {}, dict))
-            name = self.session, self._log[position][0]
+            name, nothing = self._log[position][0], pickle.dumps(((), {}, dict))
+            self._log[position] = name, nothing
             self.peer.values.pop(name, None)
-            self.peer.send(("put", name, self._log[position][1]))
+            self.peer.send(("put", name, nothing))
 
     def _send_log(self, known: int) -> None:
-        for position, (number, data) in enumerate(self._log[known:], known):
-            name = self.session, number
+        for position, (name, data) in enumerate(self._log[known:], known):
             self.peer.send(("put", name, self.peer.share(name, data)), ("log", self.session, position, name))
 
     def kill(self, futures: Sequence[Future], reason: str) -> None:
@@ -3385,7 +3372,7 @@ class Client:
 
     def _on_lost(self) -> None:
         with self._changed:
-            self._welcomed = False
+            self._credit = 0
             self._changed.notify_all()
             lost_for = time.monotonic() - (self.peer.lost_at or time.monotonic())
             if lost_for > self._patience:
@@ -3425,7 +3412,6 @@ class Client:
             return bool(connection.waiting)
 
     def _on_welcome(self, info: dict[str, Any]) -> None:
-        self._welcomed = True
         self.max_value = info["max_value"]
         self._send_log(info["log"])
         self.peer.send(*(("kill", [n], future._doom) for n, future in self._sent.items() if future._doom))
@@ -3554,9 +3540,9 @@ getattr(threading, "_register_atexit", atexit.register)(lambda: [*map(Client.clo
 os.register_at_fork(after_in_child=_forget_all)
 
 
-# what the server reads, and what options() takes
-_WIRE_OPTIONS = {"retries", "priority", "max_deaths", "job_timeout", "cancel_running", "max_tasks", "beside"}
-_OPTIONS = (_WIRE_OPTIONS | {"retry_on", "on", "prefer", "name", "timeout", "max_restarts"}) - {"max_tasks", "beside"}
+# what options() takes: of what the server reads that which is the user's, and what is for the client alone
+_OPTIONS = (_OPTIONS_READ.keys() - {"attempts", "max_tasks", "soft", "beside"}
+            | {"retry_on", "prefer", "timeout", "max_restarts"})
 _said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
 # numbers among arguments and options: type, the smallest, in the standard library's words where it has some

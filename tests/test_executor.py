@@ -468,9 +468,9 @@ class TestCallbacks:
 
     def test_a_cancelled_future_calls_them_too(self, pool, gate):
         occupy(pool, gate)
-        future, seen = pool.submit(same, 1), []
-        future.add_done_callback(seen.append)
-        assert future.cancel() and seen == [future]
+        future, seen = pool.submit(same, 1), concurrent.futures.Future()
+        future.add_done_callback(lambda f: seen.set_result((f, threading.current_thread().name)))
+        assert future.cancel() and seen.result(SOON) == (future, "minipool-callbacks")
 
 
 class TestWaiting:
