@@ -775,7 +775,7 @@ class Supervisor:
                     word = self._words.popleft()
                     getattr(self, f"_on_{word[0]}")(*word[1:])
                 for place in [place for place, when in self._due.items() if when <= time.monotonic()]:
-                    if self._instance and self._stop_at is None:
+                    if self._instance and self._stop_at is None and self.slots[place].lock not in self._lost:
                         self._spawn(place)
                 self._look_at_the_clock()
         finally:
@@ -882,14 +882,11 @@ class Supervisor:
         with self.peer.lock:
             self._unreported.append(("died", child.id, child.aimed or token, cause))
             self.peer.send(self._unreported[-1])
-        if self._stop_at is None:
-            if code:
-                _log.warning("worker %d on %s %s", child.place, slot.device, cause["what"])
-            # at once, but a slot whose workers die five times in a row without a success rests, longer each time
-            deaths = self._deaths[child.place] = 0 if successes or child.killed else self._deaths[child.place] + 1
-            rest = min(60, 2 ** (deaths - 5)) if deaths >= 5 else 0
-            if slot.lock not in self._lost:
-                self._due[child.place] = time.monotonic() + rest
+        if code:
+            _log.warning("worker %d on %s %s", child.place, slot.device, what)
+        # at once, but a slot whose workers die five times in a row without a success rests, longer each time
+        deaths = self._deaths[child.place] = 0 if successes or child.killed else self._deaths[child.place] + 1
+        self._due[child.place] = time.monotonic() + (min(60, 2 ** (deaths - 5)) if deaths >= 5 else 0)
 
     def _bury(self, child: Child) -> None:
         del self._children[child.place], self._sources[child.pidfd]
@@ -929,10 +926,9 @@ class Supervisor:
     def _on_device_lost(self, lock: str, text: str) -> None:
         """End the workers of a GPU that is lost, for good; those of the others do not notice."""
         self._lost[lock] = text
-        for place in [place for place, slot in enumerate(self.slots) if slot.lock == lock]:
-            self._due.pop(place, None)
-            if place in self._children:
-                self._children[place].kill(f"its GPU is lost: {text}")
+        for child in self._children.values():
+            if self.slots[child.place].lock == lock:
+                child.kill(f"its GPU is lost: {text}")
 
     def _read_output(self, child: Child) -> None:
         """Take what a worker printed: it never blocks on us; keep its tail, pass it on with its name before it."""
