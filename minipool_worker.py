@@ -761,31 +761,29 @@ class Supervisor:
 
     def run(self) -> None:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
-        locks = contextlib.ExitStack()
-        locks.enter_context(_locked("nodes", fcntl.LOCK_SH))
-        self._claim_devices(locks)
-        self.peer.thread.start()
-        threading.Thread(target=self._watch_devices, name="minipool-devices", daemon=True).start()
-        try:
-            while self._stop_at is None or (self._children and time.monotonic() < self._stop_at):
-                for source in multiprocessing.connection.wait(self._sources, 0.2):  # so late may a beat or respawn be
-                    if source in self._sources:     # not so the output of one that was just found dead
-                        self._sources[source]()
-                while self._words:
-                    word = self._words.popleft()
-                    getattr(self, f"_on_{word[0]}")(*word[1:])
-                for place in [place for place, when in self._due.items() if when <= time.monotonic()]:
-                    if self._instance and self._stop_at is None and self.slots[place].lock not in self._lost:
-                        self._spawn(place)
-                self._look_at_the_clock()
-        finally:
-            for child in self._children.values():
-                child.kill()
-            for child in list(self._children.values()):
-                multiprocessing.connection.wait([child.pidfd], 5)   # join() would wait for the sentinel, which may lie
-                self._bury(child)
-            self.peer.stop(("bye", "the node stopped"))
-            locks.close()
+        with _locked("nodes", fcntl.LOCK_SH), contextlib.ExitStack() as locks:
+            self._claim_devices(locks)
+            self.peer.thread.start()
+            threading.Thread(target=self._watch_devices, name="minipool-devices", daemon=True).start()
+            try:
+                while self._stop_at is None or (self._children and time.monotonic() < self._stop_at):
+                    for source in multiprocessing.connection.wait(self._sources, 0.2):  # so late may a respawn be
+                        if source in self._sources:     # not so the output of one that was just found dead
+                            self._sources[source]()
+                    while self._words:
+                        word = self._words.popleft()
+                        getattr(self, f"_on_{word[0]}")(*word[1:])
+                    for place in [place for place, when in self._due.items() if when <= time.monotonic()]:
+                        if self._instance and self._stop_at is None and self.slots[place].lock not in self._lost:
+                            self._spawn(place)
+                    self._look_at_the_clock()
+            finally:
+                for child in self._children.values():
+                    child.kill()
+                for child in list(self._children.values()):
+                    multiprocessing.connection.wait([child.pidfd], 5)   # not join(): the sentinel may lie
+                    self._bury(child)
+                self.peer.stop(("bye", "the node stopped"))
 
     def stop(self, patience: float = 0.0) -> None:
         """Let running jobs end for `patience` seconds, take no new ones, then go. A second call does not wait."""
