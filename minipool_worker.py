@@ -45,6 +45,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -1058,7 +1059,7 @@ def _connect(options: argparse.Namespace) -> None:
     supervisor.run()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Run the command line; return the exit code."""
     parser, add = minipool.subcommands("minipool-worker", "Join this machine's devices to a pool.")
     connect = add("connect", _connect, "join a pool: one worker per visible GPU")
@@ -1073,16 +1074,13 @@ def main(arguments: list[str] | None = None) -> int:
     connect.add_argument("--lifetime", type=minipool.TIME, metavar="T", help="drain and leave after T, e.g. 55m")
     connect.add_argument("--death-timeout", type=minipool.TIME, metavar="T", help="leave after T without a server")
     connect.add_argument("--max-tasks", type=_at_least(1), metavar="N", help="renew a worker after N jobs")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    program = sys.modules["__main__"]
-    program.__spec__ = None     # keeps multiprocessing from importing it a second time, in each worker
-    vars(program).pop("__file__", None)
+    sys.modules["__main__"] = types.ModuleType("__main__")      # else multiprocessing imports ours anew in each worker
     writer = threading.Thread(target=_stderr.pass_on, name="minipool-output", daemon=True)
     writer.start()
     try:
-        if arguments == ["_child"]:
+        if sys.argv[1:] == ["_child"]:
             return child_main(multiprocessing.connection.Connection(os.dup(0)))
-        return minipool.run_command(parser.parse_args(arguments), log_to=_stderr)
+        return minipool.run_command(parser.parse_args(), log_to=_stderr)
     finally:
         _stderr.put(None)
         writer.join(1)          # let the last words out; for a second, as perhaps nobody reads them
