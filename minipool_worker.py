@@ -1038,12 +1038,10 @@ def child_main(lifeline: multiprocessing.connection.Connection) -> int:
     return 0
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:       # argparse says "invalid number value"
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more")
-        return int(text)
-    return number
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
 
 
 def _connect(options: argparse.Namespace) -> None:
@@ -1066,14 +1064,14 @@ def main() -> int:
     connect.add_argument("address", nargs="?", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then 127.0.0.1")
     connect.add_argument("--name", help="this node's name (default: the host's)")
     connect.add_argument("--gpus", metavar="LIST", help='e.g. 0,2 or GPU-1a2b; "" for none (default: all visible)')
-    connect.add_argument("--workers-per-gpu", type=_at_least(1), default=1, metavar="N")
-    connect.add_argument("--cpu-workers", type=_at_least(0), metavar="N", help="default: one per core without a GPU")
+    connect.add_argument("--workers-per-gpu", type=_count, default=1, metavar="N")
+    connect.add_argument("--cpu-workers", type=_count, metavar="N", help="default: one per core without a GPU")
     connect.add_argument("--devices", metavar="LIST", help="other vendors' devices, with --device-env")
     connect.add_argument("--device-env", metavar="VAR", help="the variable that selects one, e.g. HIP_VISIBLE_DEVICES")
     connect.add_argument("--tag", action="append", dest="tags", metavar="T", default=[], help="a word for `on=`")
     connect.add_argument("--lifetime", type=minipool.TIME, metavar="T", help="drain and leave after T, e.g. 55m")
     connect.add_argument("--death-timeout", type=minipool.TIME, metavar="T", help="leave after T without a server")
-    connect.add_argument("--max-tasks", type=_at_least(1), metavar="N", help="renew a worker after N jobs")
+    connect.add_argument("--max-tasks", type=_count, metavar="N", help="renew a worker after N jobs")
     sys.modules["__main__"] = types.ModuleType("__main__")      # else multiprocessing imports ours anew in each worker
     writer = threading.Thread(target=_stderr.pass_on, name="minipool-output", daemon=True)
     writer.start()
