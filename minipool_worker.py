@@ -232,15 +232,6 @@ class Attempt(NamedTuple):
     missing: set[Name]                          # objects that are still on their way
 
 
-class SessionState:
-    """What this worker knows of one client: its log, and how far it was applied."""
-
-    def __init__(self) -> None:
-        self.log: list[Name] = []
-        self.applied = 0
-        self.unfit = b""                        # what an entry raised: then nothing of this client runs here
-
-
 def encode_exception(error: BaseException, where: str, limit: int) -> bytes | Blob:
     """Return a job's exception as it travels: itself if it is known to load again, and its text in any case.
 
@@ -295,7 +286,9 @@ class Worker:
         self._outcomes: dict[int, tuple[Name, Message]] = {}    # by token: job, and the message that tells it
         self._objects: dict[Name, Any] = {}             # small or pulled objects, as bytes
         self._functions: dict[Name, Any] = {}           # those that were opened; for the threads that run jobs
-        self._sessions: dict[bytes, SessionState] = {}
+        # of each client its log, how much of that was run, and what an entry raised: then nothing of it runs here
+        self._sessions: dict[bytes, Any] = collections.defaultdict(
+            lambda: types.SimpleNamespace(log=[], applied=0, unfit=b""))
         self._welcomed = False                          # the server has settled what we hold: jobs may begin
         self._name = ""                                 # as the first welcome said
         self._leaving = ""                              # why no new job is begun
@@ -461,13 +454,14 @@ class Worker:
         minipool._running.attempt = None        # that job of this thread is over
         state = self._sessions[attempt.job[0]]
         while state.applied < attempt.log and not state.unfit:
+            name = state.log[state.applied]         # no such place: the session has left meanwhile
             try:
-                args, kwargs, fn = minipool.decode_value(self._objects[state.log[state.applied]])
+                args, kwargs, fn = minipool.decode_value(self._objects[name])
                 fn(*args, **kwargs)
                 state.applied += 1
             except BaseException as error:
                 state.unfit = bytes(encode_exception(error, self._where, minipool.INLINE))     # type: ignore[arg-type]
-        return state.unfit
+        return bytes(state.unfit)
 
     # ---- the thread that reads: the I/O thread, or the main thread while it has nothing to run ----
 
@@ -509,7 +503,7 @@ class Worker:
 
     def _on_run(self, token: int, job: Name, fn: Name, payload: Value, log: int,
                 options: dict[str, Any] | None) -> None:
-        state = self._sessions.get(job[0]) or self._sessions.setdefault(job[0], SessionState())
+        state = self._sessions[job[0]]
         missing = set() if fn in self._objects else {fn}
         if state.applied < log:
             missing.update(name for name in state.log[state.applied:log] if name not in self._objects)
@@ -547,9 +541,9 @@ class Worker:
             self._wake.notify()
 
     def _on_log(self, session: bytes, position: int, name: Name) -> None:
-        state = self._sessions.setdefault(session, SessionState())
-        if position == len(state.log):
-            state.log.append(name)
+        log = self._sessions[session].log
+        if position == len(log):
+            log.append(name)
 
     def _take_out(self, tokens: list[int]) -> list[int]:
         """Remove from the inbox those of `tokens` that have not begun; return them."""
