@@ -474,7 +474,8 @@ class Worker:
         info = {key: self.setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
         info |= {"pid": os.getpid(), "python": PYTHON, "has": list(self._objects), "returns": bool(self._name),
                  "positions": {session: len(state.log) for session, state in self._sessions.items()}}
-        return [("worker", info, attempts)]
+        words: list[Message] = [("worker", info, attempts)]
+        return [*words, ("retire", self._leaving)] if self._leaving else words
 
     def _on_lost(self) -> None:
         with self._lock:
@@ -498,8 +499,6 @@ class Worker:
         self._name = os.environ["MINIPOOL_WORKER"] = info["name"]
         self._where = f"worker {self._name} on {self.device}"
         self.setup["node_name"], self._max_value = info["node_name"], info["max_value"]
-        if self._leaving:           # to a server that is new, or that did not hear it
-            self.peer.send(("retire", self._leaving))
 
     def _on_run(self, token: int, job: Name, fn: Name, payload: Value, log: int,
                 options: dict[str, Any] | None) -> None:
