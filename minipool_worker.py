@@ -284,8 +284,7 @@ class Worker:
         self._extra = 0                                 # threads that took over for one that is back: to end, or main
         self._executor: minipool.Executor | None = None # of the jobs here
         self._outcomes: dict[int, tuple[Name, Message]] = {}    # by token: job, and the message that tells it
-        self._objects: dict[Name, Any] = {}             # small or pulled objects, as bytes
-        self._functions: dict[Name, Any] = {}           # those that were opened; for the threads that run jobs
+        self._objects: dict[Name, Any] = {}             # small or pulled objects, as bytes; functions once opened
         # of each client its log, how much of that was run, and what an entry raised: then nothing of it runs here
         self._sessions: dict[bytes, Any] = collections.defaultdict(
             lambda: types.SimpleNamespace(log=[], applied=0, unfit=b""))
@@ -359,9 +358,9 @@ class Worker:
         try:
             if attempt.log and (error_of_log := self._apply_log(attempt)):
                 return self._finish(attempt, UNFIT, error_of_log, 0.0, False)
-            fn = self._functions.get(attempt.fn)
-            if fn is None:
-                fn = self._functions[attempt.fn] = minipool.decode_value(self._objects[attempt.fn])
+            fn = self._objects[attempt.fn]
+            if not callable(fn):
+                fn = self._objects[attempt.fn] = minipool.decode_value(fn)
             packed = attempt.payload
             args, kwargs, *retry_on = minipool.decode_value(
                 self._objects.pop(packed[0]) if isinstance(packed, tuple) else packed)
@@ -569,7 +568,6 @@ class Worker:
     def _on_drop(self, names: list[Name]) -> None:
         for name in names:
             self._objects.pop(name, None)
-            self._functions.pop(name, None)
 
     def _on_leave(self, session: bytes) -> None:
         self._sessions.pop(session, None)
