@@ -3839,23 +3839,20 @@ def get_executor() -> Executor:
 
 # ---- worker half ----
 
-_instances: dict[Name, tuple[Any, BaseException | None]] = {}   # in this process; or what the constructor raised
-
-
 def _make_instance(name: Name, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if name in _instances:      # its worker was away, not dead
+    if name in _here.objects:       # its worker was away, not dead
         return
     try:
-        _instances[name] = cls(*args, **kwargs), None
+        _here.objects[name] = cls(*args, **kwargs), None
     except BaseException as error:
-        _instances[name] = None, error
+        _here.objects[name] = None, error
         raise
 
 
 def _use_instance(name: Name, attribute: str, call: tuple[tuple[Any, ...], dict[str, Any]] | None = None) -> Any:
     """Read an attribute of an instance, or call it."""
     lost = WorkerDied(f"{attribute}: the process that the instance lived in is no more")
-    instance, error = _instances.get(name, (None, lost))
+    instance, error = _here.objects.get(name, (None, lost))
     if error is not None:
         raise error
     value = getattr(instance, attribute)
@@ -3863,7 +3860,7 @@ def _use_instance(name: Name, attribute: str, call: tuple[tuple[Any, ...], dict[
 
 
 def _drop_instance(name: Name) -> None:
-    _instances.pop(name, None)
+    _here.objects.pop(name, None)
 
 
 # ---- client half ----

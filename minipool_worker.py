@@ -45,6 +45,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -231,15 +232,6 @@ class Attempt(NamedTuple):
     missing: set[Name]                          # objects that are still on their way
 
 
-class SessionState:
-    """What this worker knows of one client: its log, and how far it was applied."""
-
-    def __init__(self) -> None:
-        self.log: list[Name] = []
-        self.applied = 0
-        self.unfit = b""                        # what an entry raised: then nothing of this client runs here
-
-
 def encode_exception(error: BaseException, where: str, limit: int) -> bytes | Blob:
     """Return a job's exception as it travels: itself if it is known to load again, and its text in any case.
 
@@ -292,9 +284,10 @@ class Worker:
         self._extra = 0                                 # threads that took over for one that is back: to end, or main
         self._executor: minipool.Executor | None = None # of the jobs here
         self._outcomes: dict[int, tuple[Name, Message]] = {}    # by token: job, and the message that tells it
-        self._objects: dict[Name, Any] = {}             # small or pulled objects, as bytes
-        self._functions: dict[Name, Any] = {}           # those that were opened; for the threads that run jobs
-        self._sessions: dict[bytes, SessionState] = {}
+        self.objects: dict[Name, Any] = {}              # small or pulled ones, as bytes; opened functions; instances
+        # of each client its log, how much of that was run, and what an entry raised: then nothing of it runs here
+        self._sessions: dict[bytes, Any] = collections.defaultdict(
+            lambda: types.SimpleNamespace(log=[], applied=0, unfit=b""))
         self._welcomed = False                          # the server has settled what we hold: jobs may begin
         self._name = ""                                 # as the first welcome said
         self._leaving = ""                              # why no new job is begun
@@ -364,12 +357,12 @@ class Worker:
         try:
             if attempt.log and (error_of_log := self._apply_log(attempt)):
                 return self._finish(attempt, UNFIT, error_of_log, 0.0, False)
-            fn = self._functions.get(attempt.fn)
-            if fn is None:
-                fn = self._functions[attempt.fn] = minipool.decode_value(self._objects[attempt.fn])
+            fn = self.objects[attempt.fn]
+            if not callable(fn):
+                fn = self.objects[attempt.fn] = minipool.decode_value(fn)
             packed = attempt.payload
             args, kwargs, *retry_on = minipool.decode_value(
-                self._objects.pop(packed[0]) if isinstance(packed, tuple) else packed)
+                self.objects.pop(packed[0]) if isinstance(packed, tuple) else packed)
             if attempt is self._begun:
                 os.environ["MINIPOOL_JOB"] = minipool.job_id(attempt.job)
             minipool._running.attempt = attempt
@@ -459,13 +452,14 @@ class Worker:
         minipool._running.attempt = None        # that job of this thread is over
         state = self._sessions[attempt.job[0]]
         while state.applied < attempt.log and not state.unfit:
+            name = state.log[state.applied]         # no such place: the session has left meanwhile
             try:
-                args, kwargs, fn = minipool.decode_value(self._objects[state.log[state.applied]])
+                args, kwargs, fn = minipool.decode_value(self.objects[name])
                 fn(*args, **kwargs)
                 state.applied += 1
             except BaseException as error:
                 state.unfit = bytes(encode_exception(error, self._where, minipool.INLINE))     # type: ignore[arg-type]
-        return state.unfit
+        return bytes(state.unfit)
 
     # ---- the thread that reads: the I/O thread, or the main thread while it has nothing to run ----
 
@@ -476,9 +470,10 @@ class Worker:
         attempts += [(a.token, a.job, "beside" if a.options.get("beside") else "parked") for a in self._beside.values()]
         attempts += [(a.token, a.job, "begun") for a in (self._begun,) if a]
         info = {key: self.setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
-        info |= {"pid": os.getpid(), "python": PYTHON, "has": list(self._objects), "returns": bool(self._name),
+        info |= {"pid": os.getpid(), "python": PYTHON, "has": list(self.objects), "returns": bool(self._name),
                  "positions": {session: len(state.log) for session, state in self._sessions.items()}}
-        return [("worker", info, attempts)]
+        words: list[Message] = [("worker", info, attempts)]
+        return [*words, ("retire", self._leaving)] if self._leaving else words
 
     def _on_lost(self) -> None:
         with self._lock:
@@ -502,15 +497,13 @@ class Worker:
         self._name = os.environ["MINIPOOL_WORKER"] = info["name"]
         self._where = f"worker {self._name} on {self.device}"
         self.setup["node_name"], self._max_value = info["node_name"], info["max_value"]
-        if self._leaving:           # to a server that is new, or that did not hear it
-            self.peer.send(("retire", self._leaving))
 
     def _on_run(self, token: int, job: Name, fn: Name, payload: Value, log: int,
                 options: dict[str, Any] | None) -> None:
-        state = self._sessions.get(job[0]) or self._sessions.setdefault(job[0], SessionState())
-        missing = set() if fn in self._objects else {fn}
+        state = self._sessions[job[0]]
+        missing = set() if fn in self.objects else {fn}
         if state.applied < log:
-            missing.update(name for name in state.log[state.applied:log] if name not in self._objects)
+            missing.update(name for name in state.log[state.applied:log] if name not in self.objects)
         attempt = self._inbox[token] = Attempt(token, job, fn, payload, log, options or {}, missing)
         if type(payload) is tuple:
             missing.add(payload[0])
@@ -527,15 +520,15 @@ class Worker:
 
     def _on_put(self, name: Name, value: Value) -> None:
         if isinstance(value, bytes):
-            self._objects[name] = value
-        elif name not in self._objects:
+            self.objects[name] = value
+        elif name not in self.objects:
             self.peer.pull(value, lambda data: self._arrived(name, data))
 
     def _arrived(self, name: Name, data: Any) -> None:
         """A pulled object is here, or nobody holds it: then what needs it goes back."""
         with self._wake:
             if data is not None:
-                self._objects[name] = data
+                self.objects[name] = data
             for attempt in [a for a in self._inbox.values() if name in a.missing]:
                 if data is None:
                     self.peer.send(("recalled", [], self._take_out([attempt.token])))
@@ -545,9 +538,9 @@ class Worker:
             self._wake.notify()
 
     def _on_log(self, session: bytes, position: int, name: Name) -> None:
-        state = self._sessions.setdefault(session, SessionState())
-        if position == len(state.log):
-            state.log.append(name)
+        log = self._sessions[session].log
+        if position == len(log):
+            log.append(name)
 
     def _take_out(self, tokens: list[int]) -> list[int]:
         """Remove from the inbox those of `tokens` that have not begun; return them."""
@@ -556,7 +549,7 @@ class Worker:
             payload = self._inbox.pop(token).payload
             if isinstance(payload, tuple):
                 self.peer.forget_pull(payload[0])
-                self._objects.pop(payload[0], None)
+                self.objects.pop(payload[0], None)
         return taken
 
     def _on_recall(self, tokens: list[int]) -> None:
@@ -573,13 +566,11 @@ class Worker:
 
     def _on_drop(self, names: list[Name]) -> None:
         for name in names:
-            self._objects.pop(name, None)
-            self._functions.pop(name, None)
-            minipool._instances.pop(name, None)
+            self.objects.pop(name, None)
 
     def _on_leave(self, session: bytes) -> None:
         self._sessions.pop(session, None)
-        self._on_drop([name for name in [*self._objects, *minipool._instances] if name[0] == session])
+        self._on_drop([name for name in self.objects if name[0] == session])
         minipool._shared_objects.pop(session, None)
 
     def _on_bye(self, reason: str) -> None:
@@ -761,31 +752,29 @@ class Supervisor:
 
     def run(self) -> None:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
-        locks = contextlib.ExitStack()
-        locks.enter_context(_locked("nodes", fcntl.LOCK_SH))
-        self._claim_devices(locks)
-        self.peer.thread.start()
-        threading.Thread(target=self._watch_devices, name="minipool-devices", daemon=True).start()
-        try:
-            while self._stop_at is None or (self._children and time.monotonic() < self._stop_at):
-                for source in multiprocessing.connection.wait(self._sources, 0.2):  # so late may a beat or respawn be
-                    if source in self._sources:     # not so the output of one that was just found dead
-                        self._sources[source]()
-                while self._words:
-                    word = self._words.popleft()
-                    getattr(self, f"_on_{word[0]}")(*word[1:])
-                for place in [place for place, when in self._due.items() if when <= time.monotonic()]:
-                    if self._instance and self._stop_at is None:
-                        self._spawn(place)
-                self._look_at_the_clock()
-        finally:
-            for child in self._children.values():
-                child.kill()
-            for child in list(self._children.values()):
-                multiprocessing.connection.wait([child.pidfd], 5)   # join() would wait for the sentinel, which may lie
-                self._bury(child)
-            self.peer.stop(("bye", "the node stopped"))
-            locks.close()
+        with _locked("nodes", fcntl.LOCK_SH), contextlib.ExitStack() as locks:
+            self._claim_devices(locks)
+            self.peer.thread.start()
+            threading.Thread(target=self._watch_devices, name="minipool-devices", daemon=True).start()
+            try:
+                while self._stop_at is None or (self._children and time.monotonic() < self._stop_at):
+                    for source in multiprocessing.connection.wait(self._sources, 0.2):  # so late may a respawn be
+                        if source in self._sources:     # not so the output of one that was just found dead
+                            self._sources[source]()
+                    while self._words:
+                        word = self._words.popleft()
+                        getattr(self, f"_on_{word[0]}")(*word[1:])
+                    for place in [place for place, when in self._due.items() if when <= time.monotonic()]:
+                        if self._instance and self._stop_at is None and self.slots[place].lock not in self._lost:
+                            self._spawn(place)
+                    self._look_at_the_clock()
+            finally:
+                for child in self._children.values():
+                    child.kill()
+                for child in list(self._children.values()):
+                    multiprocessing.connection.wait([child.pidfd], 5)   # not join(): the sentinel may lie
+                    self._bury(child)
+                self.peer.stop(("bye", "the node stopped"))
 
     def stop(self, patience: float = 0.0) -> None:
         """Let running jobs end for `patience` seconds, take no new ones, then go. A second call does not wait."""
@@ -882,14 +871,11 @@ class Supervisor:
         with self.peer.lock:
             self._unreported.append(("died", child.id, child.aimed or token, cause))
             self.peer.send(self._unreported[-1])
-        if self._stop_at is None:
-            if code:
-                _log.warning("worker %d on %s %s", child.place, slot.device, cause["what"])
-            # at once, but a slot whose workers die five times in a row without a success rests, longer each time
-            deaths = self._deaths[child.place] = 0 if successes or child.killed else self._deaths[child.place] + 1
-            rest = min(60, 2 ** (deaths - 5)) if deaths >= 5 else 0
-            if slot.lock not in self._lost:
-                self._due[child.place] = time.monotonic() + rest
+        if code:
+            _log.warning("worker %d on %s %s", child.place, slot.device, what)
+        # at once, but a slot whose workers die five times in a row without a success rests, longer each time
+        deaths = self._deaths[child.place] = 0 if successes or child.killed else self._deaths[child.place] + 1
+        self._due[child.place] = time.monotonic() + (min(60, 2 ** (deaths - 5)) if deaths >= 5 else 0)
 
     def _bury(self, child: Child) -> None:
         del self._children[child.place], self._sources[child.pidfd]
@@ -929,10 +915,9 @@ class Supervisor:
     def _on_device_lost(self, lock: str, text: str) -> None:
         """End the workers of a GPU that is lost, for good; those of the others do not notice."""
         self._lost[lock] = text
-        for place in [place for place, slot in enumerate(self.slots) if slot.lock == lock]:
-            self._due.pop(place, None)
-            if place in self._children:
-                self._children[place].kill(f"its GPU is lost: {text}")
+        for child in self._children.values():
+            if self.slots[child.place].lock == lock:
+                child.kill(f"its GPU is lost: {text}")
 
     def _read_output(self, child: Child) -> None:
         """Take what a worker printed: it never blocks on us; keep its tail, pass it on with its name before it."""
@@ -1043,12 +1028,10 @@ def child_main(lifeline: multiprocessing.connection.Connection) -> int:
     return 0
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:       # argparse says "invalid number value"
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more")
-        return int(text)
-    return number
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
 
 
 def _connect(options: argparse.Namespace) -> None:
@@ -1064,31 +1047,28 @@ def _connect(options: argparse.Namespace) -> None:
     supervisor.run()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Run the command line; return the exit code."""
     parser, add = minipool.subcommands("minipool-worker", "Join this machine's devices to a pool.")
     connect = add("connect", _connect, "join a pool: one worker per visible GPU")
     connect.add_argument("address", nargs="?", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then 127.0.0.1")
     connect.add_argument("--name", help="this node's name (default: the host's)")
     connect.add_argument("--gpus", metavar="LIST", help='e.g. 0,2 or GPU-1a2b; "" for none (default: all visible)')
-    connect.add_argument("--workers-per-gpu", type=_at_least(1), default=1, metavar="N")
-    connect.add_argument("--cpu-workers", type=_at_least(0), metavar="N", help="default: one per core without a GPU")
+    connect.add_argument("--workers-per-gpu", type=_count, default=1, metavar="N")
+    connect.add_argument("--cpu-workers", type=_count, metavar="N", help="default: one per core without a GPU")
     connect.add_argument("--devices", metavar="LIST", help="other vendors' devices, with --device-env")
     connect.add_argument("--device-env", metavar="VAR", help="the variable that selects one, e.g. HIP_VISIBLE_DEVICES")
     connect.add_argument("--tag", action="append", dest="tags", metavar="T", default=[], help="a word for `on=`")
     connect.add_argument("--lifetime", type=minipool.TIME, metavar="T", help="drain and leave after T, e.g. 55m")
     connect.add_argument("--death-timeout", type=minipool.TIME, metavar="T", help="leave after T without a server")
-    connect.add_argument("--max-tasks", type=_at_least(1), metavar="N", help="renew a worker after N jobs")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    program = sys.modules["__main__"]
-    program.__spec__ = None     # keeps multiprocessing from importing it a second time, in each worker
-    vars(program).pop("__file__", None)
+    connect.add_argument("--max-tasks", type=_count, metavar="N", help="renew a worker after N jobs")
+    sys.modules["__main__"] = types.ModuleType("__main__")      # else multiprocessing imports ours anew in each worker
     writer = threading.Thread(target=_stderr.pass_on, name="minipool-output", daemon=True)
     writer.start()
     try:
-        if arguments == ["_child"]:
+        if sys.argv[1:] == ["_child"]:
             return child_main(multiprocessing.connection.Connection(os.dup(0)))
-        return minipool.run_command(parser.parse_args(arguments), log_to=_stderr)
+        return minipool.run_command(parser.parse_args(), log_to=_stderr)
     finally:
         _stderr.put(None)
         writer.join(1)          # let the last words out; for a second, as perhaps nobody reads them

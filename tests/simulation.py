@@ -73,6 +73,7 @@ class Actor:
     alive = True
     link = None
     is_in = False
+    is_retiring = False
 
     def say(self, *messages):
         if self.link is not None and not self.link.is_cut and messages:
@@ -278,8 +279,6 @@ class Worker(Actor):
 
     def on_welcome(self, info):
         self.is_in = self.was_in = True
-        if self.is_retiring:
-            self.say(("retire", "enough"))
 
     def on_bye(self, reason):
         """Leave as planned: nothing of this process is needed any more. Of a run that nobody waits for it may be."""
@@ -603,9 +602,7 @@ class World:
     def dial(self, actor):
         link = actor.link = Link(next(self.peers), actor)
         self.links[link.peer] = link
-        message = actor.announcement()
-        check_message(message, actor.role)
-        link.up.append([message])
+        actor.say(actor.announcement(), *([("retire", "enough")] if actor.is_retiring else []))
 
     def deliver_up(self, link):
         frame = link.up.popleft()
@@ -765,7 +762,7 @@ class World:
         leaving = node.workers if self.rng.random() < 0.3 else [self.rng.choice(node.workers)]
         for worker in leaving:
             worker.is_retiring = True
-            worker.say(("retire", "enough")) if worker.is_in else None
+            worker.say(("retire", "enough"))
 
     def fault_freeze(self):
         self.rng.choice(self.nodes).frozen_until = self.now + self.rng.choice((2.0, 10.0, 20.0))

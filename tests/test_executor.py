@@ -862,7 +862,7 @@ class TestMemory:
 
     def test_a_function_ends_with_its_last_job(self, pool):
         def kept():
-            return max(len(thing._functions) for thing in gc.get_objects() if type(thing).__name__ == "Worker")
+            return max(len(thing.objects) for thing in gc.get_objects() if type(thing).__name__ == "Worker")
         for n in range(500):
             pool.submit(lambda n=n: n).result(SOON)
         assert pool.submit(kept).result(SOON) < 100

@@ -155,7 +155,7 @@ class TestUpdates:
 
 
 def _answer(key):
-    return minipool._instances[key][0].updates
+    return minipool._here.objects[key][0].updates
 
 
 class TestSeveral:
