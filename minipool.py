@@ -1212,7 +1212,6 @@ WINDOW_SECONDS = 0.02   # of estimated work that may lie in a worker's inbox
 WINDOW_JOBS = 256       # at most; so no job is estimated shorter than WINDOW_SECONDS / WINDOW_JOBS
 LONG = 1e9              # the estimate of a function not known to be short: nothing else fits beside it
 UNACKNOWLEDGED = 16 << 20   # bytes of outcomes on their way to a client; with more, it does not read: its jobs wait
-KEPT_SELECTIONS = 64    # by `on`, though no job waits there; more than a program names
 MOURNED = 10_000        # slots whose dead are remembered: a dead worker's words may be read after its death
 CREDIT_JOBS = 4096      # jobs a session may have at the server; the rest waits at the client, so memory is constant
 
@@ -1241,7 +1240,7 @@ class Node(Member):
 
 
 class Selection:
-    """The workers that one `on` admits, sorted by room, so that dispatch finds one without a search."""
+    """The workers that have a tag, or all, sorted by room, so that dispatch finds one without a search."""
 
     def __init__(self) -> None:
         self.members: set[Worker] = set()
@@ -1266,7 +1265,7 @@ class Worker(Member):
         self.delivering: dict[int, Job] = {}        # outcomes it keeps for clients
         self.load = 0.0                             # estimated seconds of work in the inbox
         self.moved_at = 0.0                         # when it last finished something
-        self.selections: list[Selection] = []       # that have it as a member
+        self.selections: list[Selection] = []       # that have it as a member: of its tags, and of all
         self.has: set[Name] = set()                 # objects it was sent
         self.positions: dict[bytes, int] = {}       # how much it was sent of the log of each session that it knows
         self.unfit: dict[bytes, Value] = {}         # sessions whose log raised there, and what
@@ -1302,7 +1301,7 @@ class Job:
     # those of them that are read here
     name = ""
     priority: float = 0
-    on: frozenset[str] | None = None
+    on: tuple[str, ...] | None = None
     soft = False                    # `on` is a preference
     retries, max_deaths = 0, 3
     job_timeout: float | None = None    # seconds that it may run
@@ -1329,7 +1328,7 @@ class Job:
         self.log = 0                # how much of the session's log must have run before
 
 
-Key = tuple[Session, frozenset[str] | None, bool]   # what the jobs of a queue share: session, `on`, soft
+Key = tuple[Session, tuple[str, ...] | None, bool]   # what the jobs of a queue share: session, `on`, soft
 
 
 Actions = collections.namedtuple("Actions", "sends closes")     # what the shell must do: messages by peer, connections
@@ -1351,7 +1350,7 @@ class Scheduler:
         self._token = first_token       # the server's start in microseconds: later lives never repeat one
         self._order = itertools.count()                 # of arrival: it breaks ties of jobs, and of timers
         self._queues: dict[Key, list[tuple[float, int, Job]]] = {}      # heaps of ready jobs, and of some ready no more
-        self._selections: dict[frozenset[str] | None, Selection] = {None: Selection()}      # by `on`; None: all
+        self._selections = collections.defaultdict[str | None, Selection](Selection)        # by tag; None: all
         self._adopting = now + self.beat                # so long only those count who were in before; 0: it is over
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
         self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
@@ -1503,8 +1502,9 @@ class Scheduler:
             for older in [id for id in node.workers if id[:16] == slot and id < info["id"]]:
                 self._died(node, now, older, None, {"what": "was replaced by a newer process"})
             worker = self.workers[info["id"]] = node.workers[info["id"]] = Worker(node, info)
-            for on, selection in self._selections.items():
-                self._enlist(worker, on, selection)
+            worker.selections = [self._selections[tag] for tag in (None, *worker.tags)]
+            for selection in worker.selections:
+                selection.members.add(worker)
         worker.has, worker.recalled, worker.acks = set(info["has"]), [], []
         # of a session that it does not list it may have functions all the same: it is told when that one leaves
         worker.positions = {**dict.fromkeys(worker.positions, 0), **info["positions"]}
@@ -1614,7 +1614,7 @@ class Scheduler:
             if option in _OPTIONS_READ:
                 setattr(job, option, setting)
         if job.on is not None:
-            job.on = frozenset(job.on) or None
+            job.on = tuple(sorted(set(job.on))) or None
         job.deaths = min(job.deaths, job.max_deaths + 1)        # it may have died before its client told how often
         if job.begun and job.job_timeout is not None:   # its limit was not known then
             self._arm(now + job.job_timeout, self._time_out, job, job.token)
@@ -1639,9 +1639,7 @@ class Scheduler:
     def _put_back(self, job: Job, now: float, charged: bool = False, cause: dict[str, Any] | None = None) -> None:
         """Put a job into the queue, or back; a charge counts, and beyond max_deaths it is the end, as is a kill."""
         job.deaths += charged
-        if job.on not in self._selections:
-            self._select(job.on)
-        there = next(iter(self._selections[job.on].members), None) if job.beside else None
+        there = next((w for s in self._admitting(job) for w in s.members), None) if job.beside else None
         if job.killed or job.deaths > job.max_deaths or (job.beside and (not there or job.worker not in (None, there))):
             return self._fail(job, cause or {"what": "is not there"})
         job.worker, job.delivering, job.begun = None, False, False
@@ -1783,19 +1781,18 @@ class Scheduler:
 
     def _room_for(self, job: Job) -> Worker | None:
         """Settle what a job is taken for, and return the worker that should take it now; None if none has room."""
-        session, selection = job.session, self._selections[job.on]
+        session, selections = job.session, self._admitting(job)
         if self.is_paused or session.unacknowledged > UNACKNOWLEDGED:
             return None
-        if job.soft and not selection.members:
-            selection = self._selections[None]
         is_suspect = job.deaths or not job.max_deaths       # it runs alone, so that no second charge can be wrong
         job.estimate = LONG if is_suspect else session.estimates.get(job.fn, LONG)
-        roomy = selection.roomy if job.estimate < LONG else {}
-        candidates: Iterable[Worker] = itertools.chain(selection.idle, roomy)
+        idle = [selection.idle for selection in selections]
+        rooms = idle + [selection.roomy for selection in selections if job.estimate < LONG]
+        candidates: Iterable[Worker] = itertools.chain(*rooms)
         if session.limit is not None and len(session.workers) >= session.limit:
-            candidates = [w for w in session.workers if w in roomy or w in selection.idle]     # its own
-        elif session.latest in selection.idle and session.id not in session.latest.unfit:
-            return session.latest                   # it is warm, and what it may forget goes in the same frame
+            candidates = [w for w in session.workers if any(w in room for room in rooms)]       # its own
+        elif (latest := session.latest) and any(latest in room for room in idle):
+            candidates = itertools.chain([latest], candidates)      # it is warm, and may forget in the same frame
         for worker in candidates:
             if session.id not in worker.unfit:
                 return worker
@@ -1878,30 +1875,17 @@ class Scheduler:
 
     # ---- room, windows, recall ----
 
-    def _select(self, on: frozenset[str] | None) -> None:
-        """Look who is admitted by an `on`. That is a look at every worker, so what was found outlives its queue."""
-        if len(self._selections) >= KEPT_SELECTIONS + 2 * len(self._queues):
-            used = {None, *(on for _, on, _ in self._queues)}
-            for unused in self._selections.keys() - used:
-                selection = self._selections.pop(unused)
-                for worker in selection.members:
-                    worker.selections.remove(selection)
-        self._selections[on] = selection = Selection()
-        for worker in self.workers.values():
-            self._enlist(worker, on, selection)
+    def _admitting(self, job: Job) -> list[Selection]:
+        """Return the selections of the workers that a job's `on` admits; of all, if it has none, or a vain wish."""
+        found = [self._selections[tag] for tag in job.on or () if tag in self._selections]
+        return found if job.on and not (job.soft and not found) else [self._selections[None]]
 
-    def _enlist(self, worker: Worker, on: frozenset[str] | None, selection: Selection) -> None:
-        if on is None or on & worker.tags:
-            selection.members.add(worker)
-            worker.selections.append(selection)
-            self._refresh(worker, [selection])
-
-    def _refresh(self, worker: Worker, selections: Iterable[Selection] | None = None) -> None:
+    def _refresh(self, worker: Worker) -> None:
         """Sort a worker by its room; it moves to the end, so that equals are used in turn."""
         able = self._is_able(worker)
         idle = able and not worker.inbox
         roomy = able and not idle and worker.load < WINDOW_SECONDS
-        for selection in worker.selections if selections is None else selections:
+        for selection in worker.selections:
             selection.idle.pop(worker, None)
             selection.roomy.pop(worker, None)
             if idle:
@@ -2019,8 +2003,10 @@ class Scheduler:
         del self.workers[worker.id], worker.node.workers[worker.id]
         self._leaving.pop(worker, None)
         self._refresh(worker)
-        for selection in worker.selections:
-            selection.members.remove(worker)
+        for tag in (None, *worker.tags):
+            self._selections[tag].members.remove(worker)
+            if not self._selections[tag].members:
+                del self._selections[tag]
         if token is None and not cause.get("planned"):
             token = next(iter(worker.inbox), 0)
         guilty, waiting = self._current(worker, token or 0), list(worker.beside)
@@ -2178,8 +2164,8 @@ class Scheduler:
             assert not set(worker.inbox) & set(worker.delivering), worker.name
             for token, job in worker.delivering.items():
                 assert job.token == token and job.delivering and job.state == State.RUNNING, self.story(job)
-            for on, selection in self._selections.items():
-                is_idle = self._is_able(worker) and not worker.inbox and bool(on is None or on & worker.tags)
+            for tag, selection in self._selections.items():
+                is_idle = self._is_able(worker) and not worker.inbox and tag in (None, *worker.tags)
                 assert (worker in selection.idle) == is_idle, worker.name
         for (session, _, _), heap in self._queues.items():
             assert len(heap) <= 64 + 2 * len(session.jobs), "dead entries pile up"

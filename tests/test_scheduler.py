@@ -1097,24 +1097,20 @@ class TestTheWordThatAJobBegan:
 
 
 class TestSelections:
-    def test_what_an_on_admits_is_looked_up_once_however_often_its_queue_empties(self):
-        pool, looked = Cluster(workers=["w1", "w2"]), []
-        select = pool.scheduler._select
-        pool.scheduler._select = lambda on: (looked.append(on), select(on))
-        for _ in range(5):
-            job = pool.submit(on=["host-2"])
-            assert pool.runs() == [("w2", job, 1)]
-            pool.finish(job)
-        assert len(looked) == 1
-
-    def test_selections_where_nobody_looks_any_more_go(self):
-        pool = Cluster(workers=["w1"])
+    def test_a_tag_that_nobody_has_any_more_is_forgotten(self):
+        pool = Cluster(workers=["w1"], tags={"w1": ["blue"]})
         for number in range(300):
-            pool.finish(pool.submit(on=["host-1", f"nobody-{number}"]))
-        assert len(pool.scheduler._selections) < 200
-        assert len(pool.scheduler.workers[pool.id_of("w1")].selections) < 200
+            pool.finish(pool.submit(on=["blue", f"nobody-{number}"]))
+        assert set(pool.scheduler._selections) == {None, "blue", *pool.scheduler.workers[pool.id_of("w1")].tags}
+        pool.lose("w1")
+        assert set(pool.scheduler._selections) <= {None}
 
-    def test_one_that_is_looked_up_again_knows_who_joined_and_left_meanwhile(self):
+    def test_a_worker_with_two_of_the_tags_has_each_job_once(self):
+        pool = Cluster(workers=["w1"], tags={"w1": ["blue", "red"]})
+        job = pool.submit(on=["blue", "red"])
+        assert pool.runs() == [("w1", job, 1)]
+
+    def test_who_joined_and_left_meanwhile_is_known(self):
         pool = Cluster(workers=["w1"], tags={"w1": ["blue"], "w2": ["blue"]})
         job = pool.submit(on=["blue"])
         pool.finish(job)
