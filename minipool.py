@@ -3693,17 +3693,21 @@ class Executor(concurrent.futures.Executor):
         view.__dict__.update(self.__dict__)
         view._options = {**self._options, **options}
         view._parent, view._closed, view._wired = self, False, (None, None, None)
-        if on := options.get("on"):
+        if (on := options.get("on")) and not view._admitted():
+            known = ", ".join(sorted({tag for worker in self._client.workers for tag in worker["tags"]}))
+            text = f"on={list(on)} names no worker, node or tag; there are {known or 'none yet'}"
             if self._client.child:
-                with contextlib.suppress(TimeoutError):     # one that does not come is in nobody's way here
-                    self.wait_for_workers(self.size, 10)
-            known = {tag for worker in self._client.workers for tag in worker["tags"]}
-            if known.isdisjoint(on):
-                text = f"on={list(on)} names no worker, node or tag; there are {', '.join(sorted(known)) or 'none yet'}"
-                if self._client.child:
-                    raise ValueError(text)          # for an embedded pool cannot grow
-                warnings.warn(f"{text}: such jobs wait until one joins", RuntimeWarning, stacklevel=2)
+                raise ValueError(text)          # for an embedded pool cannot grow
+            warnings.warn(f"{text}: such jobs wait until one joins", RuntimeWarning, stacklevel=2)
         return view
+
+    def _admitted(self) -> list[dict[str, Any]]:
+        """Return the workers there are that `on` admits; of an embedded pool when all have come, or cannot."""
+        if self._client.child:
+            with contextlib.suppress(TimeoutError):     # one that does not come is in nobody's way here
+                self.wait_for_workers(self.size, 10)
+        on = self._options.get("on")
+        return [worker for worker in self._client.workers if not (on and set(on).isdisjoint(worker["tags"]))]
 
     def on_start(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
         """Run fn(*args, **kwargs) once on every worker, late ones too, before later jobs; like an initializer.
@@ -3737,14 +3741,6 @@ class Executor(concurrent.futures.Executor):
             worker = min((worker["name"] for worker in self._admitted()), key=taken.__getitem__)
         view = self.options(on=worker, max_deaths=0)        # at most once, and there
         return Actor(view, cls, (self._client.session, next(self._client.numbers)), (args, kwargs))._start()
-
-    def _admitted(self) -> list[dict[str, Any]]:
-        """Return the workers there are that `on` admits; of an embedded pool when all have come, or cannot."""
-        on = self._options.get("on")
-        if self._client.child and not on:
-            with contextlib.suppress(TimeoutError):     # one that does not come is in nobody's way here
-                self.wait_for_workers(self.size, 10)
-        return [worker for worker in self._client.workers if not (on and set(on).isdisjoint(worker["tags"]))]
 
     def wait_for_workers(self, n: int, timeout: float | None = None) -> None:
         """Block until there are `n` workers; raise TimeoutError after `timeout` seconds."""
@@ -3823,33 +3819,10 @@ def get_executor() -> Executor:
 # of the session's log, which every worker has run, in order, before its next job.
 # ==================================================================================================================
 
-# ---- worker half ----
+def _in_worker(method: str, *arguments: Any) -> Any:
+    """Be the job that calls a method of the worker's process: there are the instances."""
+    return getattr(_here, method)(*arguments)
 
-def _make_instance(name: Name, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if name in _here.objects:       # its worker was away, not dead
-        return
-    try:
-        _here.objects[name] = cls(*args, **kwargs), None
-    except BaseException as error:
-        _here.objects[name] = None, error
-        raise
-
-
-def _use_instance(name: Name, attribute: str, call: tuple[tuple[Any, ...], dict[str, Any]] | None = None) -> Any:
-    """Read an attribute of an instance, or call it."""
-    lost = WorkerDied(f"{attribute}: the process that the instance lived in is no more")
-    instance, error = _here.objects.get(name, (None, lost))
-    if error is not None:
-        raise error
-    value = getattr(instance, attribute)
-    return value if call is None else value(*call[0], **call[1])
-
-
-def _drop_instance(name: Name) -> None:
-    _here.objects.pop(name, None)
-
-
-# ---- client half ----
 
 _actors: weakref.WeakSet[Actor] = weakref.WeakSet()     # the handles of this process
 
@@ -3877,19 +3850,19 @@ class Actor:
     def _start(self) -> Actor:
         """Send the constructor; in the process whose handles keep the instance."""
         self._pid = self._process()
-        self._made = self._submit("__init__", _make_instance, self._cls, *self._made_with)
+        self._made = self._submit("__init__", "make_instance", self._cls, *self._made_with)
         return self
 
     def _process(self) -> int | None:
         """Return the process id of the worker; None while it is away."""
         return next((w["pid"] for w in self._view._client.workers if w["name"] in self._view._options["on"]), None)
 
-    def _submit(self, attribute: str, fn: Callable[..., Any], *rest: Any) -> Future:
+    def _submit(self, attribute: str, step: str, *rest: Any) -> Future:
         if attribute not in self._views:
             name = self._view._options.get("name") or f"{self._cls.__qualname__}.{attribute}"
             self._views[attribute] = self._view.options(name=name)
         view = self._views[attribute]
-        return view._client.submit(view, fn, (self._name, *rest), {})
+        return view._client.submit(view, _in_worker, (step, self._name, *rest), {})
 
     def _use(self, attribute: str, *call: Any) -> Future:
         if self._is_killed:
@@ -3902,7 +3875,7 @@ class Actor:
                 self._restarts -= 1
                 self._start()
             self._pid = self._pid or process
-        return self._submit(attribute, _use_instance, attribute, *call)
+        return self._submit(attribute, "use_instance", attribute, *call)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):            # what copy, pickle and inspect look for is not the instance's
@@ -3928,7 +3901,7 @@ def _actor_of(cls: type, name: Name, on: tuple[str, ...]) -> Actor:
 def _end_actor(view: Executor, name: Name) -> None:
     # a closed executor has no instances any more
     with contextlib.suppress(RuntimeError, concurrent.futures.BrokenExecutor):
-        view._client.submit(view, _drop_instance, (name,), {})
+        view._client.submit(view, _in_worker, ("drop_instance", name), {})
 
 
 class WorkerInterface:
@@ -3949,27 +3922,6 @@ def _arguments(call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(call.get("args", ())), dict(call.get("kwargs", {}))
 
 
-class _Results:
-    """The results of jobs that are submitted as they are asked for; one that raises does not end it."""
-
-    def __init__(self, jobs: Iterator[Future], ahead: int, in_order: bool) -> None:
-        self._jobs, self._ahead, self._in_order = jobs, ahead, in_order
-        self._pending: list[concurrent.futures.Future[Any]] = []
-
-    def __iter__(self) -> _Results:
-        return self
-
-    def __next__(self) -> Any:
-        self._pending.extend(itertools.islice(self._jobs, self._ahead - len(self._pending)))
-        if not self._pending:
-            raise StopIteration
-        future: concurrent.futures.Future[Any] = self._pending[0]
-        if not self._in_order:
-            future = next(iter(wait(self._pending, None, concurrent.futures.FIRST_COMPLETED).done))
-        self._pending.remove(future)
-        return future.result()
-
-
 class Pool:
     """One instance of `worker_class` in every worker, late workers too; its jobs go to whichever is free.
 
@@ -3985,32 +3937,39 @@ class Pool:
         self.executor = (executor or self._owned).options(name=f"{worker_class.__qualname__}.run")      # type: ignore[union-attr]
         self._client = self.executor._client
         self._name = self._client.session, next(self._client.numbers)
-        self._log = [self._client.add_to_log(_make_instance, (self._name, worker_class, args, kwargs), {})]
+        call = "make_instance", self._name, worker_class, args, kwargs
+        self._log = [self._client.add_to_log(_in_worker, call, {})]
 
     def map(self, data: Iterable[dict[str, Any]]) -> list[Any]:
         """Return the results in the order of `data`, or raise the first exception and cancel what has not begun."""
         every = itertools.repeat
-        return list(self.executor.map(_use_instance, every(self._name), every("run"), map(_arguments, data)))
+        what = every("use_instance"), every(self._name), every("run"), map(_arguments, data)
+        return list(self.executor.map(_in_worker, *what))
 
-    def _results(self, data: Iterable[dict[str, Any]], in_order: bool) -> Iterator[Any]:
-        submit = functools.partial(self.executor.submit, _use_instance, self._name, "run")
-        return _Results(map(submit, map(_arguments, data)), 2 * self.executor.size + 16, in_order)
+    def _jobs(self, data: Iterable[dict[str, Any]], in_order: bool) -> Iterator[Any]:
+        """Submit jobs as they are asked for, no more than keeps all workers busy."""
+        submit = functools.partial(self.executor.submit, _in_worker, "use_instance", self._name, "run")
+        jobs, pending = map(submit, map(_arguments, data)), list[Any]()
+        while pending := [*pending, *itertools.islice(jobs, 2 * self.executor.size + 16 - len(pending))]:
+            future = pending[0] if in_order else next(iter(wait(pending, None, "FIRST_COMPLETED").done))
+            pending.remove(future)
+            yield future
 
     def imap(self, data: Iterable[dict[str, Any]]) -> Iterator[Any]:
-        """Return an iterator of the results in the order of `data`, of which it reads only what keeps all busy.
+        """Return an iterator of the results in the order of `data`, which it reads no further than keeps all busy.
 
         It can be continued after an exception.
         """
-        return self._results(data, True)
+        return map(Future.result, self._jobs(data, in_order=True))
 
     def imap_unordered(self, data: Iterable[dict[str, Any]]) -> Iterator[Any]:
         """Do as `imap`, with the results in the order in which they come."""
-        return self._results(data, False)
+        return map(Future.result, self._jobs(data, in_order=False))
 
     def update_workers(self, data: dict[str, Any]) -> None:
         """Have every worker take in an update before any job submitted from now on; late workers get all, in order."""
-        call = self._name, "handle_update", _arguments(data)
-        self._log.append(self._client.add_to_log(_use_instance, call, {}))
+        call = "use_instance", self._name, "handle_update", _arguments(data)
+        self._log.append(self._client.add_to_log(_in_worker, call, {}))
 
     def get_workers_count(self) -> int:
         """Return how many workers there are now."""
@@ -4028,7 +3987,7 @@ class Pool:
         while self._log:
             self._client.forget(self._log.pop())
         with contextlib.suppress(MinipoolError):        # of a worker that is gone there is nothing left
-            self.executor.run(_drop_instance, self._name)
+            self.executor.run(_in_worker, "drop_instance", self._name)
 
     def __enter__(self) -> Pool:
         return self

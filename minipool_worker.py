@@ -461,6 +461,31 @@ class Worker:
                 state.unfit = bytes(encode_exception(error, self._where, minipool.INLINE))     # type: ignore[arg-type]
         return bytes(state.unfit)
 
+    # ---- instances: what Actor and Pool call here, as jobs ----
+
+    def make_instance(self, name: Name, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make an instance that lives here; its name holds what the constructor raised, if it did."""
+        if name in self.objects:        # this worker was away, not dead
+            return
+        try:
+            self.objects[name] = cls(*args, **kwargs), None
+        except BaseException as error:
+            self.objects[name] = None, error
+            raise
+
+    def use_instance(self, name: Name, attribute: str, call: tuple[Any, Any] | None = None) -> Any:
+        """Read an attribute of an instance, or call it with (args, kwargs)."""
+        lost = minipool.WorkerDied(f"{attribute}: the process that the instance lived in is no more")
+        instance, error = self.objects.get(name, (None, lost))
+        if error is not None:
+            raise error
+        value = getattr(instance, attribute)
+        return value if call is None else value(*call[0], **call[1])
+
+    def drop_instance(self, name: Name) -> None:
+        """Forget an instance, and so end it."""
+        self.objects.pop(name, None)
+
     # ---- the thread that reads: the I/O thread, or the main thread while it has nothing to run ----
 
     def _announce(self) -> list[Message]:
