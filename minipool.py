@@ -818,7 +818,7 @@ class Connection:
         """Close, called by the receiving thread when it has finished: nobody reads from the descriptor any more."""
         self.close()
         # who writes fails at once and gives the role back, unless Ctrl-C hit that thread just when it had taken it
-        if self._role.acquire(timeout=1):
+        if self._role.acquire(timeout=HANDSHAKE_SECONDS):
             self._role.release()            # of a closed connection nobody takes it again
         self._seam.sock.close()
         self._handed.put(False)
@@ -1117,11 +1117,11 @@ class Peer:
         self._ask_more()
         return pull
 
-    def _ask_more(self) -> None:
+    def _ask_more(self, bound: int = PULLS_IN_FLIGHT) -> None:
         """Ask for ranges up to the bound, oldest pull first."""
         for name, pull in self._pulls.items():
             for offset in pull.missing:
-                if not self.connection or len(self._asked) >= PULLS_IN_FLIGHT:
+                if not self.connection or len(self._asked) >= bound:
                     return
                 if (name, offset) not in self._asked:
                     place = self._asked[name, offset] = memoryview(pull.buffer)[offset:offset + RANGE]
@@ -1151,17 +1151,18 @@ class Peer:
     def _take_range(self, connection: Connection, name: Name, offset: int, digest: bytes, body: Any = b"") -> None:
         """Check an arrived range; a spoiled one is asked for again, three times, then the value counts as lost."""
         with self.lock:
-            if (place := self._asked.pop((name, offset), None)) is None:
+            if (place := self._asked.get((name, offset))) is None:
                 return              # it is not wanted any more
-            pull = self._pulls[name]
-            pull.missing.remove(offset)
-            self._ask_more()
+            self._ask_more(PULLS_IN_FLIGHT + 1)
         connection.flush()          # the next one is on its way while this one is checked
         intact = len(body) == len(place) and hashlib.sha256(body).digest() == digest
-        with self.lock:
-            if not intact:
+        with self.lock:             # until now it counts as missing: Ctrl-C may have come before
+            self._asked.pop((name, offset), None)
+            pull = self._pulls[name]
+            if intact:
+                pull.missing.remove(offset)
+            else:
                 pull.spoiled[offset] += 1
-                pull.missing.appendleft(offset)
             lost = pull.spoiled[offset] > 3
             if not lost and pull.missing:
                 return self._ask_more()

@@ -637,7 +637,8 @@ class TestWriterRole:
             os.fstat(stranger)                      # EBADF if somebody closed it
             os.close(stranger)
 
-    def test_a_writer_that_never_gives_the_role_back_holds_nobody_up_for_long(self):
+    def test_a_writer_that_never_gives_the_role_back_holds_nobody_up_for_long(self, monkeypatch):
+        monkeypatch.setattr(minipool, "HANDSHAKE_SECONDS", 0.1)
         client, server = connect()
         client._role.acquire()                      # as a thread that Ctrl-C hit just then
         began, before = time.monotonic(), open_descriptors()
@@ -763,6 +764,25 @@ class TestPull:
         assert answer_pulls(reader, pair[1], answer) == [0] * 4
         assert outcome == [None] and (reader._pulls, reader._asked) == ({}, {})
         assert not reader.connection.closed
+
+    def test_a_range_is_missing_until_it_was_checked(self, pair, reader, monkeypatch):
+        blob, outcome = Blob([os.urandom(2 * minipool.RANGE)]), pull(reader, 2 * minipool.RANGE)
+        answer = ranges_of(blob)
+
+        def interrupted(body):
+            raise KeyboardInterrupt
+        header, body = answer((b"w", 1), 0, minipool.RANGE)
+        with monkeypatch.context() as patch:
+            patch.setattr(minipool.hashlib, "sha256", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                reader._handle_range(pair[0], (*header, body))
+        reader._asked.clear()                           # as the loss of the connection does
+        receive_all(pair[1], 2)
+        with reader.lock:
+            reader._ask_more()
+        reader.connection.flush()
+        assert answer_pulls(reader, pair[1], answer) == [0, minipool.RANGE]
+        assert outcome == [blob.read(0, blob.size)]
 
     def test_a_value_that_nobody_holds_is_none_and_the_next_one_is_asked_for(self, pair, reader):
         outcome = pull(reader, 2 * minipool.RANGE, (b"w", 1))
