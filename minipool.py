@@ -966,8 +966,7 @@ class Peer:
     def __init__(self, role: str, address: tuple[str, int], key: KeySource, *,
                  lock: threading.Lock | threading.RLock, announce: Callable[[], list[Message]],
                  on_batch: Callable[[list[Message]], None], on_lost: Callable[[], None] = lambda: None,
-                 on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", name: str = "",
-                 tls: bool = False) -> None:
+                 on_idle: Callable[[], bool] = lambda: False, identity: bytes = b"", tls: bool = False) -> None:
         self.role, self.address, self.key, self.identity = role, address, key, identity
         self._tls = tls_context() if tls else None
         self.lock = lock
@@ -983,7 +982,7 @@ class Peer:
         self._reading = threading.Lock()                    # held by the thread that reads the socket
         self._leads = 0                                     # how often a thread that waits took that over
         self._stopping = threading.Event()
-        self.thread = threading.Thread(target=self._run, name=f"minipool-{name or role}-io", daemon=True)
+        self.thread = threading.Thread(target=self._run, name=f"minipool-{role}-io", daemon=True)
 
     def stop(self, *farewell: Message) -> None:
         """Say farewell and end the threads; blocks for at most a second of unsent words."""

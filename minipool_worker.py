@@ -294,8 +294,7 @@ class Worker:
         self._dismissed = False                         # the server let us go
         self._read_at = time.monotonic()                # when the socket was last seen empty
         self.peer = Peer("worker", setup["address"], _Ticket(setup).role_key, lock=self._lock, identity=self.id,
-                         announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, name="worker",
-                         tls=setup["tls"])
+                         announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, tls=setup["tls"])
 
     # ---- the main thread ----
 
@@ -748,7 +747,7 @@ class Supervisor:
         self._oom_kills = _oom_kills()                  # as far as we know of them
         self._instance = b""
         self.on_welcome: Any = lambda: None
-        self.peer = Peer("node", address, secret.role_key, lock=threading.RLock(), announce=self._announce, name="node",
+        self.peer = Peer("node", address, secret.role_key, lock=threading.RLock(), announce=self._announce,
                          on_batch=self._on_batch, tls=bool(options.get("tls")))
 
     def run(self) -> None:
