@@ -744,7 +744,7 @@ class Child:
 class Supervisor:
     """The node process: finds slots, keeps a worker in each, tells the server of every death."""
 
-    def __init__(self, address: tuple[str, int], secret: Secret, options: dict[str, Any], lifeline: Any = None) -> None:
+    def __init__(self, address: str | None, secret: Secret, options: dict[str, Any], lifeline: Any = None) -> None:
         if importlib.util.find_spec("cloudpickle") is None:     # else every job would fail, and take its worker along
             raise ValueError("cloudpickle is missing here: python -m pip install cloudpickle")
         self.id, self.secret, self.options = secrets.token_bytes(12), secret, options
@@ -772,8 +772,8 @@ class Supervisor:
         self._oom_kills = _oom_kills()                  # as far as we know of them
         self._instance = b""
         self.on_welcome: Any = lambda: None
-        self.peer = Peer("node", address, secret.role_key, lock=threading.RLock(), announce=self._announce,
-                         on_batch=self._on_batch, tls=bool(options.get("tls")))
+        self.peer = Peer("node", minipool.parse_address(address), secret.role_key, lock=threading.RLock(),
+                         announce=self._announce, on_batch=self._on_batch, tls=bool(options.get("tls")))
 
     def run(self) -> None:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
@@ -1044,7 +1044,7 @@ def child_main(lifeline: multiprocessing.connection.Connection) -> int:
         if address is None:                 # an embedded pool, whose server ends with this process
             gc.set_threshold(100_000)       # as `serve` does
             address = minipool.Server(port=0, secret=job["secret"], embedded=True).start().address
-        supervisor = Supervisor(minipool.parse_address(address), Secret(job["secret"]), job["options"], lifeline)
+        supervisor = Supervisor(address, Secret(job["secret"]), job["options"], lifeline)
         supervisor.on_welcome = lambda: answer({"address": address, "devices": [s.device for s in supervisor.slots]})
         supervisor.run()
     except (EOFError, OSError, ValueError, minipool.MinipoolError) as error:
@@ -1061,8 +1061,7 @@ def _count(text: str) -> int:
 
 def _connect(options: argparse.Namespace) -> None:
     """Run a node in this process until a signal or the server's refusal ends it."""
-    supervisor = Supervisor(minipool.parse_address(options.address), minipool.find_secret(path=options.secret_file),
-                            vars(options))
+    supervisor = Supervisor(options.address, minipool.find_secret(path=options.secret_file), vars(options))
     address, slots = minipool.format_address(*supervisor.peer.address), supervisor.slots
     supervisor.on_welcome = lambda: _stderr.write(
         f"connected to {address} as {supervisor.name}: {len(slots)} worker{'s' * (len(slots) > 1)}: "
