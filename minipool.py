@@ -229,7 +229,7 @@ def _are_options(field: Any) -> bool:
         return field is None
     for name in field:          # few: a loop over what may be there would cost more than the rest of a submission
         is_good = _OPTIONS_READ.get(name)
-        if is_good and not is_good(field[name]):
+        if not (is_good and is_good(field[name])):
             return False
     return True
 
@@ -275,7 +275,7 @@ def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
 
 # what the scheduler reads of a job's options: each is a field of its Job
 _OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int, job_timeout=float,
-                        max_tasks=int, on="tags", soft=bool, beside=bool, cancel_running="any")
+                        max_tasks=int, on="tags", soft=bool, beside=bool, cancel_running=bool, again=bool)
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
 _message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
@@ -961,7 +961,7 @@ class Peer:
         self.instance = b""                                 # which life of the server we talk to
         self.trouble: BaseException | None = None           # why there is no connection
         self.lost_at: float | None = time.monotonic()       # since when; None while connected
-        self._failures = 0                                  # dials since the server last said something
+        self._failures = 0                                  # dials since a connection lasted
         self.values: dict[Name, Blob] = {}                  # large values that others may pull; written under lock
         self._announce, self._on_batch, self._on_lost, self._on_idle = announce, on_batch, on_lost, on_idle
         self._pulls: dict[Name, Pull] = {}                  # guarded by lock, as is
@@ -1020,7 +1020,6 @@ class Peer:
         """Read one frame and act on it; the caller holds `_reading`."""
         try:
             rest = [m for m in connection.receive(self._asked) if not self._handle_range(connection, m)]
-            self._failures = 0
             if rest:
                 self._on_batch(rest)
         except BaseException as error:      # whatever it is, even Ctrl-C: over the next connection all is settled
@@ -1037,7 +1036,7 @@ class Peer:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._failures += 1                         # until the server has said something
+            self._failures += 1                         # until a connection lasts
             try:
                 self._serve(self._dial())
                 self.trouble = self.trouble or ConnectionError("the server closed the connection")
@@ -1063,6 +1062,7 @@ class Peer:
 
     def _serve(self, connection: Connection) -> None:
         """Announce, then hear until the connection is lost."""
+        began = time.monotonic()
         try:
             with self.lock:
                 if self._stopping.is_set():
@@ -1084,6 +1084,8 @@ class Peer:
             with self.lock:
                 self.connection, self.lost_at = None, time.monotonic()
                 self._asked.clear()             # what is missing is asked for again
+            if self.lost_at > began + 0.2:      # else we, or the server, may say again and again what the other rejects
+                self._failures = 0
             connection.close()
             with self._reading:             # nobody else reads from the descriptor any more
                 connection.dispose()
@@ -1308,6 +1310,7 @@ class Job:
     job_timeout: float | None = None    # seconds that it may run
     cancel_running = False          # who cancels it wants its worker's process ended
     max_tasks = 0                   # jobs after which its worker is renewed; 0: never
+    again = False                   # its client has sent it before, to this server or another
     beside = False                  # it runs on the worker named by `on`, at once, whatever else runs there
     attempts = 0                    # at first those under an earlier server, as its client says
     # where it stands
@@ -1612,14 +1615,13 @@ class Scheduler:
         job = job or self._new_job(session, number)
         job.fn, job.payload, job.log, job.options = fn, payload, log, options or {}
         for option, setting in job.options.items():
-            if option in _OPTIONS_READ:
-                setattr(job, option, setting)
+            setattr(job, option, setting)
         if job.on is not None:
             job.on = tuple(sorted(set(job.on))) or None
         job.deaths = min(job.deaths, job.max_deaths + 1)        # it may have died before its client told how often
         if job.begun and job.job_timeout is not None:   # its limit was not known then
             self._arm(now + job.job_timeout, self._time_out, job, job.token)
-        if job.state == State.WAITING and not (self._adopting and options and options.get("again")):
+        if job.state == State.WAITING and not (self._adopting and job.again):
             self._run_anew(job, now)
 
     def _run_anew(self, job: Job, now: float) -> None:
@@ -3194,7 +3196,6 @@ class Client:
         self._backlog: list[tuple[float, int]] = []     # a heap of those it has not: (-priority, number)
         self._known_objects: set[int] = set()           # what the server has of ours, on this connection
         self._log: list[tuple[Name, bytes | Blob]] = [] # what every worker must have run before our jobs
-        self.log_places: dict[str, int] = {}            # of what has a name there
         self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
         self._answers: dict[int, Any] = {}
         self._on_answer = self._answers.__setitem__     # number and value are all that such a message says
@@ -3314,11 +3315,8 @@ class Client:
         if self.peer.connection:        # else the next announcement says it
             self.peer.connection.post(messages)
 
-    def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Append a call that every worker must have made before it begins a job submitted from now on.
-
-        Returns its position.
-        """
+    def add_to_log(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Append a call that every worker must have made before it begins a job submitted from now on."""
         call, buffers, inputs = self.functions.dumps_call(fn, args, kwargs, fn)
         if inputs:
             raise ValueError(f"{name_of(fn)}() is for every worker: give it the result of a future")
@@ -3327,15 +3325,6 @@ class Client:
         with self.lock:
             self._log.append(((self.session, next(self.numbers)), data))
             self._send_log(len(self._log) - 1)      # a server that lacks earlier ones takes all from its welcome on
-            return len(self._log) - 1
-
-    def forget(self, position: int) -> None:
-        """Let workers that have not made a call of the log make one that does nothing in its place."""
-        with self.lock:
-            name, nothing = self._log[position][0], pickle.dumps(((), {}, dict))
-            self._log[position] = name, nothing
-            self.peer.values.pop(name, None)
-            self.peer.send(("put", name, nothing))
 
     def _send_log(self, known: int) -> None:
         for position, (name, data) in enumerate(self._log[known:], known):
@@ -3528,15 +3517,14 @@ os.register_at_fork(after_in_child=_forget_all)
 
 
 # what options() takes: of what the server reads that which is the user's, and what is for the client alone
-_OPTIONS = (_OPTIONS_READ.keys() - {"attempts", "max_tasks", "soft", "beside"}
-            | {"retry_on", "prefer", "timeout", "max_restarts"})
+_OPTIONS = (_OPTIONS_READ.keys() - {"attempts", "max_tasks", "soft", "beside", "again"}
+            | {"retry_on", "prefer", "timeout"})
 _said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
 # numbers among arguments and options: type, the smallest, in the standard library's words where it has some
 _NUMBERS = {"max_workers": (int, 1, "greater than 0"), "max_tasks_per_child": (int, 1, ">= 1"),
             "buffersize": (int, 1, "None or > 0"), "chunksize": (int, 1, ">= 1"), "retries": (int, 0, ">= 0"),
-            "max_deaths": (int, 0, ">= 0"), "max_restarts": (int, 0, ">= 0"),
-            "priority": (int | float, 1 - BIGGEST, "a number"),
+            "max_deaths": (int, 0, ">= 0"), "priority": (int | float, 1 - BIGGEST, "a number"),
             "job_timeout": (int | float, 1e-9, "a number of seconds above 0")}
 
 
@@ -3690,6 +3678,9 @@ class Executor(concurrent.futures.Executor):
             elif not values or not all(isinstance(value, str) for value in values):
                 raise TypeError(f"{name}= takes the name of a worker, node or tag, or a list of them")
             options[name] = values
+        for name in options.keys() & _OPTIONS_READ.keys():
+            if options[name] is not None and not _OPTIONS_READ[name](options[name]):   # as the server will look
+                raise TypeError(f"{name}= cannot be {options[name]!r:.100}")
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view._options = {**self._options, **options}
@@ -3710,22 +3701,9 @@ class Executor(concurrent.futures.Executor):
         on = self._options.get("on")
         return [worker for worker in self._client.workers if not (on and set(on).isdisjoint(worker["tags"]))]
 
-    def on_start(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> str:
-        """Run fn(*args, **kwargs) once on every worker, late ones too, before later jobs; like an initializer.
-
-        Returns its name for forget(): that of `options(name=)`, where the same name replaces, or one of its own.
-        """
-        name = self._options.get("name")
-        if name in self._client.log_places:
-            self.forget(name)
-        position = self._client.add_to_log(fn, args, kwargs)
-        name = name or f"{name_of(fn)}-{position}"
-        self._client.log_places[name] = position
-        return name
-
-    def forget(self, name: str) -> None:
-        """Run a call of on_start() no more on workers that have not run it. Raises KeyError for an unknown name."""
-        self._client.forget(self._client.log_places.pop(name))
+    def on_start(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        """Run fn(*args, **kwargs) once on every worker, late ones too, before later jobs; like an initializer."""
+        self._client.add_to_log(fn, args, kwargs)
 
     def actor(self, cls: type, /, *args: Any, **kwargs: Any) -> Actor:
         """Return a handle on an instance cls(*args, **kwargs) in one worker (`options(on=)`: one of those).
@@ -3735,13 +3713,18 @@ class Executor(concurrent.futures.Executor):
         """
         if not isinstance(cls, type):
             raise TypeError(f"actor() needs a class, not {cls!r}")
-        with self._client._changed:
-            if not self._client._changed.wait_for(self._admitted, self._options.get("timeout")):
+        client = self._client
+        with client._changed:
+            if not client._changed.wait_for(self._admitted, self._options.get("timeout")):
                 raise TimeoutError(f"no worker has come for the actor {cls.__qualname__}")
             taken = collections.Counter(worker for actor in _actors for worker in actor._view._options["on"])
             worker = min((worker["name"] for worker in self._admitted()), key=taken.__getitem__)
-        view = self.options(on=worker, max_deaths=0)        # at most once, and there
-        return Actor(view, cls, (self._client.session, next(self._client.numbers)), (args, kwargs))._start()
+        name = client.session, next(client.numbers)
+        view = self.options(on=worker, max_deaths=0, name=f"{cls.__qualname__}()")      # there, and at most once
+        made = client.submit(view, _in_worker, ("make_instance", name, cls, args, kwargs), {})
+        if (call := made._call) and not call[1]:
+            made.exception()        # it waits for futures, and no call of a method may overtake it
+        return Actor(view, cls, name, made)
 
     def wait_for_workers(self, n: int, timeout: float | None = None) -> None:
         """Block until there are `n` workers; raise TimeoutError after `timeout` seconds."""
@@ -3750,18 +3733,10 @@ class Executor(concurrent.futures.Executor):
             if not client._changed.wait_for(lambda: len(client.workers) >= n, timeout):
                 raise TimeoutError(f"{len(client.workers)} of {n} workers are there after {timeout:g} s")
 
-    def kill(self, target: Future | Actor) -> None:
-        """End the running job of a future by ending its worker's process; the future raises JobKilled.
-
-        Of an actor: all its calls that have not ended, and every later one.
-        """
-        if isinstance(target, Actor) and target._view._client is self._client:
-            target._is_killed = True
-            views = list(target._views.values())
-            return self._client.kill([f for f in list(self._client.unfinished.values()) if f._view in views],
-                                     f"its actor {target._cls.__qualname__} was ended by kill()")
+    def kill(self, target: Future) -> None:
+        """End the running job of a future by ending its worker's process; the future raises JobKilled."""
         if not isinstance(target, Future) or target._client is not self._client:
-            raise TypeError(f"kill() takes a future or an actor of this executor, not {target!r}")
+            raise TypeError(f"kill() takes a future of this executor, not {target!r}")
         self._client.kill([target], "kill() was called")
 
     def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -3833,50 +3808,21 @@ class Actor:
 
     Calls of a handle begin in the order in which they were made, one that is given futures when those are done; between
     them the worker takes other jobs. A plain attribute is read by value. What the constructor raised, every use raises.
-    A call whose process dies raises WorkerDied, and so does every later one, but with `options(max_restarts=n)` those
-    have a new instance, n times. A handle may be given to jobs and to other actors. The instance ends with the last
-    handle in the process that made it.
+    A call whose process dies raises WorkerDied, and so does every later one. A handle may be given to jobs and to other
+    actors. The instance ends with the last handle in the process that made it.
     """
 
-    def __init__(self, view: Executor, cls: type, name: Name, made_with: tuple[Any, ...] = ()) -> None:
-        self._view, self._cls, self._name, self._made_with = view, cls, name, made_with
-        self._views: dict[str, Executor] = {}       # by method: how its calls are called
-        self._restarts = view._options.get("max_restarts") or 0
-        self._is_killed = False
-        self._made: Future | None = None            # the constructor's call; None: it was made in another process
+    def __init__(self, view: Executor, cls: type, name: Name, made: Future | None = None) -> None:
+        self._view, self._cls, self._name = view, cls, name
+        self._view_of = functools.cache(lambda method: view.options(name=f"{cls.__qualname__}.{method}"))
+        self._made = made       # its constructor's call, in the process whose handles keep the instance
         _actors.add(self)
-        if made_with:           # a collector, which may call this, takes no lock
+        if made:                # a collector, which may call this, takes no lock
             weakref.finalize(self, view._client.later, functools.partial(_end_actor, view, name))
 
-    def _start(self) -> Actor:
-        """Send the constructor; in the process whose handles keep the instance."""
-        self._pid = self._process()
-        self._made = self._submit("__init__", "make_instance", self._cls, *self._made_with)
-        return self
-
-    def _process(self) -> int | None:
-        """Return the process id of the worker; None while it is away."""
-        return next((w["pid"] for w in self._view._client.workers if w["name"] in self._view._options["on"]), None)
-
-    def _submit(self, attribute: str, step: str, *rest: Any) -> Future:
-        if attribute not in self._views:
-            name = self._view._options.get("name") or f"{self._cls.__qualname__}.{attribute}"
-            self._views[attribute] = self._view.options(name=name)
-        view = self._views[attribute]
-        return view._client.submit(view, _in_worker, (step, self._name, *rest), {})
-
     def _use(self, attribute: str, *call: Any) -> Future:
-        if self._is_killed:
-            raise JobKilled(f"the actor {self._cls.__qualname__} was ended by kill()")
-        if self._made and (made_with := self._made._call) and not made_with[1]:
-            self._made.exception()          # it waits for futures, and must not be overtaken
-        if self._restarts:
-            process = self._process()
-            if self._pid not in (None, process):
-                self._restarts -= 1
-                self._start()
-            self._pid = self._pid or process
-        return self._submit(attribute, "use_instance", attribute, *call)
+        view = self._view_of(attribute)
+        return view._client.submit(view, _in_worker, ("use_instance", self._name, attribute, *call), {})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):            # what copy, pickle and inspect look for is not the instance's
@@ -3886,8 +3832,8 @@ class Actor:
         return self._use(name).result()
 
     def __reduce__(self) -> Any:
-        if self._made:
-            self._made.exception()          # a call from elsewhere must not overtake it either
+        if self._made:          # a call from elsewhere must not overtake it
+            self._made.exception()
         return _actor_of, (self._cls, self._name, self._view._options["on"])
 
     def __repr__(self) -> str:
@@ -3938,8 +3884,7 @@ class Pool:
         self.executor = (executor or self._owned).options(name=f"{worker_class.__qualname__}.run")      # type: ignore[union-attr]
         self._client = self.executor._client
         self._name = self._client.session, next(self._client.numbers)
-        call = "make_instance", self._name, worker_class, args, kwargs
-        self._log = [self._client.add_to_log(_in_worker, call, {})]
+        self.executor.on_start(_in_worker, "make_instance", self._name, worker_class, args, kwargs)
 
     def map(self, data: Iterable[dict[str, Any]]) -> list[Any]:
         """Return the results in the order of `data`, or raise the first exception and cancel what has not begun."""
@@ -3969,8 +3914,7 @@ class Pool:
 
     def update_workers(self, data: dict[str, Any]) -> None:
         """Have every worker take in an update before any job submitted from now on; late workers get all, in order."""
-        call = "use_instance", self._name, "handle_update", _arguments(data)
-        self._log.append(self._client.add_to_log(_in_worker, call, {}))
+        self.executor.on_start(_in_worker, "use_instance", self._name, "handle_update", _arguments(data))
 
     def get_workers_count(self) -> int:
         """Return how many workers there are now."""
@@ -3981,14 +3925,12 @@ class Pool:
         return len({worker["node"] for worker in self._client.workers})
 
     def close(self) -> None:
-        """End this pool's jobs, those that run by force, its instances, and its executor if that is its own."""
+        """End this pool's jobs, those that run by force, and its instances; or its executor, if that is its own."""
         self._client.kill(self.executor._mine(), "its pool was closed")
         if self._owned:
-            return self._owned.shutdown()
-        while self._log:
-            self._client.forget(self._log.pop())
-        with contextlib.suppress(MinipoolError):        # of a worker that is gone there is nothing left
-            self.executor.run(_in_worker, "drop_instance", self._name)
+            self._owned.shutdown()
+        else:
+            self.executor.on_start(_in_worker, "drop_instance", self._name)
 
     def __enter__(self) -> Pool:
         return self

@@ -468,7 +468,7 @@ class World:
                   for s in self.scheduler.sessions.values() for n, job in s.jobs.items()}
         oldest = {next(iter(w.inbox), 0) for w in self.scheduler.workers.values()}
         ancestors = {token for w in self.scheduler.workers.values() for token in w.beside
-                     if any(job and job.session.id.startswith(w.id) for job in w.inbox.values())}
+                     if any(job and job.session.id.startswith(w.id) for job in [*w.inbox.values(), *w.beside.values()])}
         actions = getattr(self.scheduler, entry)(*arguments, self.now)
         self.scheduler.check()
         self.judge_blame(before, oldest, ancestors, arguments[1] if len(arguments) > 1 else [])

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from minipool import Executor, Future, JobKilled, WorkerDied
+from minipool import Executor, Future, WorkerDied
 
 SOON = 30
 
@@ -51,14 +51,6 @@ class Unwilling:
 def after(seconds, value):
     time.sleep(seconds)
     return value
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -196,26 +188,6 @@ class TestTheEnd:
         calls = [handle.die(), *(handle.add() for _ in range(20))]
         assert all(isinstance(call.exception(SOON), WorkerDied) for call in calls)
 
-    def test_with_max_restarts_later_calls_have_a_new_instance(self, pool):
-        handle = pool.options(max_restarts=1).actor(Counter, 7)
-        assert handle.add().result(SOON) == 8
-        assert isinstance(handle.die().exception(SOON), WorkerDied)
-        assert handle.add().result(SOON) == 8
-        assert isinstance(handle.die().exception(SOON), WorkerDied)
-        assert isinstance(handle.add().exception(SOON), WorkerDied)
-
-    def test_kill_ends_what_runs_and_what_waits_and_every_later_call(self, pool):
-        handle = pool.actor(Counter)
-        pid = handle.place().result(SOON)
-        calls = [handle.sleep(60), handle.add()]
-        while not calls[0].running():
-            time.sleep(0.01)
-        pool.kill(handle)
-        assert all(isinstance(call.exception(SOON), JobKilled) for call in calls)
-        with pytest.raises(JobKilled, match=r"ended by kill"):
-            handle.add()
-        assert not alive(pid)
-
     def test_it_ends_with_the_last_reference_once_its_calls_have_run(self, pool, tmp_path):
         class Leaving(Counter):
             def __del__(self):
@@ -229,10 +201,6 @@ class TestTheEnd:
         while not (tmp_path / "ended").exists():
             assert time.monotonic() < give_up, "the instance outlives its handle"
             time.sleep(0.01)
-
-    def test_kill_takes_only_what_is_its_executors(self, pool):
-        with pytest.raises(TypeError, match="a future or an actor of this executor"):
-            pool.kill("counter")
 
     def test_an_instance_ends_with_the_client_that_made_it(self, tmp_path):
         from minipool import Server

@@ -291,34 +291,6 @@ class TestOnStart:
         assert type(caught.value.__cause__) is LookupError
 
 
-class TestForget:
-    def test_a_worker_that_comes_later_does_not_run_what_was_forgotten(self, own_pool):
-        ex = own_pool(1)
-        first = ex.on_start(load, 1)
-        ex.on_start(shift, 10)
-        assert isinstance(first, str) and ex.submit(use).result(SOON) == 11
-        ex.forget(first)
-        ex.on_start(load, 5)
-        pid = ex.submit(os.getpid).result(SOON)
-        assert ex.submit(use).result(SOON) == 5
-        os.kill(pid, signal.SIGKILL)
-        # of three entries the first is forgotten, so the second finds nothing to shift
-        with pytest.raises(concurrent.futures.BrokenExecutor) as error:
-            ex.submit(use).result(SOON)
-        assert isinstance(error.value.__cause__, TypeError)
-
-    def test_the_same_name_replaces(self, own_pool, tmp_path):
-        ex = own_pool(1)
-        for value in (1, 2, 3):
-            assert ex.options(name="model").on_start(load, value, tmp_path / "ran") == "model"
-        assert ex.submit(use).result(SOON) == 3
-        assert len((tmp_path / "ran").read_text().split()) == 1
-
-    def test_a_name_that_is_unknown_is_a_key_error(self, own_pool):
-        with pytest.raises(KeyError):
-            own_pool(1).forget("no such call")
-
-
 class TestWaitForWorkers:
     def test_returns_once_they_are_there(self, own_pool):
         ex = own_pool(2)
