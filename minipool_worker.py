@@ -507,6 +507,7 @@ class Worker:
             pass                    # a job closed its standard streams: their numbers must not become our socket
         os.close(descriptor)
         if isinstance(self.peer.trouble, minipool.VersionMismatch):
+            _log.error("the server turned this worker away: %s", self.peer.trouble)
             os._exit(5)
 
     def _on_batch(self, messages: list[Message]) -> None:
@@ -600,10 +601,6 @@ class Worker:
 
     def _on_bye(self, reason: str) -> None:
         self._dismissed = True
-
-    def _on_refuse(self, error: str, text: str) -> None:
-        _log.error("the server turned this worker away: %s", text)
-        os._exit(5)
 
 
 def _watch_node(worker: Worker, life: Any) -> None:
@@ -824,8 +821,9 @@ class Supervisor:
             _stderr.write(f"waiting for a server at {minipool.format_address(*self.peer.address)}: {trouble}\n")
         if patience and lost_at and now >= lost_at + patience:
             raise minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
-        # a refusal ends it only at first: after a welcome it may be forged, or a mistake being mended
-        if not self._instance and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
+        # a refusal ends it only before a server's welcome: after that it may be forged, or a mistake being mended
+        is_welcome = self._instance and self._instance == self.peer.instance
+        if not is_welcome and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
             raise trouble
 
     # ---- talking ----
@@ -850,9 +848,6 @@ class Supervisor:
                 with contextlib.suppress(OSError):
                     child.life.send_bytes(self._keys(child.id))
         self.on_welcome()
-
-    def _on_refuse(self, error: str, text: str) -> None:
-        raise getattr(minipool, error, minipool.Refused)(text)
 
     def _on_kill(self, tokens: list[int], reason: str) -> None:
         for child in self._children.values():
