@@ -414,7 +414,6 @@ class Secret:
 
     Never in argv, a URL, a log or a repr. Each role has a key derived from it: a proof for one is none for another.
     """
-    prefix = b""        # of the ids of sessions that end with a worker, as its jobs opened them
 
     def __init__(self, text: str, source: str = "") -> None:
         self.text, self.source = text.strip(), source       # and where it was found
@@ -2205,13 +2204,13 @@ class _Guest:
         self.steps: Iterator[int] | None = None     # the server's half of the handshake, under way
 
 
-def find_secret(secret: str | Secret | None = None, path: str | None = None, *, make: bool = False) -> Secret:
+def find_secret(secret: str | None = None, path: str | None = None, *, make: bool = False) -> Secret:
     """Return the secret: given, `path`, MINIPOOL_SECRET_FILE, MINIPOOL_SECRET, or this user's file, in this order.
 
     A source that is named and fails is fatal. Raises Refused if there is none, unless `make`: then one is written.
     """
     if secret is not None:
-        return secret if isinstance(secret, Secret) else Secret(secret)
+        return Secret(secret)
     path = path or os.environ.get("MINIPOOL_SECRET_FILE")
     if not path and os.environ.get("MINIPOOL_SECRET"):
         return Secret(os.environ["MINIPOOL_SECRET"], "MINIPOOL_SECRET")
@@ -3178,12 +3177,12 @@ class Future(concurrent.futures.Future[Any]):
 class Client:
     """One connection to a server, and everything that waits on it. Executors are its views."""
 
-    def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None,
+    def __init__(self, address: tuple[str, int], key: KeySource, *, name: str, max_workers: int | None,
                  connect_timeout: float, reconnect_timeout: float, tls: bool, child: minipool_worker.Node | None,
                  initializer: Callable[..., object] | None, initargs: Iterable[Any]) -> None:
         self.child = child                              # the embedded pool; it ends with this client
         self.lend: Callable[[], Any] = contextlib.nullcontext
-        self.session = secret.prefix + secrets.token_bytes(16)
+        self.session = (_here.id if _here else b"") + secrets.token_bytes(16)   # which ends with a worker it is made in
         self.lock = threading.RLock()
         self.numbers = itertools.count(1)               # of jobs and objects alike
         self.functions = Functions(self.session, lambda: next(self.numbers))
@@ -3207,7 +3206,7 @@ class Client:
         self._callbacks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self.later = self._callbacks.put    # run it on the callback thread; no lock is taken: a collector may call this
         self._callback_thread = threading.Thread(target=self._run_callbacks, name="minipool-callbacks", daemon=True)
-        self.peer = Peer("client", address, secret.role_key, lock=self.lock, announce=self._announce,
+        self.peer = Peer("client", address, key, lock=self.lock, announce=self._announce,
                          on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered, tls=tls)
         self._callback_thread.start()
         self.peer.thread.start()
@@ -3553,7 +3552,7 @@ class Executor(concurrent.futures.Executor):
     `reconnect_timeout` for outages. Raises ServerLost, Refused, VersionMismatch; ValueError, TypeError for arguments.
     """
 
-    def __init__(self, address: str | int | None = None, *, secret: str | Secret | None = None,
+    def __init__(self, address: str | int | None = None, *, secret: str | KeySource | None = None,
                  max_workers: int | None = None, initializer: Callable[..., object] | None = None,
                  initargs: tuple[Any, ...] = (), max_tasks_per_child: int | None = None, name: str | None = None,
                  tls: bool = False, connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
@@ -3571,13 +3570,12 @@ class Executor(concurrent.futures.Executor):
         child, limit, patience = None, max_workers, reconnect_timeout
         where = address or os.environ.get("MINIPOOL_ADDRESS") or "local"
         if where == "local":            # a private child serves this machine, with a throw-away secret
-            key = Secret.new()
+            secret = Secret.new().text
             from minipool_worker import Node  # late: who dials a server needs none of it
-            child = Node("local", secret=key.text, connect_timeout=60, name="local", workers=max_workers,
+            child = Node("local", secret=secret, connect_timeout=60, name="local", workers=max_workers,
                          sys_path=[*map(os.path.abspath, sys.path)]).start()        # it works in another folder
             where, limit, patience = child.answer["address"], None, 3.0     # it is never restarted
-        else:
-            key = find_secret(secret)
+        key = secret if callable(secret) else find_secret(secret).role_key     # a worker has only its own key
         self._client = Client(parse_address(where), key, name=name or os.path.basename(sys.argv[0] or "python"),
                               max_workers=limit, connect_timeout=connect_timeout, reconnect_timeout=patience,
                               tls=tls and child is None, child=child, initializer=initializer, initargs=initargs)
@@ -4011,7 +4009,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> None:
     where = format_address(*parse_address(options.address))
-    with Executor(where, secret=find_secret(path=options.secret_file), name="minipool status", tls=options.tls,
+    with Executor(where, secret=find_secret(path=options.secret_file).text, name="minipool status", tls=options.tls,
                   connect_timeout=5, reconnect_timeout=5) as executor:
         info = executor.options(timeout=10).info()
     if options.json:

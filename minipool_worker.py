@@ -256,17 +256,6 @@ def encode_exception(error: BaseException, where: str, limit: int) -> bytes | Bl
     return value
 
 
-class _Ticket(Secret):
-    """What a worker has in place of the secret: the keys of its own two roles, renewed when the server is a new one."""
-
-    def __init__(self, setup: dict[str, Any]) -> None:
-        self._setup, self.prefix = setup, setup["id"]
-
-    def role_key(self, role: str, *_: bytes) -> bytes:
-        """Return the key as a worker of this identity, or as a client."""
-        return bytes(self._setup["keys"][32 * (role == "client"):][:32])
-
-
 class Worker:
     """The worker process: `run()` is its main thread's life."""
 
@@ -293,7 +282,7 @@ class Worker:
         self._leaving = ""                              # why no new job is begun
         self._dismissed = False                         # the server let us go
         self._read_at = time.monotonic()                # when the socket was last seen empty
-        self.peer = Peer("worker", setup["address"], _Ticket(setup).role_key, lock=self._lock, identity=self.id,
+        self.peer = Peer("worker", setup["address"], self._key, lock=self._lock, identity=self.id,
                          announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, tls=setup["tls"])
 
     # ---- the main thread ----
@@ -443,9 +432,13 @@ class Worker:
         """Return an executor for the jobs of this process, on a client's connection of its own."""
         if self._executor is None or self._executor._client.broken:
             self._executor = minipool.Executor(minipool.format_address(*self.setup["address"]), name=self._name,
-                                               secret=_Ticket(self.setup), tls=self.setup["tls"])
+                                               secret=self._key, tls=self.setup["tls"])
             self._executor._client.lend = self._lend
         return self._executor.options()         # a view: its user may shut that down
+
+    def _key(self, role: str, *_: bytes) -> bytes:
+        """Return its key as a worker of this identity, or as a client: of the secret it has no more than that."""
+        return bytes(self.setup["keys"][32 * (role == "client"):][:32])     # renewed when the server is a new one
 
     def _apply_log(self, attempt: Attempt) -> bytes:
         """Run the entries of the session's log that this worker has not run; return what one raised, now or before."""
