@@ -258,7 +258,7 @@ _CHECKS: dict[Any, Check] = {       # by the types that the catalogue names; num
         type(session) is bytes and _is_number(position) for session, position in field.items()),
     "cause": lambda field: type(field) is dict and all(type(what) in (str, int, bool) for what in field.values()),
     "priority": lambda field: isinstance(field, (int, float)) and -BIGGEST < field < BIGGEST,
-    "tags": lambda field: type(field) in (list, tuple, frozenset) and all(type(tag) is str for tag in field),
+    "tags": lambda field: type(field) in (list, tuple) and bool(field) and all(type(tag) is str for tag in field),
     "any": _one_of(int, float, bool, str, bytes, list, dict, tuple, type(None)),
 }
 
@@ -1618,7 +1618,7 @@ class Scheduler:
         for option, setting in job.options.items():
             setattr(job, option, setting)
         if job.on is not None:
-            job.on = tuple(sorted(set(job.on))) or None
+            job.on = tuple(sorted(set(job.on)))
         job.deaths = min(job.deaths, job.max_deaths + 1)        # it may have died before its client told how often
         if job.begun and job.job_timeout is not None:   # its limit was not known then
             self._arm(now + job.job_timeout, self._time_out, job, job.token)
@@ -3514,26 +3514,26 @@ getattr(threading, "_register_atexit", atexit.register)(lambda: [*map(Client.clo
 os.register_at_fork(after_in_child=_forget_all)
 
 
-# what options() takes: of what the server reads that which is the user's, and what is for the client alone
-_OPTIONS = (_OPTIONS_READ.keys() - {"attempts", "max_tasks", "soft", "beside", "again"}
-            | {"retry_on", "prefer", "timeout"})
+# what options() takes, and what is good there: of what the server reads that which is the user's, then the client's own
+_OPTIONS: dict[str, Check] = {
+    **{name: _OPTIONS_READ[name] for name in ("name", "priority", "retries", "max_deaths", "on", "cancel_running")},
+    "job_timeout": lambda seconds: _CHECKS[float](seconds) and seconds > 0,
+    "prefer": _CHECKS["tags"], "timeout": _CHECKS[float],
+    "retry_on": lambda kinds: all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds)}
 _said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
-# numbers among arguments and options: type, the smallest, in the standard library's words where it has some
-_NUMBERS = {"max_workers": (int, 1, "greater than 0"), "max_tasks_per_child": (int, 1, ">= 1"),
-            "buffersize": (int, 1, "None or > 0"), "chunksize": (int, 1, ">= 1"), "retries": (int, 0, ">= 0"),
-            "max_deaths": (int, 0, ">= 0"), "priority": (int | float, 1 - BIGGEST, "a number"),
-            "job_timeout": (int | float, 1e-9, "a number of seconds above 0")}
+# arguments that are a number of 1 or more, in the standard library's words
+_COUNTS = {"max_workers": "greater than 0", "max_tasks_per_child": ">= 1", "chunksize": ">= 1",
+           "buffersize": "None or > 0"}
 
 
-def _check_numbers(**values: Any) -> None:
-    """Check the numbers among these values; None is the same as not given."""
-    for name, (kind, least, words) in _NUMBERS.items():
-        value = values.get(name)
-        if isinstance(value, bool) or not isinstance(value, kind | None):
-            raise TypeError(f"{name} must be {kind | None}, not {value!r}")
-        if value is not None and not least <= value < BIGGEST:      # NaN is no place in an order
-            raise ValueError(f"{name} must be {words}, not {value}")
+def _check_counts(**values: int | None) -> None:
+    """Check arguments that count something; None is the same as not given."""
+    for name, value in values.items():
+        if type(value) not in (int, type(None)):
+            raise TypeError(f"{name} must be an integer, not {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be {_COUNTS[name]}, not {value}")
 
 
 def _call_each(fn: Callable[..., Any], *chunk: tuple[Any, ...]) -> list[Any]:
@@ -3562,7 +3562,7 @@ class Executor(concurrent.futures.Executor):
             raise TypeError(f"address is text such as 'host:port', not {type(address).__name__}")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        _check_numbers(max_workers=max_workers, max_tasks_per_child=max_tasks_per_child)
+        _check_counts(max_workers=max_workers, max_tasks_per_child=max_tasks_per_child)
         self._options: dict[str, Any] = {"max_tasks": max_tasks_per_child}
         self._parent: Executor | None = None
         self._closed = False            # this view
@@ -3610,7 +3610,7 @@ class Executor(concurrent.futures.Executor):
 
         `timeout` seconds count from this call; `chunksize` inputs are one job; `buffersize` bounds what waits unread.
         """
-        _check_numbers(chunksize=chunksize, buffersize=buffersize)
+        _check_counts(chunksize=chunksize, buffersize=buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
         inputs = zip(*iterables, strict=False)
         calls: Iterator[tuple[Any, ...]] = inputs
@@ -3662,22 +3662,14 @@ class Executor(concurrent.futures.Executor):
         `job_timeout`: seconds that it may run, then its worker is ended and the future raises JobTimeout;
         `cancel_running`: so does `Future.cancel`; `max_deaths`: workers it may take down. Raises TypeError.
         """
-        unknown = sorted(set(options) - _OPTIONS)
+        unknown = sorted(options.keys() - _OPTIONS.keys())
         if unknown:
             raise TypeError(f"options() got unknown {', '.join(unknown)}; known are {', '.join(sorted(_OPTIONS))}")
-        _check_numbers(**options)
-        for name in [name for name in ("on", "prefer", "retry_on") if options.get(name) is not None]:
-            one_or_several = options[name]
-            values = (one_or_several,) if isinstance(one_or_several, str | type) else tuple(one_or_several)
-            if name == "retry_on":
-                if not all(isinstance(value, type) and issubclass(value, BaseException) for value in values):
-                    raise TypeError("retry_on= takes an exception type, or a list of them")
-            elif not values or not all(isinstance(value, str) for value in values):
-                raise TypeError(f"{name}= takes the name of a worker, node or tag, or a list of them")
-            options[name] = values
-        for name in options.keys() & _OPTIONS_READ.keys():
-            if options[name] is not None and not _OPTIONS_READ[name](options[name]):   # as the server will look
-                raise TypeError(f"{name}= cannot be {options[name]!r:.100}")
+        for name, value in options.items():
+            if name in ("on", "prefer", "retry_on") and value is not None:      # one, or several
+                options[name] = value = (value,) if isinstance(value, str | type) else tuple(value)
+            if value is not None and not _OPTIONS[name](value):     # as the server will look
+                raise TypeError(f"{name}= cannot be {value!r:.100}")
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view._options = {**self._options, **options}
