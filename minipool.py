@@ -3706,14 +3706,14 @@ class Executor(concurrent.futures.Executor):
         with client._changed:
             if not client._changed.wait_for(self._admitted, self._options.get("timeout")):
                 raise TimeoutError(f"no worker has come for the actor {cls.__qualname__}")
-            taken = collections.Counter(worker for actor in _actors for worker in actor._view._options["on"])
+            taken = collections.Counter(actor._on for actor in _actors)
             worker = min((worker["name"] for worker in self._admitted()), key=taken.__getitem__)
         name = client.session, next(client.numbers)
         view = self.options(on=worker, max_deaths=0, name=f"{cls.__qualname__}()")      # there, and at most once
         made = client.submit(view, _in_worker, ("make_instance", name, cls, args, kwargs), {})
         if (call := made._call) and not call[1]:
             made.exception()        # it waits for futures, and no call of a method may overtake it
-        return Actor(view, cls, name, made)
+        return Actor(cls, name, worker, view, made)
 
     def wait_for_workers(self, n: int, timeout: float | None = None) -> None:
         """Block until there are `n` workers; raise TimeoutError after `timeout` seconds."""
@@ -3801,13 +3801,14 @@ class Actor:
     actors. The instance ends with the last handle in the process that made it.
     """
 
-    def __init__(self, view: Executor, cls: type, name: Name, made: Future | None = None) -> None:
-        self._view, self._cls, self._name = view, cls, name
-        self._view_of = functools.cache(lambda method: view.options(name=f"{cls.__qualname__}.{method}"))
+    def __init__(self, cls: type, name: Name, on: str, at: Executor | None = None, made: Future | None = None) -> None:
+        self._cls, self._name, self._on = cls, name, on
+        there = at or get_executor().options(on=on, max_deaths=0)     # of a handle that another process sent
+        self._view_of = functools.cache(lambda method: there.options(name=f"{cls.__qualname__}.{method}"))
         self._made = made       # its constructor's call, in the process whose handles keep the instance
         _actors.add(self)
         if made:                # a collector, which may call this, takes no lock
-            weakref.finalize(self, view._client.later, functools.partial(_end_actor, view, name))
+            weakref.finalize(self, there._client.later, functools.partial(_end_actor, there, name))
 
     def _use(self, attribute: str, *call: Any) -> Future:
         view = self._view_of(attribute)
@@ -3823,15 +3824,10 @@ class Actor:
     def __reduce__(self) -> Any:
         if self._made:          # a call from elsewhere must not overtake it
             self._made.exception()
-        return _actor_of, (self._cls, self._name, self._view._options["on"])
+        return Actor, (self._cls, self._name, self._on)
 
     def __repr__(self) -> str:
-        return f"<minipool.Actor {self._cls.__qualname__} on {self._view._options['on'][0]}>"
-
-
-def _actor_of(cls: type, name: Name, on: tuple[str, ...]) -> Actor:
-    """Return the handle that another process sent."""
-    return Actor(get_executor().options(on=on, max_deaths=0), cls, name)
+        return f"<minipool.Actor {self._cls.__qualname__} on {self._on}>"
 
 
 def _end_actor(view: Executor, name: Name) -> None:
