@@ -475,10 +475,6 @@ class Worker:
         value = getattr(instance, attribute)
         return value if call is None else value(*call[0], **call[1])
 
-    def drop_instance(self, name: Name) -> None:
-        """Forget an instance, and so end it."""
-        self.objects.pop(name, None)
-
     # ---- the thread that reads: the I/O thread, or the main thread while it has nothing to run ----
 
     def _announce(self) -> list[Message]:
@@ -584,6 +580,7 @@ class Worker:
         self.peer.send(*(self._outcomes[token][1] for token in tokens if token in self._outcomes))
 
     def _on_drop(self, names: list[Name]) -> None:
+        """Forget functions, and as a job instances, which so end."""
         for name in names:
             self.objects.pop(name, None)
 
