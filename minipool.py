@@ -3854,7 +3854,7 @@ def _arguments(call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(call.get("args", ())), dict(call.get("kwargs", {}))
 
 
-class Pool:
+class Pool(contextlib.AbstractContextManager["Pool"]):
     """One instance of `worker_class` in every worker, late workers too; its jobs go to whichever is free.
 
     `init_data` holds the constructor's arguments, as {"args": [...], "kwargs": {...}}; so do jobs those of `run` and
@@ -3865,8 +3865,9 @@ class Pool:
     def __init__(self, worker_class: type, init_data: dict[str, Any] | None = None, secret: str | None = None,
                  address: str | None = None, *, executor: Executor | None = None) -> None:
         args, kwargs = _arguments(init_data or {})
-        self._owned = None if executor else Executor(address, secret=secret)
-        self.executor = (executor or self._owned).options(name=f"{worker_class.__qualname__}.run")      # type: ignore[union-attr]
+        whole = executor or Executor(address, secret=secret)
+        self._owned = None if executor else whole
+        self.executor = whole.options(name=f"{worker_class.__qualname__}.run")
         self._client = self.executor._client
         self._name = self._client.session, next(self._client.numbers)
         self.executor.on_start(_in_worker, "make_instance", self._name, worker_class, args, kwargs)
@@ -3916,9 +3917,6 @@ class Pool:
             self._owned.shutdown()
         else:
             self.executor.on_start(_in_worker, "_on_drop", [self._name])
-
-    def __enter__(self) -> Pool:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
