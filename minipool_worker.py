@@ -553,9 +553,7 @@ class Worker:
             self._wake.notify()
 
     def _on_log(self, session: bytes, position: int, name: Name) -> None:
-        log = self._sessions[session].log
-        if position == len(log):
-            log.append(name)
+        self._sessions[session].log.append(name)        # as it stands at `position`: we said how long ours is
 
     def _take_out(self, tokens: list[int]) -> list[int]:
         """Remove from the inbox those of `tokens` that have not begun; return them."""
