@@ -321,7 +321,7 @@ class Worker:
                 self._extra -= 1
                 return None
             attempt = self._begun = self._inbox.pop(heapq.heappop(self._ready)[1])
-            self._cell[0] = attempt.token
+            self._cell[0], os.environ["MINIPOOL_JOB"] = attempt.token, minipool.job_id(attempt.job)
             return attempt
 
     def _may_go_on(self) -> bool:
@@ -352,8 +352,6 @@ class Worker:
             packed = attempt.payload
             args, kwargs, *retry_on = minipool.decode_value(
                 self.objects.pop(packed[0]) if isinstance(packed, tuple) else packed)
-            if attempt is self._begun:
-                os.environ["MINIPOOL_JOB"] = minipool.job_id(attempt.job)
             minipool._running.attempt = attempt
             status, value = OK, minipool.encode_value(fn(*args, **kwargs))
             minipool.check_size(value, self._max_value, "result", fn)
