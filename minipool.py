@@ -3455,16 +3455,6 @@ class Client:
     def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
         self.workers, self._credit = workers, credit
 
-    def ask(self, what: str, timeout: float | None) -> Any:
-        """Ask the server a question; return its answer, or raise TimeoutError after `timeout` or 30 seconds."""
-        number, give_up = next(self.numbers), time.monotonic() + (30 if timeout is None else timeout)
-        with self._changed:
-            while (left := give_up - time.monotonic()) > 0 and self._callback_thread.is_alive():
-                self.peer.send(("ask", number, what))       # again after a second: it may have been lost
-                if self._changed.wait_for(lambda: number in self._answers, min(1.0, left)):
-                    return self._answers.pop(number)
-        raise TimeoutError(f"the server did not answer {what!r} in time")
-
     def _run_callbacks(self) -> None:
         """Run callbacks, and after the last one end all that this client started: nobody waits for it in vain."""
         for callback in iter(self._callbacks.get, None):
@@ -3745,8 +3735,15 @@ class Executor(concurrent.futures.Executor):
         return {name: future.result() for name, future in futures.items()}
 
     def info(self) -> dict[str, Any]:
-        """Return one snapshot of the pool: what `minipool status --json` prints."""
-        return dict(self._client.ask("info", self._options.get("timeout")))
+        """Return what `minipool status --json` prints; TimeoutError after `options(timeout=)` seconds, or 30."""
+        client, timeout = self._client, self._options.get("timeout")
+        number, give_up = next(client.numbers), time.monotonic() + (30 if timeout is None else timeout)
+        with client._changed:
+            while (left := give_up - time.monotonic()) > 0 and client._callback_thread.is_alive():
+                client.peer.send(("ask", number, "info"))       # again after a second: it may have been lost
+                if client._changed.wait_for(lambda: number in client._answers, min(1.0, left)):
+                    return dict(client._answers.pop(number))
+        raise TimeoutError("the server did not answer in time")
 
     @property
     def size(self) -> int:
