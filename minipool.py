@@ -3016,20 +3016,11 @@ def gather(futures: Any, errors: str = "raise", timeout: float | None = None) ->
     return next(iter(gathered(list(futures) if isinstance(futures, Iterator) else futures)), None)
 
 
-class JobInfo(NamedTuple):
-    """What a job can know of itself."""
-    id: str
-    name: str
-    attempt: int
-    worker: str
-    device: str
-
-
 _here: Any = None                   # in a worker process, its minipool_worker.Worker
 _running = threading.local()        # .attempt: in a thread that runs a job, what the worker knows of that
 
 
-def current_job() -> JobInfo | None:
+def current_job() -> minipool_worker.JobInfo | None:
     """Return id, name, attempt, worker and device of the job that this thread runs; None outside a job."""
     attempt = getattr(_running, "attempt", None)
     return _here.describe(attempt) if attempt else None

@@ -232,6 +232,15 @@ class Attempt(NamedTuple):
     missing: set[Name]                          # objects that are still on their way
 
 
+class JobInfo(NamedTuple):
+    """What a job can know of itself."""
+    id: str
+    name: str
+    attempt: int
+    worker: str
+    device: str
+
+
 def encode_exception(error: BaseException, where: str, limit: int) -> bytes | Blob:
     """Return a job's exception as it travels: itself if it is known to load again, and its text in any case.
 
@@ -361,11 +370,11 @@ class Worker:
                 retry = bool(retry_on and isinstance(error, retry_on[0]))
         self._finish(attempt, status, value, time.perf_counter() - began, retry)
 
-    def describe(self, attempt: Attempt) -> minipool.JobInfo:
+    def describe(self, attempt: Attempt) -> JobInfo:
         """Return what current_job() tells."""
         device = "cuda:0" if self.device.startswith("cuda") else self.device
-        return minipool.JobInfo(minipool.job_id(attempt.job), attempt.options.get("name", ""),
-                                attempt.options.get("attempt", 1), self._name, device)
+        return JobInfo(minipool.job_id(attempt.job), attempt.options.get("name", ""), attempt.options.get("attempt", 1),
+                       self._name, device)
 
     def _finish(self, attempt: Attempt, status: str, value: bytes | Blob, seconds: float, retry: bool) -> None:
         """Keep the outcome and tell it; a lone one goes at once, one of many leaves with the next ones."""
