@@ -3503,10 +3503,6 @@ _OPTIONS: dict[str, Check] = {
     "retry_on": lambda kinds: all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds)}
 _said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
-# arguments that are a number of 1 or more, in the standard library's words
-_COUNTS = {"max_workers": "greater than 0", "max_tasks_per_child": ">= 1", "chunksize": ">= 1",
-           "buffersize": "None or > 0"}
-
 
 def _check_counts(**values: int | None) -> None:
     """Check arguments that count something; None is the same as not given."""
@@ -3514,7 +3510,7 @@ def _check_counts(**values: int | None) -> None:
         if type(value) not in (int, type(None)):
             raise TypeError(f"{name} must be an integer, not {value!r}")
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be {_COUNTS[name]}, not {value}")
+            raise ValueError(f"{name} must be greater than 0, not {value}")
 
 
 def _call_each(fn: Callable[..., Any], *chunk: tuple[Any, ...]) -> list[Any]:
