@@ -3433,7 +3433,7 @@ class Client:
         def error() -> BaseException:
             broken = concurrent.futures.BrokenExecutor(
                 "the initializer raised on every worker that tried it, so no job of this executor can run")
-            broken.__cause__ = decode_failure(RAISED, value) if value else None     # empty: too long to be told
+            broken.__cause__ = decode_failure(RAISED, value)
             return broken
         self._break(error)
 
