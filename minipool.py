@@ -3179,7 +3179,7 @@ class Client:
         self.functions = Functions(self.session, lambda: next(self.numbers))
         self.workers: list[dict[str, Any]] = []
         self._info = {"session": self.session, "name": name, "python": PYTHON, "max_workers": max_workers}
-        self._patience = float("inf")                   # seconds of an outage that are ridden out
+        self._patience = FOREVER                        # seconds of an outage that are ridden out
         # all below is guarded by lock
         self._changed = threading.Condition(self.lock)  # a worker came or went, an answer came
         self.unfinished: dict[int, Future] = {}         # every future without an outcome
@@ -3858,9 +3858,8 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
 
     def map(self, data: Iterable[dict[str, Any]]) -> list[Any]:
         """Return the results in the order of `data`, or raise the first exception and cancel what has not begun."""
-        every = itertools.repeat
-        what = every("use_instance"), every(self._name), every("run"), map(_arguments, data)
-        return list(self.executor.map(_in_worker, *what))
+        what = map(itertools.repeat, ("use_instance", self._name, "run"))
+        return list(self.executor.map(_in_worker, *what, map(_arguments, data)))
 
     def _jobs(self, data: Iterable[dict[str, Any]], in_order: bool) -> Iterator[Any]:
         """Submit jobs as they are asked for, no more than keeps all workers busy."""
