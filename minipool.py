@@ -258,7 +258,7 @@ _CHECKS: dict[Any, Check] = {       # by the types that the catalogue names; num
         type(session) is bytes and _is_number(position) for session, position in field.items()),
     "cause": lambda field: type(field) is dict and all(type(what) in (str, int, bool) for what in field.values()),
     "priority": lambda field: isinstance(field, (int, float)) and -BIGGEST < field < BIGGEST,
-    "tags": lambda field: type(field) in (list, tuple, frozenset) and all(type(tag) is str for tag in field),
+    "tags": lambda field: type(field) in (list, tuple) and bool(field) and all(type(tag) is str for tag in field),
     "any": _one_of(int, float, bool, str, bytes, list, dict, tuple, type(None)),
 }
 
@@ -282,7 +282,7 @@ _message("client", "client", "a client's announcement: who I am, the jobs I wait
 _message("node", "node", "a node's announcement: who I am, my workers' slots", info=dict)
 _message("worker", "worker", "what I run, queue and hold, as (token, job, kind)", info=dict, attempts="attempts")
 _message("welcome", "server", "you are in; info is per role", info=dict)
-_message("refuse", "server", "you are not in, and trying again does not help", error=str, text=str)
+_message("refuse", "server", "you are not in, and trying again does not help", text=str)
 _message("bye", "client node worker server", "a planned end: nothing of mine is to be kept", reason=str)
 _message("beat", "node server", "still here (any other byte says the same)")
 
@@ -414,7 +414,6 @@ class Secret:
 
     Never in argv, a URL, a log or a repr. Each role has a key derived from it: a proof for one is none for another.
     """
-    prefix = b""        # of the ids of sessions that end with a worker, as its jobs opened them
 
     def __init__(self, text: str, source: str = "") -> None:
         self.text, self.source = text.strip(), source       # and where it was found
@@ -1020,6 +1019,8 @@ class Peer:
         """Read one frame and act on it; the caller holds `_reading`."""
         try:
             rest = [m for m in connection.receive(self._asked) if not self._handle_range(connection, m)]
+            if rest and rest[0][0] == "refuse":
+                raise VersionMismatch(rest[0][1])
             if rest:
                 self._on_batch(rest)
         except BaseException as error:      # whatever it is, even Ctrl-C: over the next connection all is settled
@@ -1052,7 +1053,7 @@ class Peer:
         try:
             if self._tls:
                 sock, binding = dial_tls(sock, self._tls)
-            keys, self.instance = handshake(sock, self.role, self.key, self.identity, binding)
+            self.trouble, (keys, self.instance) = None, handshake(sock, self.role, self.key, self.identity, binding)
         except BaseException:
             sock.close()
             raise
@@ -1068,7 +1069,7 @@ class Peer:
                 if self._stopping.is_set():
                     return
                 connection.post(self._announce())
-                self.connection, self.trouble, self.lost_at = connection, None, None
+                self.connection, self.lost_at = connection, None
                 self._ask_more()            # what was wanted while there was no connection
             connection.flush()
             leads = self._leads
@@ -1500,7 +1501,7 @@ class Scheduler:
         worker = self.workers.get(info["id"])
         slot = info["id"][:16]                      # what follows says which process of it: later ones are larger
         if worker is None and info["id"] <= self._dead.get(slot, b""):
-            self._send(peer, ("refuse", "ServerLost", "this process is dead to the pool"))
+            self._send(peer, ("refuse", "this process is dead to the pool"))
             return self._closes.append(peer)        # its last words, read after its death was told
         if worker is None:
             for older in [id for id in node.workers if id[:16] == slot and id < info["id"]]:
@@ -1617,7 +1618,7 @@ class Scheduler:
         for option, setting in job.options.items():
             setattr(job, option, setting)
         if job.on is not None:
-            job.on = tuple(sorted(set(job.on))) or None
+            job.on = tuple(sorted(set(job.on)))
         job.deaths = min(job.deaths, job.max_deaths + 1)        # it may have died before its client told how often
         if job.begun and job.job_timeout is not None:   # its limit was not known then
             self._arm(now + job.job_timeout, self._time_out, job, job.token)
@@ -2203,13 +2204,13 @@ class _Guest:
         self.steps: Iterator[int] | None = None     # the server's half of the handshake, under way
 
 
-def find_secret(secret: str | Secret | None = None, path: str | None = None, *, make: bool = False) -> Secret:
+def find_secret(secret: str | None = None, path: str | None = None, *, make: bool = False) -> Secret:
     """Return the secret: given, `path`, MINIPOOL_SECRET_FILE, MINIPOOL_SECRET, or this user's file, in this order.
 
     A source that is named and fails is fatal. Raises Refused if there is none, unless `make`: then one is written.
     """
     if secret is not None:
-        return secret if isinstance(secret, Secret) else Secret(secret)
+        return Secret(secret)
     path = path or os.environ.get("MINIPOOL_SECRET_FILE")
     if not path and os.environ.get("MINIPOOL_SECRET"):
         return Secret(os.environ["MINIPOOL_SECRET"], "MINIPOOL_SECRET")
@@ -2489,7 +2490,7 @@ class Server:
         except (OSError, EOFError):
             pass
         except VersionMismatch as error:
-            connection.post([("refuse", "VersionMismatch", str(error))])
+            connection.post([("refuse", str(error))])
             connection.flush()
         except Malformed as error:
             log.warning("%s sent what no honest peer sends (%s): closed", who, error)
@@ -3015,20 +3016,11 @@ def gather(futures: Any, errors: str = "raise", timeout: float | None = None) ->
     return next(iter(gathered(list(futures) if isinstance(futures, Iterator) else futures)), None)
 
 
-class JobInfo(NamedTuple):
-    """What a job can know of itself."""
-    id: str
-    name: str
-    attempt: int
-    worker: str
-    device: str
-
-
 _here: Any = None                   # in a worker process, its minipool_worker.Worker
 _running = threading.local()        # .attempt: in a thread that runs a job, what the worker knows of that
 
 
-def current_job() -> JobInfo | None:
+def current_job() -> minipool_worker.JobInfo | None:
     """Return id, name, attempt, worker and device of the job that this thread runs; None outside a job."""
     attempt = getattr(_running, "attempt", None)
     return _here.describe(attempt) if attempt else None
@@ -3176,18 +3168,18 @@ class Future(concurrent.futures.Future[Any]):
 class Client:
     """One connection to a server, and everything that waits on it. Executors are its views."""
 
-    def __init__(self, address: tuple[str, int], secret: Secret, *, name: str, max_workers: int | None,
+    def __init__(self, address: tuple[str, int], key: KeySource, *, name: str, max_workers: int | None,
                  connect_timeout: float, reconnect_timeout: float, tls: bool, child: minipool_worker.Node | None,
                  initializer: Callable[..., object] | None, initargs: Iterable[Any]) -> None:
         self.child = child                              # the embedded pool; it ends with this client
         self.lend: Callable[[], Any] = contextlib.nullcontext
-        self.session = secret.prefix + secrets.token_bytes(16)
+        self.session = (_here.id if _here else b"") + secrets.token_bytes(16)   # which ends with a worker it is made in
         self.lock = threading.RLock()
         self.numbers = itertools.count(1)               # of jobs and objects alike
         self.functions = Functions(self.session, lambda: next(self.numbers))
         self.workers: list[dict[str, Any]] = []
         self._info = {"session": self.session, "name": name, "python": PYTHON, "max_workers": max_workers}
-        self._patience = float("inf")                   # seconds of an outage that are ridden out
+        self._patience = FOREVER                        # seconds of an outage that are ridden out
         # all below is guarded by lock
         self._changed = threading.Condition(self.lock)  # a worker came or went, an answer came
         self.unfinished: dict[int, Future] = {}         # every future without an outcome
@@ -3205,7 +3197,7 @@ class Client:
         self._callbacks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self.later = self._callbacks.put    # run it on the callback thread; no lock is taken: a collector may call this
         self._callback_thread = threading.Thread(target=self._run_callbacks, name="minipool-callbacks", daemon=True)
-        self.peer = Peer("client", address, secret.role_key, lock=self.lock, announce=self._announce,
+        self.peer = Peer("client", address, key, lock=self.lock, announce=self._announce,
                          on_batch=self._on_batch, on_lost=self._on_lost, on_idle=self._flush_delivered, tls=tls)
         self._callback_thread.start()
         self.peer.thread.start()
@@ -3392,9 +3384,6 @@ class Client:
         self._send_log(info["log"])
         self.peer.send(*(("kill", [n], future._doom) for n, future in self._sent.items() if future._doom))
 
-    def _on_refuse(self, error: str, text: str) -> None:
-        self.peer.trouble = (VersionMismatch if error == "VersionMismatch" else Refused)(text)
-
     def _on_missing(self, numbers: list[int]) -> None:
         """The server does not know these (it is a new one, or they were lost on the way): send them again."""
         for number in numbers:
@@ -3444,7 +3433,7 @@ class Client:
         def error() -> BaseException:
             broken = concurrent.futures.BrokenExecutor(
                 "the initializer raised on every worker that tried it, so no job of this executor can run")
-            broken.__cause__ = decode_failure(RAISED, value) if value else None     # empty: too long to be told
+            broken.__cause__ = decode_failure(RAISED, value)
             return broken
         self._break(error)
 
@@ -3456,16 +3445,6 @@ class Client:
 
     def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
         self.workers, self._credit = workers, credit
-
-    def ask(self, what: str, timeout: float | None) -> Any:
-        """Ask the server a question; return its answer, or raise TimeoutError after `timeout` or 30 seconds."""
-        number, give_up = next(self.numbers), time.monotonic() + (30 if timeout is None else timeout)
-        with self._changed:
-            while (left := give_up - time.monotonic()) > 0 and self._callback_thread.is_alive():
-                self.peer.send(("ask", number, what))       # again after a second: it may have been lost
-                if self._changed.wait_for(lambda: number in self._answers, min(1.0, left)):
-                    return self._answers.pop(number)
-        raise TimeoutError(f"the server did not answer {what!r} in time")
 
     def _run_callbacks(self) -> None:
         """Run callbacks, and after the last one end all that this client started: nobody waits for it in vain."""
@@ -3516,26 +3495,22 @@ getattr(threading, "_register_atexit", atexit.register)(lambda: [*map(Client.clo
 os.register_at_fork(after_in_child=_forget_all)
 
 
-# what options() takes: of what the server reads that which is the user's, and what is for the client alone
-_OPTIONS = (_OPTIONS_READ.keys() - {"attempts", "max_tasks", "soft", "beside", "again"}
-            | {"retry_on", "prefer", "timeout"})
+# what options() takes, and what is good there: of what the server reads that which is the user's, then the client's own
+_OPTIONS: dict[str, Check] = {
+    **{name: _OPTIONS_READ[name] for name in ("name", "priority", "retries", "max_deaths", "on", "cancel_running")},
+    "job_timeout": lambda seconds: _CHECKS[float](seconds) and seconds > 0,
+    "prefer": _CHECKS["tags"], "timeout": _CHECKS[float],
+    "retry_on": lambda kinds: all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds)}
 _said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
-# numbers among arguments and options: type, the smallest, in the standard library's words where it has some
-_NUMBERS = {"max_workers": (int, 1, "greater than 0"), "max_tasks_per_child": (int, 1, ">= 1"),
-            "buffersize": (int, 1, "None or > 0"), "chunksize": (int, 1, ">= 1"), "retries": (int, 0, ">= 0"),
-            "max_deaths": (int, 0, ">= 0"), "priority": (int | float, 1 - BIGGEST, "a number"),
-            "job_timeout": (int | float, 1e-9, "a number of seconds above 0")}
 
-
-def _check_numbers(**values: Any) -> None:
-    """Check the numbers among these values; None is the same as not given."""
-    for name, (kind, least, words) in _NUMBERS.items():
-        value = values.get(name)
-        if isinstance(value, bool) or not isinstance(value, kind | None):
-            raise TypeError(f"{name} must be {kind | None}, not {value!r}")
-        if value is not None and not least <= value < BIGGEST:      # NaN is no place in an order
-            raise ValueError(f"{name} must be {words}, not {value}")
+def _check_counts(**values: int | None) -> None:
+    """Check arguments that count something; None is the same as not given."""
+    for name, value in values.items():
+        if type(value) not in (int, type(None)):
+            raise TypeError(f"{name} must be an integer, not {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be greater than 0, not {value}")
 
 
 def _call_each(fn: Callable[..., Any], *chunk: tuple[Any, ...]) -> list[Any]:
@@ -3554,7 +3529,7 @@ class Executor(concurrent.futures.Executor):
     `reconnect_timeout` for outages. Raises ServerLost, Refused, VersionMismatch; ValueError, TypeError for arguments.
     """
 
-    def __init__(self, address: str | int | None = None, *, secret: str | Secret | None = None,
+    def __init__(self, address: str | int | None = None, *, secret: str | KeySource | None = None,
                  max_workers: int | None = None, initializer: Callable[..., object] | None = None,
                  initargs: tuple[Any, ...] = (), max_tasks_per_child: int | None = None, name: str | None = None,
                  tls: bool = False, connect_timeout: float = 10.0, reconnect_timeout: float = 600.0) -> None:
@@ -3564,7 +3539,7 @@ class Executor(concurrent.futures.Executor):
             raise TypeError(f"address is text such as 'host:port', not {type(address).__name__}")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        _check_numbers(max_workers=max_workers, max_tasks_per_child=max_tasks_per_child)
+        _check_counts(max_workers=max_workers, max_tasks_per_child=max_tasks_per_child)
         self._options: dict[str, Any] = {"max_tasks": max_tasks_per_child}
         self._parent: Executor | None = None
         self._closed = False            # this view
@@ -3572,13 +3547,12 @@ class Executor(concurrent.futures.Executor):
         child, limit, patience = None, max_workers, reconnect_timeout
         where = address or os.environ.get("MINIPOOL_ADDRESS") or "local"
         if where == "local":            # a private child serves this machine, with a throw-away secret
-            key = Secret.new()
+            secret = Secret.new().text
             from minipool_worker import Node  # late: who dials a server needs none of it
-            child = Node("local", secret=key.text, connect_timeout=60, name="local", workers=max_workers,
+            child = Node("local", secret=secret, connect_timeout=60, name="local", workers=max_workers,
                          sys_path=[*map(os.path.abspath, sys.path)]).start()        # it works in another folder
             where, limit, patience = child.answer["address"], None, 3.0     # it is never restarted
-        else:
-            key = find_secret(secret)
+        key = secret if callable(secret) else find_secret(secret).role_key     # a worker has only its own key
         self._client = Client(parse_address(where), key, name=name or os.path.basename(sys.argv[0] or "python"),
                               max_workers=limit, connect_timeout=connect_timeout, reconnect_timeout=patience,
                               tls=tls and child is None, child=child, initializer=initializer, initargs=initargs)
@@ -3613,7 +3587,7 @@ class Executor(concurrent.futures.Executor):
 
         `timeout` seconds count from this call; `chunksize` inputs are one job; `buffersize` bounds what waits unread.
         """
-        _check_numbers(chunksize=chunksize, buffersize=buffersize)
+        _check_counts(chunksize=chunksize, buffersize=buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
         inputs = zip(*iterables, strict=False)
         calls: Iterator[tuple[Any, ...]] = inputs
@@ -3665,22 +3639,14 @@ class Executor(concurrent.futures.Executor):
         `job_timeout`: seconds that it may run, then its worker is ended and the future raises JobTimeout;
         `cancel_running`: so does `Future.cancel`; `max_deaths`: workers it may take down. Raises TypeError.
         """
-        unknown = sorted(set(options) - _OPTIONS)
+        unknown = sorted(options.keys() - _OPTIONS.keys())
         if unknown:
             raise TypeError(f"options() got unknown {', '.join(unknown)}; known are {', '.join(sorted(_OPTIONS))}")
-        _check_numbers(**options)
-        for name in [name for name in ("on", "prefer", "retry_on") if options.get(name) is not None]:
-            one_or_several = options[name]
-            values = (one_or_several,) if isinstance(one_or_several, str | type) else tuple(one_or_several)
-            if name == "retry_on":
-                if not all(isinstance(value, type) and issubclass(value, BaseException) for value in values):
-                    raise TypeError("retry_on= takes an exception type, or a list of them")
-            elif not values or not all(isinstance(value, str) for value in values):
-                raise TypeError(f"{name}= takes the name of a worker, node or tag, or a list of them")
-            options[name] = values
-        for name in options.keys() & _OPTIONS_READ.keys():
-            if options[name] is not None and not _OPTIONS_READ[name](options[name]):   # as the server will look
-                raise TypeError(f"{name}= cannot be {options[name]!r:.100}")
+        for name, value in options.items():
+            if name in ("on", "prefer", "retry_on") and value is not None:      # one, or several
+                options[name] = value = (value,) if isinstance(value, str | type) else tuple(value)
+            if value is not None and not _OPTIONS[name](value):     # as the server will look
+                raise TypeError(f"{name}= cannot be {value!r:.100}")
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view._options = {**self._options, **options}
@@ -3717,14 +3683,14 @@ class Executor(concurrent.futures.Executor):
         with client._changed:
             if not client._changed.wait_for(self._admitted, self._options.get("timeout")):
                 raise TimeoutError(f"no worker has come for the actor {cls.__qualname__}")
-            taken = collections.Counter(worker for actor in _actors for worker in actor._view._options["on"])
+            taken = collections.Counter(actor._on for actor in _actors)
             worker = min((worker["name"] for worker in self._admitted()), key=taken.__getitem__)
         name = client.session, next(client.numbers)
         view = self.options(on=worker, max_deaths=0, name=f"{cls.__qualname__}()")      # there, and at most once
         made = client.submit(view, _in_worker, ("make_instance", name, cls, args, kwargs), {})
         if (call := made._call) and not call[1]:
             made.exception()        # it waits for futures, and no call of a method may overtake it
-        return Actor(view, cls, name, made)
+        return Actor(cls, name, worker, view, made)
 
     def wait_for_workers(self, n: int, timeout: float | None = None) -> None:
         """Block until there are `n` workers; raise TimeoutError after `timeout` seconds."""
@@ -3756,8 +3722,15 @@ class Executor(concurrent.futures.Executor):
         return {name: future.result() for name, future in futures.items()}
 
     def info(self) -> dict[str, Any]:
-        """Return one snapshot of the pool: what `minipool status --json` prints."""
-        return dict(self._client.ask("info", self._options.get("timeout")))
+        """Return what `minipool status --json` prints; TimeoutError after `options(timeout=)` seconds, or 30."""
+        client, timeout = self._client, self._options.get("timeout")
+        number, give_up = next(client.numbers), time.monotonic() + (30 if timeout is None else timeout)
+        with client._changed:
+            while (left := give_up - time.monotonic()) > 0 and client._callback_thread.is_alive():
+                client.peer.send(("ask", number, "info"))       # again after a second: it may have been lost
+                if client._changed.wait_for(lambda: number in client._answers, min(1.0, left)):
+                    return dict(client._answers.pop(number))
+        raise TimeoutError("the server did not answer in time")
 
     @property
     def size(self) -> int:
@@ -3812,13 +3785,14 @@ class Actor:
     actors. The instance ends with the last handle in the process that made it.
     """
 
-    def __init__(self, view: Executor, cls: type, name: Name, made: Future | None = None) -> None:
-        self._view, self._cls, self._name = view, cls, name
-        self._view_of = functools.cache(lambda method: view.options(name=f"{cls.__qualname__}.{method}"))
+    def __init__(self, cls: type, name: Name, on: str, at: Executor | None = None, made: Future | None = None) -> None:
+        self._cls, self._name, self._on = cls, name, on
+        there = at or get_executor().options(on=on, max_deaths=0)     # of a handle that another process sent
+        self._view_of = functools.cache(lambda method: there.options(name=f"{cls.__qualname__}.{method}"))
         self._made = made       # its constructor's call, in the process whose handles keep the instance
         _actors.add(self)
         if made:                # a collector, which may call this, takes no lock
-            weakref.finalize(self, view._client.later, functools.partial(_end_actor, view, name))
+            weakref.finalize(self, there._client.later, functools.partial(_end_actor, there, name))
 
     def _use(self, attribute: str, *call: Any) -> Future:
         view = self._view_of(attribute)
@@ -3834,21 +3808,16 @@ class Actor:
     def __reduce__(self) -> Any:
         if self._made:          # a call from elsewhere must not overtake it
             self._made.exception()
-        return _actor_of, (self._cls, self._name, self._view._options["on"])
+        return Actor, (self._cls, self._name, self._on)
 
     def __repr__(self) -> str:
-        return f"<minipool.Actor {self._cls.__qualname__} on {self._view._options['on'][0]}>"
-
-
-def _actor_of(cls: type, name: Name, on: tuple[str, ...]) -> Actor:
-    """Return the handle that another process sent."""
-    return Actor(get_executor().options(on=on, max_deaths=0), cls, name)
+        return f"<minipool.Actor {self._cls.__qualname__} on {self._on}>"
 
 
 def _end_actor(view: Executor, name: Name) -> None:
     # a closed executor has no instances any more
     with contextlib.suppress(RuntimeError, concurrent.futures.BrokenExecutor):
-        view._client.submit(view, _in_worker, ("drop_instance", name), {})
+        view._client.submit(view, _in_worker, ("_on_drop", [name]), {})
 
 
 class WorkerInterface:
@@ -3869,7 +3838,7 @@ def _arguments(call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(call.get("args", ())), dict(call.get("kwargs", {}))
 
 
-class Pool:
+class Pool(contextlib.AbstractContextManager["Pool"]):
     """One instance of `worker_class` in every worker, late workers too; its jobs go to whichever is free.
 
     `init_data` holds the constructor's arguments, as {"args": [...], "kwargs": {...}}; so do jobs those of `run` and
@@ -3880,17 +3849,17 @@ class Pool:
     def __init__(self, worker_class: type, init_data: dict[str, Any] | None = None, secret: str | None = None,
                  address: str | None = None, *, executor: Executor | None = None) -> None:
         args, kwargs = _arguments(init_data or {})
-        self._owned = None if executor else Executor(address, secret=secret)
-        self.executor = (executor or self._owned).options(name=f"{worker_class.__qualname__}.run")      # type: ignore[union-attr]
+        whole = executor or Executor(address, secret=secret)
+        self._owned = None if executor else whole
+        self.executor = whole.options(name=f"{worker_class.__qualname__}.run")
         self._client = self.executor._client
         self._name = self._client.session, next(self._client.numbers)
         self.executor.on_start(_in_worker, "make_instance", self._name, worker_class, args, kwargs)
 
     def map(self, data: Iterable[dict[str, Any]]) -> list[Any]:
         """Return the results in the order of `data`, or raise the first exception and cancel what has not begun."""
-        every = itertools.repeat
-        what = every("use_instance"), every(self._name), every("run"), map(_arguments, data)
-        return list(self.executor.map(_in_worker, *what))
+        what = map(itertools.repeat, ("use_instance", self._name, "run"))
+        return list(self.executor.map(_in_worker, *what, map(_arguments, data)))
 
     def _jobs(self, data: Iterable[dict[str, Any]], in_order: bool) -> Iterator[Any]:
         """Submit jobs as they are asked for, no more than keeps all workers busy."""
@@ -3930,10 +3899,7 @@ class Pool:
         if self._owned:
             self._owned.shutdown()
         else:
-            self.executor.on_start(_in_worker, "drop_instance", self._name)
-
-    def __enter__(self) -> Pool:
-        return self
+            self.executor.on_start(_in_worker, "_on_drop", [self._name])
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -4012,7 +3978,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> None:
     where = format_address(*parse_address(options.address))
-    with Executor(where, secret=find_secret(path=options.secret_file), name="minipool status", tls=options.tls,
+    with Executor(where, secret=find_secret(path=options.secret_file).text, name="minipool status", tls=options.tls,
                   connect_timeout=5, reconnect_timeout=5) as executor:
         info = executor.options(timeout=10).info()
     if options.json:

@@ -232,6 +232,15 @@ class Attempt(NamedTuple):
     missing: set[Name]                          # objects that are still on their way
 
 
+class JobInfo(NamedTuple):
+    """What a job can know of itself."""
+    id: str
+    name: str
+    attempt: int
+    worker: str
+    device: str
+
+
 def encode_exception(error: BaseException, where: str, limit: int) -> bytes | Blob:
     """Return a job's exception as it travels: itself if it is known to load again, and its text in any case.
 
@@ -254,17 +263,6 @@ def encode_exception(error: BaseException, where: str, limit: int) -> bytes | Bl
     if (value.size if isinstance(value, Blob) else len(value)) > limit:
         value = minipool.encode_value((None, kind, words[:1000] + " [...]", text[:1000] + " [...]", where))
     return value
-
-
-class _Ticket(Secret):
-    """What a worker has in place of the secret: the keys of its own two roles, renewed when the server is a new one."""
-
-    def __init__(self, setup: dict[str, Any]) -> None:
-        self._setup, self.prefix = setup, setup["id"]
-
-    def role_key(self, role: str, *_: bytes) -> bytes:
-        """Return the key as a worker of this identity, or as a client."""
-        return bytes(self._setup["keys"][32 * (role == "client"):][:32])
 
 
 class Worker:
@@ -293,7 +291,7 @@ class Worker:
         self._leaving = ""                              # why no new job is begun
         self._dismissed = False                         # the server let us go
         self._read_at = time.monotonic()                # when the socket was last seen empty
-        self.peer = Peer("worker", setup["address"], _Ticket(setup).role_key, lock=self._lock, identity=self.id,
+        self.peer = Peer("worker", setup["address"], self._key, lock=self._lock, identity=self.id,
                          announce=self._announce, on_batch=self._on_batch, on_lost=self._on_lost, tls=setup["tls"])
 
     # ---- the main thread ----
@@ -332,7 +330,7 @@ class Worker:
                 self._extra -= 1
                 return None
             attempt = self._begun = self._inbox.pop(heapq.heappop(self._ready)[1])
-            self._cell[0] = attempt.token
+            self._cell[0], os.environ["MINIPOOL_JOB"] = attempt.token, minipool.job_id(attempt.job)
             return attempt
 
     def _may_go_on(self) -> bool:
@@ -363,8 +361,6 @@ class Worker:
             packed = attempt.payload
             args, kwargs, *retry_on = minipool.decode_value(
                 self.objects.pop(packed[0]) if isinstance(packed, tuple) else packed)
-            if attempt is self._begun:
-                os.environ["MINIPOOL_JOB"] = minipool.job_id(attempt.job)
             minipool._running.attempt = attempt
             status, value = OK, minipool.encode_value(fn(*args, **kwargs))
             minipool.check_size(value, self._max_value, "result", fn)
@@ -374,11 +370,11 @@ class Worker:
                 retry = bool(retry_on and isinstance(error, retry_on[0]))
         self._finish(attempt, status, value, time.perf_counter() - began, retry)
 
-    def describe(self, attempt: Attempt) -> minipool.JobInfo:
+    def describe(self, attempt: Attempt) -> JobInfo:
         """Return what current_job() tells."""
         device = "cuda:0" if self.device.startswith("cuda") else self.device
-        return minipool.JobInfo(minipool.job_id(attempt.job), attempt.options.get("name", ""),
-                                attempt.options.get("attempt", 1), self._name, device)
+        return JobInfo(minipool.job_id(attempt.job), attempt.options.get("name", ""), attempt.options.get("attempt", 1),
+                       self._name, device)
 
     def _finish(self, attempt: Attempt, status: str, value: bytes | Blob, seconds: float, retry: bool) -> None:
         """Keep the outcome and tell it; a lone one goes at once, one of many leaves with the next ones."""
@@ -443,9 +439,13 @@ class Worker:
         """Return an executor for the jobs of this process, on a client's connection of its own."""
         if self._executor is None or self._executor._client.broken:
             self._executor = minipool.Executor(minipool.format_address(*self.setup["address"]), name=self._name,
-                                               secret=_Ticket(self.setup), tls=self.setup["tls"])
+                                               secret=self._key, tls=self.setup["tls"])
             self._executor._client.lend = self._lend
         return self._executor.options()         # a view: its user may shut that down
+
+    def _key(self, role: str, *_: bytes) -> bytes:
+        """Return its key as a worker of this identity, or as a client: of the secret it has no more than that."""
+        return bytes(self.setup["keys"][32 * (role == "client"):][:32])     # renewed when the server is a new one
 
     def _apply_log(self, attempt: Attempt) -> bytes:
         """Run the entries of the session's log that this worker has not run; return what one raised, now or before."""
@@ -482,10 +482,6 @@ class Worker:
         value = getattr(instance, attribute)
         return value if call is None else value(*call[0], **call[1])
 
-    def drop_instance(self, name: Name) -> None:
-        """Forget an instance, and so end it."""
-        self.objects.pop(name, None)
-
     # ---- the thread that reads: the I/O thread, or the main thread while it has nothing to run ----
 
     def _announce(self) -> list[Message]:
@@ -507,6 +503,7 @@ class Worker:
             pass                    # a job closed its standard streams: their numbers must not become our socket
         os.close(descriptor)
         if isinstance(self.peer.trouble, minipool.VersionMismatch):
+            _log.error("the server turned this worker away: %s", self.peer.trouble)
             os._exit(5)
 
     def _on_batch(self, messages: list[Message]) -> None:
@@ -563,9 +560,7 @@ class Worker:
             self._wake.notify()
 
     def _on_log(self, session: bytes, position: int, name: Name) -> None:
-        log = self._sessions[session].log
-        if position == len(log):
-            log.append(name)
+        self._sessions[session].log.append(name)        # as it stands at `position`: we said how long ours is
 
     def _take_out(self, tokens: list[int]) -> list[int]:
         """Remove from the inbox those of `tokens` that have not begun; return them."""
@@ -590,6 +585,7 @@ class Worker:
         self.peer.send(*(self._outcomes[token][1] for token in tokens if token in self._outcomes))
 
     def _on_drop(self, names: list[Name]) -> None:
+        """Forget functions, and as a job instances, which so end."""
         for name in names:
             self.objects.pop(name, None)
 
@@ -600,10 +596,6 @@ class Worker:
 
     def _on_bye(self, reason: str) -> None:
         self._dismissed = True
-
-    def _on_refuse(self, error: str, text: str) -> None:
-        _log.error("the server turned this worker away: %s", text)
-        os._exit(5)
 
 
 def _watch_node(worker: Worker, life: Any) -> None:
@@ -824,8 +816,9 @@ class Supervisor:
             _stderr.write(f"waiting for a server at {minipool.format_address(*self.peer.address)}: {trouble}\n")
         if patience and lost_at and now >= lost_at + patience:
             raise minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
-        # a refusal ends it only at first: after a welcome it may be forged, or a mistake being mended
-        if not self._instance and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
+        # a refusal ends it only before a server's welcome: after that it may be forged, or a mistake being mended
+        is_welcome = self._instance and self._instance == self.peer.instance
+        if not is_welcome and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
             raise trouble
 
     # ---- talking ----
@@ -850,9 +843,6 @@ class Supervisor:
                 with contextlib.suppress(OSError):
                     child.life.send_bytes(self._keys(child.id))
         self.on_welcome()
-
-    def _on_refuse(self, error: str, text: str) -> None:
-        raise getattr(minipool, error, minipool.Refused)(text)
 
     def _on_kill(self, tokens: list[int], reason: str) -> None:
         for child in self._children.values():

@@ -287,7 +287,7 @@ class Worker(Actor):
         assert self.is_retiring and not in_hand, "sent away with something in hand"
         self.world.crash(self)
 
-    def on_refuse(self, error, text):
+    def on_refuse(self, text):
         self.world.crash(self)
 
     def on_put(self, name, value):
