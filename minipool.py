@@ -282,7 +282,7 @@ _message("client", "client", "a client's announcement: who I am, the jobs I wait
 _message("node", "node", "a node's announcement: who I am, my workers' slots", info=dict)
 _message("worker", "worker", "what I run, queue and hold, as (token, job, kind)", info=dict, attempts="attempts")
 _message("welcome", "server", "you are in; info is per role", info=dict)
-_message("refuse", "server", "you are not in, and trying again does not help", error=str, text=str)
+_message("refuse", "server", "you are not in: our Pythons differ, and trying again does not help", text=str)
 _message("bye", "client node worker server", "a planned end: nothing of mine is to be kept", reason=str)
 _message("beat", "node server", "still here (any other byte says the same)")
 
@@ -1052,7 +1052,8 @@ class Peer:
         try:
             if self._tls:
                 sock, binding = dial_tls(sock, self._tls)
-            keys, self.instance = handshake(sock, self.role, self.key, self.identity, binding)
+            keys, instance = handshake(sock, self.role, self.key, self.identity, binding)
+            self.trouble, self.instance = None, instance        # in this order: no older trouble is taken for its word
         except BaseException:
             sock.close()
             raise
@@ -1068,7 +1069,7 @@ class Peer:
                 if self._stopping.is_set():
                     return
                 connection.post(self._announce())
-                self.connection, self.trouble, self.lost_at = connection, None, None
+                self.connection, self.lost_at = connection, None
                 self._ask_more()            # what was wanted while there was no connection
             connection.flush()
             leads = self._leads
@@ -1130,7 +1131,7 @@ class Peer:
                     self.connection.post([("pull", name, offset, len(place))])
 
     def _handle_range(self, connection: Connection, message: Message) -> bool:
-        """Act on a message about large values; return False for any other."""
+        """Act on a message about large values, or on a refusal; return False for any other."""
         if message[0] == "pull":
             _, name, offset, length = message
             blob = self.values.get(name)
@@ -1145,6 +1146,8 @@ class Peer:
             with self.lock:
                 if pull := self.forget_pull(message[1]):
                     pull.done(None)
+        elif message[0] == "refuse":
+            raise VersionMismatch(message[1])
         else:
             return False
         connection.flush()
@@ -1500,7 +1503,6 @@ class Scheduler:
         worker = self.workers.get(info["id"])
         slot = info["id"][:16]                      # what follows says which process of it: later ones are larger
         if worker is None and info["id"] <= self._dead.get(slot, b""):
-            self._send(peer, ("refuse", "ServerLost", "this process is dead to the pool"))
             return self._closes.append(peer)        # its last words, read after its death was told
         if worker is None:
             for older in [id for id in node.workers if id[:16] == slot and id < info["id"]]:
@@ -2489,7 +2491,7 @@ class Server:
         except (OSError, EOFError):
             pass
         except VersionMismatch as error:
-            connection.post([("refuse", "VersionMismatch", str(error))])
+            connection.post([("refuse", str(error))])
             connection.flush()
         except Malformed as error:
             log.warning("%s sent what no honest peer sends (%s): closed", who, error)
@@ -3391,9 +3393,6 @@ class Client:
         self.max_value = info["max_value"]
         self._send_log(info["log"])
         self.peer.send(*(("kill", [n], future._doom) for n, future in self._sent.items() if future._doom))
-
-    def _on_refuse(self, error: str, text: str) -> None:
-        self.peer.trouble = (VersionMismatch if error == "VersionMismatch" else Refused)(text)
 
     def _on_missing(self, numbers: list[int]) -> None:
         """The server does not know these (it is a new one, or they were lost on the way): send them again."""

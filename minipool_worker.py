@@ -506,8 +506,6 @@ class Worker:
         while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass                    # a job closed its standard streams: their numbers must not become our socket
         os.close(descriptor)
-        if isinstance(self.peer.trouble, minipool.VersionMismatch):
-            os._exit(5)
 
     def _on_batch(self, messages: list[Message]) -> None:
         with self._wake:
@@ -600,10 +598,6 @@ class Worker:
 
     def _on_bye(self, reason: str) -> None:
         self._dismissed = True
-
-    def _on_refuse(self, error: str, text: str) -> None:
-        _log.error("the server turned this worker away: %s", text)
-        os._exit(5)
 
 
 def _watch_node(worker: Worker, life: Any) -> None:
@@ -812,6 +806,7 @@ class Supervisor:
 
     def _look_at_the_clock(self) -> None:
         """Beat, say so if there is no server yet, leave when it is time; raise when there is no hope."""
+        is_new = not self._instance or self.peer.instance != self._instance     # looked at before trouble: see _dial
         now, lost_at, trouble = time.monotonic(), self.peer.lost_at, self.peer.trouble
         lifetime, patience = self.options.get("lifetime"), self.options.get("death_timeout")
         if now >= self._beat_at:
@@ -824,8 +819,8 @@ class Supervisor:
             _stderr.write(f"waiting for a server at {minipool.format_address(*self.peer.address)}: {trouble}\n")
         if patience and lost_at and now >= lost_at + patience:
             raise minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
-        # a refusal ends it only at first: after a welcome it may be forged, or a mistake being mended
-        if not self._instance and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
+        # a refusal ends it at first, or by a new server that proved itself: another may be forged, or be mended soon
+        if is_new and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
             raise trouble
 
     # ---- talking ----
@@ -850,9 +845,6 @@ class Supervisor:
                 with contextlib.suppress(OSError):
                     child.life.send_bytes(self._keys(child.id))
         self.on_welcome()
-
-    def _on_refuse(self, error: str, text: str) -> None:
-        raise getattr(minipool, error, minipool.Refused)(text)
 
     def _on_kill(self, tokens: list[int], reason: str) -> None:
         for child in self._children.values():

@@ -287,9 +287,6 @@ class Worker(Actor):
         assert self.is_retiring and not in_hand, "sent away with something in hand"
         self.world.crash(self)
 
-    def on_refuse(self, error, text):
-        self.world.crash(self)
-
     def on_put(self, name, value):
         self.has.add(name)
 
