@@ -1218,7 +1218,6 @@ WINDOW_SECONDS = 0.02   # of estimated work that may lie in a worker's inbox
 WINDOW_JOBS = 256       # at most; so no job is estimated shorter than WINDOW_SECONDS / WINDOW_JOBS
 LONG = 1e9              # the estimate of a function not known to be short: nothing else fits beside it
 UNACKNOWLEDGED = 16 << 20   # bytes of outcomes on their way to a client; with more, it does not read: its jobs wait
-MOURNED = 10_000        # slots whose dead are remembered: a dead worker's words may be read after its death
 CREDIT_JOBS = 4096      # jobs a session may have at the server; the rest waits at the client, so memory is constant
 
 
@@ -1242,6 +1241,7 @@ class Node(Member):
         self.is_suspect = False                     # none for T_SUSPECT
         self.is_leaving = False                     # and so do its workers, those that come later too
         self.workers: dict[bytes, Worker] = {}
+        self.dead: dict[bytes, bytes] = {}          # newest process of each slot that is known to be dead
         self.info: dict[str, Any] = {}
 
 
@@ -1360,7 +1360,6 @@ class Scheduler:
         self._selections = collections.defaultdict[str | None, Selection](Selection)        # by tag; None: all
         self._adopting = now + self.beat                # so long only those count who were in before; 0: it is over
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
-        self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
         self._expected_workers = 0                      # as many as any returning client last saw
         self._timers: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._entered_at = now
@@ -1502,7 +1501,7 @@ class Scheduler:
         node = self.nodes.get(info["node"]) or self._new_node(info["node"], info["node_name"], now)
         worker = self.workers.get(info["id"])
         slot = info["id"][:16]                      # what follows says which process of it: later ones are larger
-        if worker is None and info["id"] <= self._dead.get(slot, b""):
+        if worker is None and info["id"] <= node.dead.get(slot, b""):
             return self._closes.append(peer)        # its last words, read after its death was told
         if worker is None:
             for older in [id for id in node.workers if id[:16] == slot and id < info["id"]]:
@@ -1995,9 +1994,7 @@ class Scheduler:
         worker = self.workers.get(worker_id)
         if worker is not None and worker.node is not node:
             return
-        self._dead[worker_id[:16]] = max(self._dead.pop(worker_id[:16], b""), worker_id)
-        while len(self._dead) > MOURNED:
-            del self._dead[next(iter(self._dead))]
+        node.dead[worker_id[:16]] = max(node.dead.get(worker_id[:16], b""), worker_id)
         if "lost" in cause:
             node.info["lost"] = [*node.info.get("lost", ()), cause["lost"]]
         if worker is not None:
