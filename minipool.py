@@ -1344,14 +1344,13 @@ Actions = collections.namedtuple("Actions", "sends closes")     # what the shell
 class Scheduler:
     """Who is there, what is queued, who runs what: all rules, no I/O."""
 
-    def __init__(self, now: float, first_token: int, *, max_value: int = 64 << 30, dead_after: float = T_DEAD,
-                 about: dict[str, Any] | None = None) -> None:
+    def __init__(self, now: float, first_token: int, max_value: int = 64 << 30, dead_after: float = T_DEAD) -> None:
         self.sessions: dict[bytes, Session] = {}
         self.workers: dict[bytes, Worker] = {}
         self.nodes: dict[bytes, Node] = {}
         self.max_value, self.dead_after, self.beat = max_value, dead_after, min(T_BEAT, dead_after / 5)
         self.is_paused = False          # nothing is handed out: the server is about to stop
-        self.about = about or {}        # what the shell knows: address and such, for the snapshot
+        self.about: dict[str, Any] = {}     # what the shell knows: address and such, for the snapshot
         self.counters: collections.Counter[str] = collections.Counter()     # lifetime: accepted, delivered, ...
         self._peers: dict[Any, Member] = {}
         self._token = first_token       # the server's start in microseconds: later lives never repeat one
@@ -2423,9 +2422,8 @@ class Server:
         self._port = listener.getsockname()[1]
         instance = secrets.token_bytes(16)
         self._secret.role_key("client", instance)       # a password is stretched once, here
-        about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
-        self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, max_value=self.max_value,
-                                    dead_after=self.dead_after, about=about)
+        self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, self.max_value, self.dead_after)
+        self._scheduler.about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._ticker.start()
         self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, self._tls)
         return self
