@@ -279,7 +279,7 @@ _OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=i
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
 _message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
-_message("node", "node", "a node's announcement: who I am, my workers' slots", info=dict)
+_message("node", "node", "a node's announcement: who I am", info=dict)
 _message("worker", "worker", "what I run, queue and hold, as (token, job, kind)", info=dict, attempts="attempts")
 _message("welcome", "server", "you are in; info is per role", info=dict)
 _message("refuse", "server", "you are not in: our Pythons differ, and trying again does not help", text=str)
@@ -288,7 +288,7 @@ _message("beat", "node server", "still here (any other byte says the same)")
 
 ANNOUNCED = {       # what the info of an announcement holds
     "client": _fields(session=bytes, python=str, name=str, max_workers="int?", workers_seen=int),
-    "node": _fields(id=bytes, python=str, name=str, host=str, pid=int, slots=list),
+    "node": _fields(id=bytes, python=str, name=str, host=str, pid=int),
     "worker": _fields(id=bytes, python=str, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
                       has="names", positions="positions", returns=bool),
 }

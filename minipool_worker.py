@@ -826,8 +826,7 @@ class Supervisor:
     # ---- talking ----
 
     def _announce(self) -> list[Message]:
-        info = {"id": self.id, "name": self.name, "python": PYTHON, "host": socket.gethostname(), "pid": os.getpid(),
-                "slots": [slot.label for slot in self.slots]}
+        info = {"id": self.id, "name": self.name, "python": PYTHON, "host": socket.gethostname(), "pid": os.getpid()}
         words = [("node", info), *self._unreported]     # deaths are told again: the server may be a new one
         return [*words, ("retire", "its node is leaving")] if self._stop_at is not None else words
 
