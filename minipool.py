@@ -310,7 +310,7 @@ _message("began", "server", "a worker began this job", number=int, worker=str, a
 _message("done", "server", "a job's outcome", number=int, status=str, value="any", worker=str, attempts=int)
 _message("delivered", "client", "these outcomes have arrived", numbers="numbers")
 _message("forget", "server", "the outcomes of these attempts have arrived or are not wanted", tokens="numbers")
-_message("resend", "server", "send the outcomes of these attempts again", tokens="numbers")
+_message("resend", "server", "send the outcomes of these attempts again: their client is back", tokens="numbers")
 _message("cancel", "client", "these jobs are not wanted any more", numbers="numbers")
 _message("recall", "server", "hand back those of these attempts that you have not begun", tokens="numbers")
 _message("recalled", "worker", "of those asked for, these never began and never will", asked="numbers", taken="numbers")
@@ -1571,10 +1571,8 @@ class Scheduler:
                     self._kill_attempt(worker, now, token)
                 else:
                     worker.acks.append(token)
-            elif kind != "inbox":
+            elif kind != "inbox":       # an outcome follows, by the usual way: it may be one that wants a retry
                 self._started(worker, now, token)       # the old connection may have lost the word
-                if kind == "outcome":       # it comes by the usual way: it may be one that wants a retry
-                    self._send(worker.peer, ("resend", [token]))
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
         self._send_acks(worker)
 

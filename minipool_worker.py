@@ -497,7 +497,7 @@ class Worker:
         info = {key: self.setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
         info |= {"pid": os.getpid(), "python": PYTHON, "has": list(self.objects), "returns": bool(self._name),
                  "positions": {session: len(state.log) for session, state in self._sessions.items()}}
-        words: list[Message] = [("worker", info, attempts)]
+        words: list[Message] = [("worker", info, attempts), *(message for _, message in self._outcomes.values())]
         return [*words, ("retire", self._leaving)] if self._leaving else words
 
     def _on_lost(self) -> None:

@@ -599,7 +599,8 @@ class World:
     def dial(self, actor):
         link = actor.link = Link(next(self.peers), actor)
         self.links[link.peer] = link
-        actor.say(actor.announcement(), *([("retire", "enough")] if actor.is_retiring else []))
+        outcomes = [outcome[1] for outcome in getattr(actor, "outcomes", {}).values()]
+        actor.say(actor.announcement(), *outcomes, *([("retire", "enough")] if actor.is_retiring else []))
 
     def deliver_up(self, link):
         frame = link.up.popleft()
