@@ -273,7 +273,7 @@ def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
     CATALOGUE[kind] = frozenset(senders.split()), _fields(**kinds)
 
 
-# what the scheduler reads of a job's options: each is a field of its Job
+# what a server takes of a job's options; the scheduler makes fields of its Job of them
 _OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int, job_timeout=float,
                         max_tasks=int, on="tags", soft=bool, beside=bool, cancel_running=bool, again=bool)
 
@@ -1312,7 +1312,6 @@ class Job:
     retries, max_deaths = 0, 3
     job_timeout: float | None = None    # seconds that it may run
     cancel_running = False          # who cancels it wants its worker's process ended
-    max_tasks = 0                   # jobs after which its worker is renewed; 0: never
     again = False                   # its client has sent it before, to this server or another
     beside = False                  # it runs on the worker named by `on`, at once, whatever else runs there
     attempts = 0                    # at first those under an earlier server, as its client says
@@ -1655,10 +1654,9 @@ class Scheduler:
         """End a job without a worker's word; the verdict is kept until its client has it."""
         self._move(job, State.FAILED)
         job.delivering = False
-        status, worker = DIED, job.worker
-        evidence = {**cause, "job": job.name, "attempts": job.attempts, "deaths": job.deaths}
-        if job.killed:
-            status, evidence["reason"] = job.killed
+        worker = job.worker
+        status, reason = job.killed or (DIED, "")
+        evidence = {**cause, "job": job.name, "attempts": job.attempts, "deaths": job.deaths, "reason": reason}
         if worker is not None:
             evidence.update(worker=worker.name, node=worker.node.name, device=worker.device)
         job.verdict = (status, evidence, worker.name if worker else "", job.attempts)
