@@ -275,7 +275,7 @@ def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
 
 # what a server takes of a job's options; the scheduler makes fields of its Job of them
 _OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int, job_timeout=float,
-                        max_tasks=int, on="tags", soft=bool, beside=bool, cancel_running=bool, again=bool)
+                        max_tasks=int, on="tags", soft=bool, beside=bool, cancel_running=bool)
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
 _message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
@@ -1312,9 +1312,8 @@ class Job:
     retries, max_deaths = 0, 3
     job_timeout: float | None = None    # seconds that it may run
     cancel_running = False          # who cancels it wants its worker's process ended
-    again = False                   # its client has sent it before, to this server or another
     beside = False                  # it runs on the worker named by `on`, at once, whatever else runs there
-    attempts = 0                    # at first those under an earlier server, as its client says
+    attempts = 0                    # at first as its client says: it counts them in what it sends again
     # where it stands
     state = State.WAITING
     token = 0                       # of the current attempt; 0: none yet
@@ -1618,7 +1617,7 @@ class Scheduler:
         job.deaths = min(job.deaths, job.max_deaths + 1)        # it may have died before its client told how often
         if job.begun and job.job_timeout is not None:   # its limit was not known then
             self._arm(now + job.job_timeout, self._time_out, job, job.token)
-        if job.state == State.WAITING and not (self._adopting and job.again):
+        if job.state == State.WAITING and not (self._adopting and "attempts" in job.options):   # it may be claimed
             self._run_anew(job, now)
 
     def _run_anew(self, job: Job, now: float) -> None:
@@ -3296,7 +3295,7 @@ class Client:
         """Leave a job for the next flush, and its function if this server has not got it. Under the lock."""
         (entry, name, options), packed, log = future._call      # type: ignore[misc]
         if future._number in self._sent:
-            options = {**options, "again": True, "attempts": future.attempts}
+            options = {**options, "attempts": future.attempts}      # that it says so tells that it is sent again
         else:
             self._sent[future._number] = future
             self._sent_bytes += len(packed) if isinstance(packed, bytes) else 0
@@ -3507,8 +3506,7 @@ os.register_at_fork(after_in_child=_forget_all)
 
 
 # what options() takes: of what the server reads that which is the user's, and what is for the client alone
-_OPTIONS = (_OPTIONS_READ.keys() - {"attempts", "max_tasks", "soft", "beside", "again"}
-            | {"retry_on", "prefer", "timeout"})
+_OPTIONS = _OPTIONS_READ.keys() - {"attempts", "max_tasks", "soft", "beside"} | {"retry_on", "prefer", "timeout"}
 _said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
 # numbers among arguments and options: type, the smallest, in the standard library's words where it has some

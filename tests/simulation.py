@@ -150,7 +150,7 @@ class Client(Actor):
         self.say(*frame, ("cancel", gone), ("kill", killed, "asked for"))
 
     def submission(self, record, again=False):
-        options = {**record.options, **({"again": True, "attempts": record.attempts} if again else {})}
+        options = {**record.options, **({"attempts": record.attempts} if again else {})}
         return "submit", record.number, record.fn, b"%d" % record.number, record.log, options or None
 
     def submit(self):

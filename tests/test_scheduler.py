@@ -607,7 +607,7 @@ class TestRestart:
     def test_an_adopted_outcome_that_wants_a_retry_is_retried(self):
         pool, job, old = self.restart("outcome")
         pool.join_client(jobs=[job])
-        pool.submit(number=job, again=True, retries=1)
+        pool.submit(number=job, again=True, attempts=1, retries=1)
         pool.end(old, "raised", retry=True)
         assert pool.outcomes() == [] and pool.runs() == [("w1", job, 2)]
 
