@@ -1985,9 +1985,7 @@ class Scheduler:
 
     def _died(self, node: Node, now: float, worker_id: bytes, token: int | None, cause: dict[str, Any]) -> None:
         """A node's word on the death of its worker is final, and its cell's token says who is to blame."""
-        worker = self.workers.get(worker_id)
-        if worker is not None and worker.node is not node:
-            return
+        worker = node.workers.get(worker_id)            # of another's it knows nothing
         node.dead[worker_id[:16]] = max(node.dead.get(worker_id[:16], b""), worker_id)
         if "lost" in cause:
             node.info["lost"] = [*node.info.get("lost", ()), cause["lost"]]
