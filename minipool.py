@@ -273,22 +273,22 @@ def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
     CATALOGUE[kind] = frozenset(senders.split()), _fields(**kinds)
 
 
-# what the scheduler reads of a job's options: each is a field of its Job
+# what a server takes of a job's options; the scheduler makes fields of its Job of them
 _OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=int, attempts=int, job_timeout=float,
-                        max_tasks=int, on="tags", soft=bool, beside=bool, cancel_running=bool, again=bool)
+                        max_tasks=int, on="tags", soft=bool, beside=bool, cancel_running=bool)
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
 _message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
-_message("node", "node", "a node's announcement: who I am, my workers' slots", info=dict)
+_message("node", "node", "a node's announcement: who I am", info=dict)
 _message("worker", "worker", "what I run, queue and hold, as (token, job, kind)", info=dict, attempts="attempts")
 _message("welcome", "server", "you are in; info is per role", info=dict)
-_message("refuse", "server", "you are not in, and trying again does not help", text=str)
+_message("refuse", "server", "you are not in: our Pythons differ, and trying again does not help", text=str)
 _message("bye", "client node worker server", "a planned end: nothing of mine is to be kept", reason=str)
 _message("beat", "node server", "still here (any other byte says the same)")
 
 ANNOUNCED = {       # what the info of an announcement holds
     "client": _fields(session=bytes, python=str, name=str, max_workers="int?", workers_seen=int),
-    "node": _fields(id=bytes, python=str, name=str, host=str, pid=int, slots=list),
+    "node": _fields(id=bytes, python=str, name=str, host=str, pid=int),
     "worker": _fields(id=bytes, python=str, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
                       has="names", positions="positions", returns=bool),
 }
@@ -310,7 +310,7 @@ _message("began", "server", "a worker began this job", number=int, worker=str, a
 _message("done", "server", "a job's outcome", number=int, status=str, value="any", worker=str, attempts=int)
 _message("delivered", "client", "these outcomes have arrived", numbers="numbers")
 _message("forget", "server", "the outcomes of these attempts have arrived or are not wanted", tokens="numbers")
-_message("resend", "server", "send the outcomes of these attempts again", tokens="numbers")
+_message("resend", "server", "send the outcomes of these attempts again: their client is back", tokens="numbers")
 _message("cancel", "client", "these jobs are not wanted any more", numbers="numbers")
 _message("recall", "server", "hand back those of these attempts that you have not begun", tokens="numbers")
 _message("recalled", "worker", "of those asked for, these never began and never will", asked="numbers", taken="numbers")
@@ -1053,7 +1053,8 @@ class Peer:
         try:
             if self._tls:
                 sock, binding = dial_tls(sock, self._tls)
-            self.trouble, (keys, self.instance) = None, handshake(sock, self.role, self.key, self.identity, binding)
+            keys, instance = handshake(sock, self.role, self.key, self.identity, binding)
+            self.trouble, self.instance = None, instance        # in this order: no older trouble is taken for its word
         except BaseException:
             sock.close()
             raise
@@ -1131,7 +1132,7 @@ class Peer:
                     self.connection.post([("pull", name, offset, len(place))])
 
     def _handle_range(self, connection: Connection, message: Message) -> bool:
-        """Act on a message about large values; return False for any other."""
+        """Act on a message about large values, or on a refusal; return False for any other."""
         if message[0] == "pull":
             _, name, offset, length = message
             blob = self.values.get(name)
@@ -1146,6 +1147,8 @@ class Peer:
             with self.lock:
                 if pull := self.forget_pull(message[1]):
                     pull.done(None)
+        elif message[0] == "refuse":
+            raise VersionMismatch(message[1])
         else:
             return False
         connection.flush()
@@ -1216,7 +1219,6 @@ WINDOW_SECONDS = 0.02   # of estimated work that may lie in a worker's inbox
 WINDOW_JOBS = 256       # at most; so no job is estimated shorter than WINDOW_SECONDS / WINDOW_JOBS
 LONG = 1e9              # the estimate of a function not known to be short: nothing else fits beside it
 UNACKNOWLEDGED = 16 << 20   # bytes of outcomes on their way to a client; with more, it does not read: its jobs wait
-MOURNED = 10_000        # slots whose dead are remembered: a dead worker's words may be read after its death
 CREDIT_JOBS = 4096      # jobs a session may have at the server; the rest waits at the client, so memory is constant
 
 
@@ -1240,6 +1242,7 @@ class Node(Member):
         self.is_suspect = False                     # none for T_SUSPECT
         self.is_leaving = False                     # and so do its workers, those that come later too
         self.workers: dict[bytes, Worker] = {}
+        self.dead: dict[bytes, bytes] = {}          # newest process of each slot that is known to be dead
         self.info: dict[str, Any] = {}
 
 
@@ -1310,10 +1313,8 @@ class Job:
     retries, max_deaths = 0, 3
     job_timeout: float | None = None    # seconds that it may run
     cancel_running = False          # who cancels it wants its worker's process ended
-    max_tasks = 0                   # jobs after which its worker is renewed; 0: never
-    again = False                   # its client has sent it before, to this server or another
     beside = False                  # it runs on the worker named by `on`, at once, whatever else runs there
-    attempts = 0                    # at first those under an earlier server, as its client says
+    attempts = 0                    # at first as its client says: it counts them in what it sends again
     # where it stands
     state = State.WAITING
     token = 0                       # of the current attempt; 0: none yet
@@ -1342,14 +1343,13 @@ Actions = collections.namedtuple("Actions", "sends closes")     # what the shell
 class Scheduler:
     """Who is there, what is queued, who runs what: all rules, no I/O."""
 
-    def __init__(self, now: float, first_token: int, *, max_value: int = 64 << 30, dead_after: float = T_DEAD,
-                 about: dict[str, Any] | None = None) -> None:
+    def __init__(self, now: float, first_token: int, max_value: int = 64 << 30, dead_after: float = T_DEAD) -> None:
         self.sessions: dict[bytes, Session] = {}
         self.workers: dict[bytes, Worker] = {}
         self.nodes: dict[bytes, Node] = {}
         self.max_value, self.dead_after, self.beat = max_value, dead_after, min(T_BEAT, dead_after / 5)
         self.is_paused = False          # nothing is handed out: the server is about to stop
-        self.about = about or {}        # what the shell knows: address and such, for the snapshot
+        self.about: dict[str, Any] = {}     # what the shell knows: address and such, for the snapshot
         self.counters: collections.Counter[str] = collections.Counter()     # lifetime: accepted, delivered, ...
         self._peers: dict[Any, Member] = {}
         self._token = first_token       # the server's start in microseconds: later lives never repeat one
@@ -1358,7 +1358,6 @@ class Scheduler:
         self._selections = collections.defaultdict[str | None, Selection](Selection)        # by tag; None: all
         self._adopting = now + self.beat                # so long only those count who were in before; 0: it is over
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
-        self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
         self._expected_workers = 0                      # as many as any returning client last saw
         self._timers: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._entered_at = now
@@ -1500,8 +1499,7 @@ class Scheduler:
         node = self.nodes.get(info["node"]) or self._new_node(info["node"], info["node_name"], now)
         worker = self.workers.get(info["id"])
         slot = info["id"][:16]                      # what follows says which process of it: later ones are larger
-        if worker is None and info["id"] <= self._dead.get(slot, b""):
-            self._send(peer, ("refuse", "this process is dead to the pool"))
+        if worker is None and info["id"] <= node.dead.get(slot, b""):
             return self._closes.append(peer)        # its last words, read after its death was told
         if worker is None:
             for older in [id for id in node.workers if id[:16] == slot and id < info["id"]]:
@@ -1572,10 +1570,8 @@ class Scheduler:
                     self._kill_attempt(worker, now, token)
                 else:
                     worker.acks.append(token)
-            elif kind != "inbox":
+            elif kind != "inbox":       # an outcome follows, by the usual way: it may be one that wants a retry
                 self._started(worker, now, token)       # the old connection may have lost the word
-                if kind == "outcome":       # it comes by the usual way: it may be one that wants a retry
-                    self._send(worker.peer, ("resend", [token]))
         worker.load = sum(job.estimate if job else LONG for job in worker.inbox.values())
         self._send_acks(worker)
 
@@ -1622,7 +1618,7 @@ class Scheduler:
         job.deaths = min(job.deaths, job.max_deaths + 1)        # it may have died before its client told how often
         if job.begun and job.job_timeout is not None:   # its limit was not known then
             self._arm(now + job.job_timeout, self._time_out, job, job.token)
-        if job.state == State.WAITING and not (self._adopting and job.again):
+        if job.state == State.WAITING and not (self._adopting and "attempts" in job.options):   # it may be claimed
             self._run_anew(job, now)
 
     def _run_anew(self, job: Job, now: float) -> None:
@@ -1658,10 +1654,9 @@ class Scheduler:
         """End a job without a worker's word; the verdict is kept until its client has it."""
         self._move(job, State.FAILED)
         job.delivering = False
-        status, worker = DIED, job.worker
-        evidence = {**cause, "job": job.name, "attempts": job.attempts, "deaths": job.deaths}
-        if job.killed:
-            status, evidence["reason"] = job.killed
+        worker = job.worker
+        status, reason = job.killed or (DIED, "")
+        evidence = {**cause, "job": job.name, "attempts": job.attempts, "deaths": job.deaths, "reason": reason}
         if worker is not None:
             evidence.update(worker=worker.name, node=worker.node.name, device=worker.device)
         job.verdict = (status, evidence, worker.name if worker else "", job.attempts)
@@ -1991,12 +1986,8 @@ class Scheduler:
 
     def _died(self, node: Node, now: float, worker_id: bytes, token: int | None, cause: dict[str, Any]) -> None:
         """A node's word on the death of its worker is final, and its cell's token says who is to blame."""
-        worker = self.workers.get(worker_id)
-        if worker is not None and worker.node is not node:
-            return
-        self._dead[worker_id[:16]] = max(self._dead.pop(worker_id[:16], b""), worker_id)
-        while len(self._dead) > MOURNED:
-            del self._dead[next(iter(self._dead))]
+        worker = node.workers.get(worker_id)            # of another's it knows nothing
+        node.dead[worker_id[:16]] = max(node.dead.get(worker_id[:16], b""), worker_id)
         if "lost" in cause:
             node.info["lost"] = [*node.info.get("lost", ()), cause["lost"]]
         if worker is not None:
@@ -2425,9 +2416,8 @@ class Server:
         self._port = listener.getsockname()[1]
         instance = secrets.token_bytes(16)
         self._secret.role_key("client", instance)       # a password is stretched once, here
-        about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
-        self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, max_value=self.max_value,
-                                    dead_after=self.dead_after, about=about)
+        self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, self.max_value, self.dead_after)
+        self._scheduler.about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._ticker.start()
         self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, self._tls)
         return self
@@ -3295,7 +3285,7 @@ class Client:
         """Leave a job for the next flush, and its function if this server has not got it. Under the lock."""
         (entry, name, options), packed, log = future._call      # type: ignore[misc]
         if future._number in self._sent:
-            options = {**options, "again": True, "attempts": future.attempts}
+            options = {**options, "attempts": future.attempts}      # that it says so tells that it is sent again
         else:
             self._sent[future._number] = future
             self._sent_bytes += len(packed) if isinstance(packed, bytes) else 0

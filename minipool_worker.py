@@ -493,7 +493,7 @@ class Worker:
         info = {key: self.setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
         info |= {"pid": os.getpid(), "python": PYTHON, "has": list(self.objects), "returns": bool(self._name),
                  "positions": {session: len(state.log) for session, state in self._sessions.items()}}
-        words: list[Message] = [("worker", info, attempts)]
+        words: list[Message] = [("worker", info, attempts), *(message for _, message in self._outcomes.values())]
         return [*words, ("retire", self._leaving)] if self._leaving else words
 
     def _on_lost(self) -> None:
@@ -502,9 +502,6 @@ class Worker:
         while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass                    # a job closed its standard streams: their numbers must not become our socket
         os.close(descriptor)
-        if isinstance(self.peer.trouble, minipool.VersionMismatch):
-            _log.error("the server turned this worker away: %s", self.peer.trouble)
-            os._exit(5)
 
     def _on_batch(self, messages: list[Message]) -> None:
         with self._wake:
@@ -804,6 +801,7 @@ class Supervisor:
 
     def _look_at_the_clock(self) -> None:
         """Beat, say so if there is no server yet, leave when it is time; raise when there is no hope."""
+        is_new = not self._instance or self.peer.instance != self._instance     # looked at before trouble: see _dial
         now, lost_at, trouble = time.monotonic(), self.peer.lost_at, self.peer.trouble
         lifetime, patience = self.options.get("lifetime"), self.options.get("death_timeout")
         if now >= self._beat_at:
@@ -816,16 +814,14 @@ class Supervisor:
             _stderr.write(f"waiting for a server at {minipool.format_address(*self.peer.address)}: {trouble}\n")
         if patience and lost_at and now >= lost_at + patience:
             raise minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
-        # a refusal ends it only before a server's welcome: after that it may be forged, or a mistake being mended
-        is_welcome = self._instance and self._instance == self.peer.instance
-        if not is_welcome and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
+        # a refusal ends it at first, or by a new server that proved itself: another may be forged, or be mended soon
+        if is_new and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
             raise trouble
 
     # ---- talking ----
 
     def _announce(self) -> list[Message]:
-        info = {"id": self.id, "name": self.name, "python": PYTHON, "host": socket.gethostname(), "pid": os.getpid(),
-                "slots": [slot.label for slot in self.slots]}
+        info = {"id": self.id, "name": self.name, "python": PYTHON, "host": socket.gethostname(), "pid": os.getpid()}
         words = [("node", info), *self._unreported]     # deaths are told again: the server may be a new one
         return [*words, ("retire", "its node is leaving")] if self._stop_at is not None else words
 

@@ -66,7 +66,7 @@ def answers(messages: Iterable[tuple[Any, ...]], value: Any) -> list[tuple[Any, 
 def main() -> int:
     port, file, count = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     secret, node, value = minipool.Secret(file.read_text()), secrets.token_bytes(12), minipool.encode_value(ANSWER)
-    connections = [join(port, secret, "node", node, name=NAME, host=NAME, slots=["cpu"] * count)]
+    connections = [join(port, secret, "node", node, name=NAME, host=NAME)]
     for place in range(count):
         identity = node + place.to_bytes(4, "big") + (1).to_bytes(4, "big")      # its slot, and the first of it
         connections.append(join(port, secret, "worker", identity, node=node, node_name=NAME, slot=place, device="cpu",

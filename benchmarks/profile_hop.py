@@ -325,7 +325,7 @@ def show_steps(size):
         scheduler = minipool.Scheduler(0.0, 1)
         id, node = worker_id, worker_id[:8].ljust(16, b"\0")
         common = {"python": minipool.PYTHON, "name": "n", "host": "h", "pid": 1}
-        scheduler.receive(1, [("node", {**common, "id": node, "slots": []})], 0.0)
+        scheduler.receive(1, [("node", {**common, "id": node})], 0.0)
         scheduler.receive(2, [("worker", {**common, "id": id, "node": node, "node_name": "n", "slot": 0, "tags": [],
                                           "device": "cpu", "has": [], "positions": {}, "returns": False}, [])], 0.0)
         scheduler.receive(3, [("client", {**common, "session": session, "max_workers": None, "workers_seen": 0}, []),

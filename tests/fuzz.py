@@ -418,7 +418,7 @@ class Nonsense:
         makers = {"name": self.text, "priority": lambda: rng.choice([self.number(), -5, 1e300, float("inf"), -0.0]),
                   "retries": lambda: rng.choice([self.number(), -5]), "max_deaths": lambda: rng.choice([0, 1, 3, 9]),
                   "job_timeout": lambda: rng.choice([0, 0.01, 5, 1e9]), "max_tasks": self.number,
-                  "on": lambda: tuple(self.some(self.text)), "soft": self.bad, "again": lambda: True,
+                  "on": lambda: tuple(self.some(self.text)), "soft": self.bad, "attempts": self.number,
                   "cancel_running": lambda: True, "say": self.bad}
         chosen = rng.sample(list(makers), rng.randrange(4))
         return {name: self.bad() if rng.random() < self.wildness else makers[name]() for name in chosen} or None
@@ -489,7 +489,7 @@ class Nonsense:
 def honest_words():
     """What the honest three begin with."""
     return {
-        "node": ("node", {"id": HONEST_NODE, "python": PYTHON, "name": TAG, "host": "here", "pid": 1, "slots": []}),
+        "node": ("node", {"id": HONEST_NODE, "python": PYTHON, "name": TAG, "host": "here", "pid": 1}),
         "worker": ("worker", {"id": HONEST_WORKER, "python": PYTHON, "node": HONEST_NODE, "node_name": TAG, "slot": 0,
                               "pid": 2, "device": "cpu", "tags": [TAG], "has": [], "positions": {},
                               "returns": False}, []),

@@ -129,7 +129,7 @@ class Cluster:
     def submit(self, count=1, client="c1", fn=1, again=False, number=None, log=0, **options):
         """Submit jobs in one frame; return the number of the one, or a list of numbers."""
         numbers = [number or next(self.numbers) for _ in range(count)]
-        options = {**options, **({"again": True} if again else {})} or None
+        options = {**({"attempts": 0} if again else {}), **options} or None
         self.feed(client, ("put", (self.session(client), fn), b"f"), *[
             ("submit", n, (self.session(client), fn), b"arguments", log, options) for n in numbers])
         return numbers[0] if count == 1 else numbers

@@ -150,7 +150,7 @@ class Client(Actor):
         self.say(*frame, ("cancel", gone), ("kill", killed, "asked for"))
 
     def submission(self, record, again=False):
-        options = {**record.options, **({"again": True, "attempts": record.attempts} if again else {})}
+        options = {**record.options, **({"attempts": record.attempts} if again else {})}
         return "submit", record.number, record.fn, b"%d" % record.number, record.log, options or None
 
     def submit(self):
@@ -285,9 +285,6 @@ class Worker(Actor):
         jobs = [run[2] for run in self.beside.values()] + [job for job, *_ in self.outcomes.values()]
         in_hand = self.running or self.parked or any(map(self.world.is_waited_for, jobs))
         assert self.is_retiring and not in_hand, "sent away with something in hand"
-        self.world.crash(self)
-
-    def on_refuse(self, text):
         self.world.crash(self)
 
     def on_put(self, name, value):
@@ -602,7 +599,8 @@ class World:
     def dial(self, actor):
         link = actor.link = Link(next(self.peers), actor)
         self.links[link.peer] = link
-        actor.say(actor.announcement(), *([("retire", "enough")] if actor.is_retiring else []))
+        outcomes = [outcome[1] for outcome in getattr(actor, "outcomes", {}).values()]
+        actor.say(actor.announcement(), *outcomes, *([("retire", "enough")] if actor.is_retiring else []))
 
     def deliver_up(self, link):
         frame = link.up.popleft()

@@ -190,7 +190,7 @@ class TestLosses:
         pool = Cluster()
         pool.died("w1")
         pool.join_worker("w1")
-        assert pool.told("w1", "refuse") and not pool.knows("w1")
+        assert "w1" not in pool.connections and not pool.knows("w1")
 
     def test_the_older_process_of_a_slot_is_turned_away(self):
         pool = Cluster()
@@ -198,7 +198,7 @@ class TestLosses:
         pool.generations["w1"] = 1
         pool.clear()
         pool.join_worker("w1")
-        assert pool.told("w1", "refuse") and not pool.knows("w1")
+        assert "w1" not in pool.connections and not pool.knows("w1")
 
     def test_an_exception_is_retried_if_the_job_wants_that(self):
         pool = Cluster()
@@ -522,12 +522,14 @@ class TestReconnections:
         pool.join_worker("w1")
         assert pool.runs() == [("w1", job, 1)] and pool.job(job).deaths == 0
 
-    def test_an_outcome_that_a_returning_worker_lists_is_asked_for(self):
+    def test_an_outcome_that_a_returning_worker_lists_is_kept_until_it_tells_it(self):
         pool = Cluster()
         job = pool.submit()
         pool.cut("w1")
         pool.join_worker("w1", self.listed(pool, job, "outcome"))
-        assert pool.told("w1", "resend") == [([pool.token(job)],)]
+        assert pool.told("w1", "forget") == [] and pool.outcomes() == []
+        pool.finish(job)
+        assert pool.outcomes() == [(job, "ok")]
 
     def test_a_closed_worker_is_kept_while_its_node_vouches_for_it(self):
         pool = Cluster()
@@ -594,7 +596,7 @@ class TestRestart:
         pool.join_worker("w1", [(7, (pool.session("c1"), job), "begun")])
         assert pool.token(job) == 7 and pool.runs() == []
 
-    def test_an_outcome_is_adopted_and_asked_for(self):
+    def test_an_outcome_is_adopted_and_asked_for_when_its_client_is_back(self):
         pool, job, old = self.restart("outcome")
         pool.end(old)                               # to nobody: its client is not back yet
         pool.join_client(jobs=[job])
@@ -605,7 +607,7 @@ class TestRestart:
     def test_an_adopted_outcome_that_wants_a_retry_is_retried(self):
         pool, job, old = self.restart("outcome")
         pool.join_client(jobs=[job])
-        pool.submit(number=job, again=True, retries=1)
+        pool.submit(number=job, again=True, attempts=1, retries=1)
         pool.end(old, "raised", retry=True)
         assert pool.outcomes() == [] and pool.runs() == [("w1", job, 2)]
 
@@ -616,7 +618,8 @@ class TestRestart:
         pool.join_worker("w1", [(old, (pool.session("c1"), job), "outcome")])
         pool.join_client(jobs=[job])
         pool.submit(number=job, again=True)
-        assert (([old],) in pool.told("w1", "resend")) and pool.runs() == []
+        pool.end(old)
+        assert pool.outcomes() == [(job, "ok")] and pool.runs() == []
 
     def test_what_nobody_claims_runs_after_ten_seconds(self):
         pool = Cluster(restarted=True)
@@ -690,7 +693,7 @@ class TestRestart:
         pool = Cluster(workers=[], clients=[], restarted=True)
         pool.generations = {"w1": 1, "w2": 1}
         pool.join_worker("w1", [(7, (pool.session("c1"), 1), "outcome")])
-        assert pool.told("w1", "resend") == [([7],)]
+        assert pool.told("w1", "forget") == []
         pool.join_worker("w2", [(9, (pool.session("c1"), 1), "outcome")])
         assert pool.told("w2", "forget") == [([9],)]
 

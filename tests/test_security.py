@@ -285,7 +285,7 @@ def a_client(session=b"a client"):
 
 
 def a_node(id=b"node        "):
-    return "node", {"id": id, "name": "node", "python": PYTHON, "host": "here", "pid": 1, "slots": []}
+    return "node", {"id": id, "name": "node", "python": PYTHON, "host": "here", "pid": 1}
 
 
 def a_worker(identity, attempts=(), **info):

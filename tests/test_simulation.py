@@ -166,7 +166,8 @@ class BelievesTheDead(Scheduler):
     """Admits the announcement of a process after its node said that it died."""
 
     def _worker(self, peer, now, info, attempts):
-        self._dead.clear()
+        for node in self.nodes.values():
+            node.dead.clear()
         super()._worker(peer, now, info, attempts)
 
 
