@@ -282,14 +282,13 @@ _message("client", "client", "a client's announcement: who I am, the jobs I wait
 _message("node", "node", "a node's announcement: who I am, my workers' slots", info=dict)
 _message("worker", "worker", "what I run, queue and hold, as (token, job, kind)", info=dict, attempts="attempts")
 _message("welcome", "server", "you are in; info is per role", info=dict)
-_message("refuse", "server", "you are not in, and trying again does not help", error=str, text=str)
 _message("bye", "client node worker server", "a planned end: nothing of mine is to be kept", reason=str)
 _message("beat", "node server", "still here (any other byte says the same)")
 
 ANNOUNCED = {       # what the info of an announcement holds
-    "client": _fields(session=bytes, python=str, name=str, max_workers="int?", workers_seen=int),
+    "client": _fields(session=bytes, name=str, max_workers="int?", workers_seen=int),
     "node": _fields(id=bytes, python=str, name=str, host=str, pid=int, slots=list),
-    "worker": _fields(id=bytes, python=str, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
+    "worker": _fields(id=bytes, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
                       has="names", positions="positions", returns=bool),
 }
 
@@ -370,8 +369,8 @@ def brief(message: Message) -> str:
 #
 # The handshake "MP1", all of fixed size so that nothing is parsed before it is authenticated:
 #
-#     1  dialer -> server  64 bytes  magic, version, role, flags, identity, nonce
-#     2  server -> dialer  64 bytes  magic, version, role 0, flags, instance, nonce
+#     1  dialer -> server  64 bytes  magic, version, role, Python's minor version, identity, nonce
+#     2  server -> dialer  64 bytes  magic, version, role 0, Python's minor version, instance, nonce
 #        both: T = SHA-256(label, 1, 2, channel binding);  K = HMAC(secret, role);  PRK = HMAC(K, T)
 #        four keys from PRK, one per purpose: proof of dialer, proof of server, frames up, frames down
 #     3  dialer -> server  32 bytes  HMAC(proof-of-dialer key, T): the dialer proves first
@@ -389,7 +388,7 @@ MAGIC = b"minipool"
 ROLES = ("server", "client", "node", "worker")      # the role byte is the place in this tuple
 REFUSED = hashlib.sha256(b"minipool/1 refused").digest()
 
-_HELLO = struct.Struct("!8sBBB21s32s")      # magic, version, role, flags, identity, nonce
+_HELLO = struct.Struct("!8sBBB21s32s")      # magic, version, role, Python's minor version, identity, nonce
 _FRAME = struct.Struct("!II")
 
 MAX_CONTROL = 8 << 20           # a batch stays far below; the rest is room for one announcement of everything
@@ -460,7 +459,8 @@ class SessionKeys(NamedTuple):
 
 def first_hello(role: str, identity: bytes = b"") -> bytes:
     """Return step 1, with the identity of a worker (20 bytes); or step 2, with 5 zeros and the server's instance."""
-    return _HELLO.pack(MAGIC, PROTOCOL, ROLES.index(role), 0, identity.ljust(21, b"\0"), secrets.token_bytes(32))
+    return _HELLO.pack(MAGIC, PROTOCOL, ROLES.index(role), sys.version_info[1], identity.ljust(21, b"\0"),
+                       secrets.token_bytes(32))
 
 
 def _read_exactly(sock: socket.socket, size: int) -> bytes:
@@ -483,12 +483,15 @@ def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = 
     first = first_hello(role, identity)
     sock.sendall(first)
     second = _read_exactly(sock, _HELLO.size)
-    magic, version, _role, _flags, named, _nonce = _HELLO.unpack(second)
+    magic, version, _role, python, named, _nonce = _HELLO.unpack(second)
     instance = named[5:]
     if magic != MAGIC:
         raise ConnectionError("what answers there is not a minipool server")
     if version != PROTOCOL:
         raise VersionMismatch(f"the server speaks minipool protocol {version}, this side {PROTOCOL}")
+    if python != sys.version_info[1]:
+        raise VersionMismatch(f"the server runs Python 3.{python}, this side {PYTHON}: functions travel as byte code, "
+                              "so all members of a pool need the same minor version")
     keys = SessionKeys.derive(key(role, instance, identity), first, second, binding)
     sock.sendall(keys.dialer_proof)
     answer = _read_exactly(sock, 32)
@@ -1500,7 +1503,6 @@ class Scheduler:
         worker = self.workers.get(info["id"])
         slot = info["id"][:16]                      # what follows says which process of it: later ones are larger
         if worker is None and info["id"] <= self._dead.get(slot, b""):
-            self._send(peer, ("refuse", "ServerLost", "this process is dead to the pool"))
             return self._closes.append(peer)        # its last words, read after its death was told
         if worker is None:
             for older in [id for id in node.workers if id[:16] == slot and id < info["id"]]:
@@ -2327,15 +2329,15 @@ class Doorkeeper:
     def _meet(self, guest: _Guest) -> Iterator[int]:
         """The server's half of the handshake, from step 1 on; yields how many bytes it needs before it goes on."""
         first, guest.data = guest.data, b""
-        magic, version, place, flags, named, _nonce = _HELLO.unpack(first)
+        magic, version, place, python, named, _nonce = _HELLO.unpack(first)
         reserved = named[20:] if place == ROLES.index("worker") else named
-        if magic != MAGIC or flags or not 1 <= place < len(ROLES) or any(reserved):
+        if magic != MAGIC or not 1 <= place < len(ROLES) or any(reserved):
             raise Malformed("that is not a hello")
         role, identity = ROLES[place], named[:20]
         second = first_hello("server", bytes(5) + self._instance)
         guest.sock.sendall(second)
-        if version != PROTOCOL:         # the dialer reads our version in it, and names both
-            raise Malformed(f"it speaks protocol {version}")
+        if (version, python) != (PROTOCOL, sys.version_info[1]):    # the dialer reads ours in it, and names both
+            raise Malformed(f"it speaks protocol {version} and runs Python 3.{python}")
         keys = SessionKeys.derive(self._secret(role, self._instance, identity), first, second, self._binding)
         yield len(keys.dialer_proof)
         if not hmac.compare_digest(guest.data, keys.dialer_proof):
@@ -2359,7 +2361,7 @@ class Doorkeeper:
 
 
 def check_announcement(message: Message, role: str, identity: bytes) -> None:
-    """Raise Malformed unless a connection's first message is its role's announcement, VersionMismatch to refuse it."""
+    """Raise Malformed unless a connection's first message is its role's announcement."""
     if message[0] != role:
         raise Malformed(f"a {role} begins with its announcement")
     info = message[1]
@@ -2367,9 +2369,6 @@ def check_announcement(message: Message, role: str, identity: bytes) -> None:
         raise Malformed(f"a {role}'s announcement has no good {bad}")
     if role == "worker" and info["id"] != identity:
         raise Malformed("a worker announces another worker's identity")
-    if info["python"] != PYTHON:
-        raise VersionMismatch(f"the server runs Python {PYTHON}, this {role} {info['python']}: functions travel as "
-                              "byte code, so all members of a pool need the same minor version")
 
 
 class Server:
@@ -2488,9 +2487,6 @@ class Server:
                     raise Malformed("only the first message is an announcement")
         except (OSError, EOFError):
             pass
-        except VersionMismatch as error:
-            connection.post([("refuse", "VersionMismatch", str(error))])
-            connection.flush()
         except Malformed as error:
             log.warning("%s sent what no honest peer sends (%s): closed", who, error)
         except Exception:
@@ -3186,7 +3182,7 @@ class Client:
         self.numbers = itertools.count(1)               # of jobs and objects alike
         self.functions = Functions(self.session, lambda: next(self.numbers))
         self.workers: list[dict[str, Any]] = []
-        self._info = {"session": self.session, "name": name, "python": PYTHON, "max_workers": max_workers}
+        self._info = {"session": self.session, "name": name, "max_workers": max_workers}
         self._patience = float("inf")                   # seconds of an outage that are ridden out
         # all below is guarded by lock
         self._changed = threading.Condition(self.lock)  # a worker came or went, an answer came
@@ -3391,9 +3387,6 @@ class Client:
         self.max_value = info["max_value"]
         self._send_log(info["log"])
         self.peer.send(*(("kill", [n], future._doom) for n, future in self._sent.items() if future._doom))
-
-    def _on_refuse(self, error: str, text: str) -> None:
-        self.peer.trouble = (VersionMismatch if error == "VersionMismatch" else Refused)(text)
 
     def _on_missing(self, numbers: list[int]) -> None:
         """The server does not know these (it is a new one, or they were lost on the way): send them again."""

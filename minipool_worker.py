@@ -495,8 +495,8 @@ class Worker:
         attempts += [(a.token, a.job, "beside" if a.options.get("beside") else "parked") for a in self._beside.values()]
         attempts += [(a.token, a.job, "begun") for a in (self._begun,) if a]
         info = {key: self.setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
-        info |= {"pid": os.getpid(), "python": PYTHON, "has": list(self.objects), "returns": bool(self._name),
-                 "positions": {session: len(state.log) for session, state in self._sessions.items()}}
+        positions = {session: len(state.log) for session, state in self._sessions.items()}
+        info |= {"pid": os.getpid(), "has": list(self.objects), "positions": positions, "returns": bool(self._name)}
         words: list[Message] = [("worker", info, attempts)]
         return [*words, ("retire", self._leaving)] if self._leaving else words
 
@@ -506,8 +506,6 @@ class Worker:
         while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass                    # a job closed its standard streams: their numbers must not become our socket
         os.close(descriptor)
-        if isinstance(self.peer.trouble, minipool.VersionMismatch):
-            os._exit(5)
 
     def _on_batch(self, messages: list[Message]) -> None:
         with self._wake:
@@ -600,10 +598,6 @@ class Worker:
 
     def _on_bye(self, reason: str) -> None:
         self._dismissed = True
-
-    def _on_refuse(self, error: str, text: str) -> None:
-        _log.error("the server turned this worker away: %s", text)
-        os._exit(5)
 
 
 def _watch_node(worker: Worker, life: Any) -> None:
@@ -850,9 +844,6 @@ class Supervisor:
                 with contextlib.suppress(OSError):
                     child.life.send_bytes(self._keys(child.id))
         self.on_welcome()
-
-    def _on_refuse(self, error: str, text: str) -> None:
-        raise getattr(minipool, error, minipool.Refused)(text)
 
     def _on_kill(self, tokens: list[int], reason: str) -> None:
         for child in self._children.values():

@@ -190,7 +190,7 @@ class TestLosses:
         pool = Cluster()
         pool.died("w1")
         pool.join_worker("w1")
-        assert pool.told("w1", "refuse") and not pool.knows("w1")
+        assert not pool.told("w1", "welcome") and not pool.knows("w1")
 
     def test_the_older_process_of_a_slot_is_turned_away(self):
         pool = Cluster()
@@ -198,7 +198,7 @@ class TestLosses:
         pool.generations["w1"] = 1
         pool.clear()
         pool.join_worker("w1")
-        assert pool.told("w1", "refuse") and not pool.knows("w1")
+        assert not pool.told("w1", "welcome") and not pool.knows("w1")
 
     def test_an_exception_is_retried_if_the_job_wants_that(self):
         pool = Cluster()

@@ -281,7 +281,7 @@ class Member:
 
 
 def a_client(session=b"a client"):
-    return "client", {"session": session, "python": PYTHON, "name": "me", "max_workers": None, "workers_seen": 0}, []
+    return "client", {"session": session, "name": "me", "max_workers": None, "workers_seen": 0}, []
 
 
 def a_node(id=b"node        "):
@@ -290,7 +290,7 @@ def a_node(id=b"node        "):
 
 def a_worker(identity, attempts=(), **info):
     return "worker", {"id": identity, "node": b"node        ", "node_name": "node", "slot": 0, "pid": 1,
-                      "device": "cpu", "python": PYTHON, "tags": [], "has": [], "positions": {},
+                      "device": "cpu", "tags": [], "has": [], "positions": {},
                       "returns": False, **info}, list(attempts)
 
 
