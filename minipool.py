@@ -279,15 +279,15 @@ _OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=i
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
 _message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
-_message("node", "node", "a node's announcement: who I am, my workers' slots", info=dict)
+_message("node", "node", "a node's announcement: who I am", info=dict)
 _message("worker", "worker", "what I run, queue and hold, as (token, job, kind)", info=dict, attempts="attempts")
 _message("welcome", "server", "you are in; info is per role", info=dict)
 _message("bye", "client node worker server", "a planned end: nothing of mine is to be kept", reason=str)
-_message("beat", "node server", "still here (any other byte says the same)")
+_message("beat", "node", "still here (any other byte says the same)")
 
 ANNOUNCED = {       # what the info of an announcement holds
     "client": _fields(session=bytes, name=str, max_workers="int?", workers_seen=int),
-    "node": _fields(id=bytes, python=str, name=str, host=str, pid=int, slots=list),
+    "node": _fields(id=bytes, python=str, name=str, host=str, pid=int),
     "worker": _fields(id=bytes, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
                       has="names", positions="positions", returns=bool),
 }
@@ -1209,7 +1209,7 @@ T_DEAD = 15.0           # seconds of the same after which the host is dead; `ser
 T_GONE = 3.0            # seconds a closed connection may stay away when no node vouches for the process
 T_LEASE = 60.0          # seconds that a vanished client's jobs are kept
 T_ADOPT = 10.0          # seconds after the server's start in which resent jobs wait to be claimed by workers
-T_BEAT = 1.0            # seconds between heartbeats, both ways; a fifth of T_DEAD if that is set to less than 5
+T_BEAT = 1.0            # seconds between the heartbeats of a node; a fifth of T_DEAD if that is set to less than 5
 T_RECALL = 1.0          # seconds a recall may stay unanswered
 T_KILL_AGAIN = 0.1      # seconds between looks at an attempt that is to be killed
 T_STALL = 0.05          # seconds without a finished job after which a window is recalled
@@ -1493,7 +1493,7 @@ class Scheduler:
         names = itertools.chain([name or "node"], (f"{name}~{i}" for i in itertools.count(2)))
         node = self.nodes[id] = Node(id, next(name for name in names if name not in taken), now)
         self._await(node, now)
-        self._arm(now + self.beat, self._exchange_beats, node)
+        self._arm(now + self.beat, self._watch_host, node)
         return node
 
     def _worker(self, peer: Any, now: float, info: dict[str, Any], attempts: list[Any]) -> None:
@@ -2032,8 +2032,8 @@ class Scheduler:
             self._arm(now + T_DEAD, self._judge_fitness, self.sessions[session_id])
         self._tell_workers(self.sessions.values())
 
-    def _exchange_beats(self, node: Node, now: float) -> None:
-        """Beat regularly; a host of which no connection carried a byte for long is suspect, then dead."""
+    def _watch_host(self, node: Node, now: float) -> None:
+        """Look at a host regularly: one of which no connection carried a byte for long is suspect, then dead."""
         if self.nodes.get(node.id) is not node:
             return
         dead_at = node.heard_at + self.dead_after
@@ -2043,8 +2043,7 @@ class Scheduler:
             node.is_suspect = not node.is_suspect
             for worker in node.workers.values():
                 self._refresh(worker)
-        self._send(node.peer, ("beat",))
-        self._arm(min(now + self.beat, dead_at), self._exchange_beats, node)
+        self._arm(min(now + self.beat, dead_at), self._watch_host, node)
         self._give_up(node, now)
 
     def _retire(self, who: Worker | Node, now: float, reason: str) -> None:

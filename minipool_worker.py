@@ -825,13 +825,12 @@ class Supervisor:
     # ---- talking ----
 
     def _announce(self) -> list[Message]:
-        info = {"id": self.id, "name": self.name, "python": PYTHON, "host": socket.gethostname(), "pid": os.getpid(),
-                "slots": [slot.label for slot in self.slots]}
+        info = {"id": self.id, "name": self.name, "python": PYTHON, "host": socket.gethostname(), "pid": os.getpid()}
         words = [("node", info), *self._unreported]     # deaths are told again: the server may be a new one
         return [*words, ("retire", "its node is leaving")] if self._stop_at is not None else words
 
     def _on_batch(self, messages: list[Message]) -> None:
-        self._words.extend(message for message in messages if message[0] != "beat")
+        self._words.extend(messages)
         with contextlib.suppress(BlockingIOError):      # the main thread has been woken often enough
             self._waker.send(b"!")
 

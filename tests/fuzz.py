@@ -490,7 +490,7 @@ class Nonsense:
 def honest_words():
     """What the honest three begin with."""
     return {
-        "node": ("node", {"id": HONEST_NODE, "python": PYTHON, "name": TAG, "host": "here", "pid": 1, "slots": []}),
+        "node": ("node", {"id": HONEST_NODE, "python": PYTHON, "name": TAG, "host": "here", "pid": 1}),
         "worker": ("worker", {"id": HONEST_WORKER, "node": HONEST_NODE, "node_name": TAG, "slot": 0,
                               "pid": 2, "device": "cpu", "tags": [TAG], "has": [], "positions": {},
                               "returns": False}, []),

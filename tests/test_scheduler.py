@@ -862,7 +862,7 @@ class TestHosts:
         pool.pass_time(5.1, beating=False)
         job = pool.submit()
         assert pool.state(job) == "ready"
-        pool.pass_time(2)       # with beats: it is looked at with each of ours
+        pool.pass_time(2)       # with beats: it is looked at as often as it beats
         assert pool.state(job) == "running"
 
     def test_how_long_it_may_be_silent_can_be_set(self):

@@ -285,7 +285,7 @@ def a_client(session=b"a client"):
 
 
 def a_node(id=b"node        "):
-    return "node", {"id": id, "name": "node", "python": PYTHON, "host": "here", "pid": 1, "slots": []}
+    return "node", {"id": id, "name": "node", "python": PYTHON, "host": "here", "pid": 1}
 
 
 def a_worker(identity, attempts=(), **info):
@@ -512,7 +512,11 @@ class TestSenselessNumbers:
         time.sleep(0.1)
         node = join("node", announce=False)
         node.say(a_node(b"another node"))
-        node.hear("beat")
+        node.hear("welcome")
+        give_up = time.monotonic() + 10
+        while not 0 < server._planned - time.monotonic() < 2 and time.monotonic() < give_up:
+            time.sleep(0.01)                # until the ticker looks after the new host
+        assert time.monotonic() < give_up
         assert server._ticker.is_alive() and "stumbled" not in caplog.text
 
     @pytest.mark.parametrize("options", [{"max_deaths": -5}, {"retries": -5}, {"max_tasks": -1}, {"priority": 10**400},

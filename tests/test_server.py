@@ -54,7 +54,7 @@ def a_client(session, **info):
 
 
 def a_node(**info):
-    return "node", {"id": b"node", "name": "node", "python": PYTHON, "host": "here", "pid": 1, "slots": [], **info}
+    return "node", {"id": b"node", "name": "node", "python": PYTHON, "host": "here", "pid": 1, **info}
 
 
 def a_worker(identity, attempts=(), **info):
