@@ -3840,7 +3840,7 @@ def _actor_of(cls: type, name: Name, on: tuple[str, ...]) -> Actor:
 def _end_actor(view: Executor, name: Name) -> None:
     # a closed executor has no instances any more
     with contextlib.suppress(RuntimeError, concurrent.futures.BrokenExecutor):
-        view._client.submit(view, _in_worker, ("drop_instance", name), {})
+        view._client.submit(view, _in_worker, ("drop", [name]), {})
 
 
 class WorkerInterface:
@@ -3922,7 +3922,7 @@ class Pool:
         if self._owned:
             self._owned.shutdown()
         else:
-            self.executor.on_start(_in_worker, "drop_instance", self._name)
+            self.executor.on_start(_in_worker, "drop", [self._name])
 
     def __enter__(self) -> Pool:
         return self

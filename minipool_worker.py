@@ -482,9 +482,12 @@ class Worker:
         value = getattr(instance, attribute)
         return value if call is None else value(*call[0], **call[1])
 
-    def drop_instance(self, name: Name) -> None:
-        """Forget an instance, and so end it."""
-        self.objects.pop(name, None)
+    def drop(self, names: list[Name]) -> None:
+        """Forget instances, which ends them; or functions, as the server says."""
+        for name in names:
+            self.objects.pop(name, None)
+
+    _on_drop = drop
 
     # ---- the thread that reads: the I/O thread, or the main thread while it has nothing to run ----
 
@@ -587,13 +590,9 @@ class Worker:
     def _on_resend(self, tokens: list[int]) -> None:
         self.peer.send(*(self._outcomes[token][1] for token in tokens if token in self._outcomes))
 
-    def _on_drop(self, names: list[Name]) -> None:
-        for name in names:
-            self.objects.pop(name, None)
-
     def _on_leave(self, session: bytes) -> None:
         self._sessions.pop(session, None)
-        self._on_drop([name for name in self.objects if name[0] == session])
+        self.drop([name for name in self.objects if name[0] == session])
         minipool._shared_objects.pop(session, None)
 
     def _on_bye(self, reason: str) -> None:
