@@ -3861,7 +3861,7 @@ def _arguments(call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(call.get("args", ())), dict(call.get("kwargs", {}))
 
 
-class Pool:
+class Pool(contextlib.AbstractContextManager["Pool"]):
     """One instance of `worker_class` in every worker, late workers too; its jobs go to whichever is free.
 
     `init_data` holds the constructor's arguments, as {"args": [...], "kwargs": {...}}; so do jobs those of `run` and
@@ -3923,9 +3923,6 @@ class Pool:
             self._owned.shutdown()
         else:
             self.executor.on_start(_in_worker, "drop", [self._name])
-
-    def __enter__(self) -> Pool:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
