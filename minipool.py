@@ -320,7 +320,8 @@ _message("died", "node", "this worker process is no more; token: what its cell s
          worker=bytes, token=int, cause="cause")
 
 # a session's log: what every worker must have run before the session's jobs
-_message("log", "client server", "this object is at `position` of the log", session=bytes, position=int, name="name")
+_message("log", "client server", "this object, a call, is at `position` of the log", session=bytes, position=int,
+         name="name", value="value")
 _message("broken", "server", "every worker that tried the session's log is unfit", value="value")
 _message("leave", "server", "forget this session: its functions, its log, its globals", session=bytes)
 
@@ -1288,8 +1289,8 @@ class Session(Member):
         super().__init__(id)
         self.limit: int | None = None               # max_workers
         self.jobs: dict[int, Job] = {}              # all whose outcome it has not said to have
-        self.objects: dict[Name, Value] = {}        # functions and log entries
-        self.log: list[Name] = []
+        self.objects: dict[Name, Value] = {}        # functions
+        self.log: list[tuple[Name, Value]] = []
         self.workers: dict[Worker, int] = {}        # how many attempts each worker has of it
         self.load = 0                               # their sum
         self.latest: Worker | None = None           # who last finished something of it
@@ -1825,16 +1826,12 @@ class Scheduler:
         """Send the part of the session's log, and the function, that this worker has not got."""
         session = job.session
         position = worker.positions.setdefault(session.id, 0)
-        if position >= job.log and job.fn in worker.has:
-            return
-        entries = session.log[position:job.log]
-        for number, name in enumerate([*entries, job.fn], position):
-            if name not in worker.has and name in session.objects:
-                worker.has.add(name)
-                self._send(worker.peer, ("put", name, session.objects[name]))
-            if number < position + len(entries):
-                self._send(worker.peer, ("log", session.id, number, name))
-        worker.positions[session.id] = position + len(entries)
+        for name, value in session.log[position:job.log]:
+            self._send(worker.peer, ("log", session.id, position, name, value))
+            worker.positions[session.id] = position = position + 1
+        if job.fn not in worker.has and job.fn in session.objects:
+            worker.has.add(job.fn)
+            self._send(worker.peer, ("put", job.fn, session.objects[job.fn]))
 
     def _place(self, job: Job, worker: Worker, token: int) -> None:
         """Put an attempt into a worker's inbox, or beside it."""
@@ -1946,9 +1943,9 @@ class Scheduler:
         worker.inbox.update(dict.fromkeys(lost))    # they keep the slot busy: the worker still has them
         worker.load = LONG
 
-    def _log(self, session: Session, now: float, _session: bytes, position: int, name: Name) -> None:
-        if position == len(session.log):
-            session.log.append(name)
+    def _log(self, session: Session, now: float, _session: bytes, position: int, name: Name, value: Value) -> None:
+        if position == len(session.log) and name[0] == session.id:
+            session.log.append((name, value))
 
     def _judge_fitness(self, session: Session, now: float, judges: Iterable[Worker] | None = None) -> None:
         """A session whose log raised on each of these workers, or of all, is broken: its client fails its futures."""
@@ -3323,7 +3320,7 @@ class Client:
 
     def _send_log(self, known: int) -> None:
         for position, (name, data) in enumerate(self._log[known:], known):
-            self.peer.send(("put", name, self.peer.share(name, data)), ("log", self.session, position, name))
+            self.peer.send(("log", self.session, position, name, self.peer.share(name, data)))
 
     def kill(self, futures: Sequence[Future], reason: str) -> None:
         """End running jobs by force; those that have not begun fail with JobKilled too."""

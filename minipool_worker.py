@@ -563,10 +563,11 @@ class Worker:
                     self._check_ready(attempt)
             self._wake.notify()
 
-    def _on_log(self, session: bytes, position: int, name: Name) -> None:
+    def _on_log(self, session: bytes, position: int, name: Name, value: Value) -> None:
         log = self._sessions[session].log
         if position == len(log):
             log.append(name)
+            self._on_put(name, value)
 
     def _take_out(self, tokens: list[int]) -> list[int]:
         """Remove from the inbox those of `tokens` that have not begun; return them."""
