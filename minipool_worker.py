@@ -527,15 +527,13 @@ class Worker:
     def _on_run(self, token: int, job: Name, fn: Name, payload: Value, log: int,
                 options: dict[str, Any] | None) -> None:
         state = self._sessions[job[0]]
-        missing = set() if fn in self.objects else {fn}
-        if state.applied < log:
-            missing.update(name for name in state.log[state.applied:log] if name not in self.objects)
+        needed = [fn, *state.log[state.applied:log]]
+        if type(payload) is tuple:
+            needed.append(payload[0])
+            self._on_put(payload[0], payload)
+        missing = {name for name in needed if name not in self.objects}
         attempt = self._inbox[token] = Attempt(token, job, fn, payload, log, options or {}, missing)
-        if type(payload) is tuple:
-            missing.add(payload[0])
         self._check_ready(attempt)
-        if type(payload) is tuple:
-            self.peer.pull(payload, lambda data: self._arrived(payload[0], data))
 
     def _check_ready(self, attempt: Attempt) -> None:
         if attempt.options.get("beside") and not attempt.missing:
@@ -995,10 +993,9 @@ class Node:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the node has ended; False if `timeout` seconds passed first."""
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return not self._process or self._process.wait(timeout) is not None
-        except subprocess.TimeoutExpired:
-            return False
+        return False
 
     def __enter__(self) -> Node:
         return self if self._process else self.start()
