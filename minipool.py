@@ -414,7 +414,6 @@ class Secret:
 
     Never in argv, a URL, a log or a repr. Each role has a key derived from it: a proof for one is none for another.
     """
-    prefix = b""        # of the ids of sessions that end with a worker, as its jobs opened them
 
     def __init__(self, text: str, source: str = "") -> None:
         self.text, self.source = text.strip(), source       # and where it was found
@@ -3173,7 +3172,7 @@ class Client:
                  initializer: Callable[..., object] | None, initargs: Iterable[Any]) -> None:
         self.child = child                              # the embedded pool; it ends with this client
         self.lend: Callable[[], Any] = contextlib.nullcontext
-        self.session = secret.prefix + secrets.token_bytes(16)
+        self.session = (_here.id if _here else b"") + secrets.token_bytes(16)       # of a job: it ends with its worker
         self.lock = threading.RLock()
         self.numbers = itertools.count(1)               # of jobs and objects alike
         self.functions = Functions(self.session, lambda: next(self.numbers))

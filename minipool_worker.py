@@ -260,7 +260,7 @@ class _Ticket(Secret):
     """What a worker has in place of the secret: the keys of its own two roles, renewed when the server is a new one."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        self._setup, self.prefix = setup, setup["id"]
+        self._setup = setup
 
     def role_key(self, role: str, *_: bytes) -> bytes:
         """Return the key as a worker of this identity, or as a client."""
