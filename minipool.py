@@ -2258,13 +2258,11 @@ class Doorkeeper:
     def stop(self) -> None:
         """Close the door and send the guests away."""
         self._stopping = True
-        with contextlib.suppress(OSError):              # where a listener cannot be shut down, the poll notices
-            self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(5)
 
     def _run(self) -> None:
         while not self._stopping:
-            ready = {key.fileobj for key, _ in self._selector.select(0.2)}  # also how soon a deadline is noticed
+            ready = {key.fileobj for key, _ in self._selector.select(0.2)}  # so soon a deadline is noticed, or stop()
             for sock in self._guests.keys() & ready:
                 self._hear(self._guests[sock])
             if self._listener in ready:                     # a newcomer comes last, as it may need room
@@ -2280,9 +2278,9 @@ class Doorkeeper:
     def _welcome_guest(self) -> None:
         try:
             sock, (source, *_) = self._listener.accept()
+        except BlockingIOError:     # it has gone again
+            return
         except OSError as error:
-            if isinstance(error, BlockingIOError) or self._stopping:
-                return
             # out of descriptors: nobody is left to wait for an answer that will not come; who is in does not notice
             self._spare.close()
             with contextlib.suppress(OSError), self._listener.accept()[0]:
