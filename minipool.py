@@ -53,6 +53,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import functools
 import gc
@@ -2241,10 +2242,9 @@ class Doorkeeper:
     """The one thread that talks to strangers. It answers nothing until 64 right bytes have arrived."""
 
     def __init__(self, listener: socket.socket, secret: KeySource, instance: bytes,
-                 admit: Callable[[socket.socket, str, bytes, SessionKeys], None],
-                 tls: tuple[ssl.SSLContext | None, bytes] = (None, b"")) -> None:
+                 admit: Callable[[socket.socket, str, bytes, SessionKeys], None], binding: bytes = b"") -> None:
         self._listener, self._secret, self._instance, self._admit = listener, secret, instance, admit
-        self._tls, self._binding = tls
+        self._binding = binding
         self._guests: dict[socket.socket, _Guest] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -2278,9 +2278,9 @@ class Doorkeeper:
     def _welcome_guest(self) -> None:
         try:
             sock, (source, *_) = self._listener.accept()
-        except BlockingIOError:     # it has gone again
-            return
         except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):    # it has gone again
+                return
             # out of descriptors: nobody is left to wait for an answer that will not come; who is in does not notice
             self._spare.close()
             with contextlib.suppress(OSError), self._listener.accept()[0]:
@@ -2289,11 +2289,6 @@ class Doorkeeper:
                 self._spare = socket.socket()
             return time.sleep(0.05)     # they may be given back; and the log is not flooded
         sock.setblocking(False)
-        if self._tls:               # its handshake is a part of what is received
-            try:
-                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-            except OSError:         # gone already
-                return
         same = sum(guest.source == source for guest in self._guests.values())
         if same >= GUESTS_PER_SOURCE and not source.startswith(("127.", "::1")):
             return sock.close()
@@ -2414,13 +2409,16 @@ class Server:
         listener = socket.create_server((self._host, self._port), backlog=1024, dualstack_ipv6=v6,
                                         family=socket.AF_INET6 if v6 else socket.AF_INET)
         self._port = listener.getsockname()[1]
+        context, binding = self._tls
+        if context:         # then so is what it accepts; the handshake of TLS is a part of what is received
+            listener = context.wrap_socket(listener, server_side=True, do_handshake_on_connect=False)
         instance = secrets.token_bytes(16)
         self._secret.role_key("client", instance)       # a password is stretched once, here
         about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, max_value=self.max_value,
                                     dead_after=self.dead_after, about=about)
         self._ticker.start()
-        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, self._tls)
+        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, binding)
         return self
 
     def stop(self) -> None:
