@@ -53,6 +53,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import functools
 import gc
@@ -282,14 +283,13 @@ _message("client", "client", "a client's announcement: who I am, the jobs I wait
 _message("node", "node", "a node's announcement: who I am", info=dict)
 _message("worker", "worker", "what I run, queue and hold, as (token, job, kind)", info=dict, attempts="attempts")
 _message("welcome", "server", "you are in; info is per role", info=dict)
-_message("refuse", "server", "you are not in: our Pythons differ, and trying again does not help", text=str)
 _message("bye", "client node worker server", "a planned end: nothing of mine is to be kept", reason=str)
-_message("beat", "node server", "still here (any other byte says the same)")
+_message("beat", "node", "still here (any other byte says the same)")
 
 ANNOUNCED = {       # what the info of an announcement holds
-    "client": _fields(session=bytes, python=str, name=str, max_workers="int?", workers_seen=int),
+    "client": _fields(session=bytes, name=str, max_workers="int?", workers_seen=int),
     "node": _fields(id=bytes, python=str, name=str, host=str, pid=int),
-    "worker": _fields(id=bytes, python=str, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
+    "worker": _fields(id=bytes, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
                       has="names", positions="positions", returns=bool),
 }
 
@@ -321,7 +321,8 @@ _message("died", "node", "this worker process is no more; token: what its cell s
          worker=bytes, token=int, cause="cause")
 
 # a session's log: what every worker must have run before the session's jobs
-_message("log", "client server", "this object is at `position` of the log", session=bytes, position=int, name="name")
+_message("log", "client server", "this object, a call, is at `position` of the log", session=bytes, position=int,
+         name="name", value="value")
 _message("broken", "server", "every worker that tried the session's log is unfit", value="value")
 _message("leave", "server", "forget this session: its functions, its log, its globals", session=bytes)
 
@@ -370,8 +371,8 @@ def brief(message: Message) -> str:
 #
 # The handshake "MP1", all of fixed size so that nothing is parsed before it is authenticated:
 #
-#     1  dialer -> server  64 bytes  magic, version, role, flags, identity, nonce
-#     2  server -> dialer  64 bytes  magic, version, role 0, flags, instance, nonce
+#     1  dialer -> server  64 bytes  magic, version, role, Python's minor version, identity, nonce
+#     2  server -> dialer  64 bytes  magic, version, role 0, Python's minor version, instance, nonce
 #        both: T = SHA-256(label, 1, 2, channel binding);  K = HMAC(secret, role);  PRK = HMAC(K, T)
 #        four keys from PRK, one per purpose: proof of dialer, proof of server, frames up, frames down
 #     3  dialer -> server  32 bytes  HMAC(proof-of-dialer key, T): the dialer proves first
@@ -389,7 +390,7 @@ MAGIC = b"minipool"
 ROLES = ("server", "client", "node", "worker")      # the role byte is the place in this tuple
 REFUSED = hashlib.sha256(b"minipool/1 refused").digest()
 
-_HELLO = struct.Struct("!8sBBB21s32s")      # magic, version, role, flags, identity, nonce
+_HELLO = struct.Struct("!8sBBB21s32s")      # magic, version, role, Python's minor version, identity, nonce
 _FRAME = struct.Struct("!II")
 
 MAX_CONTROL = 8 << 20           # a batch stays far below; the rest is room for one announcement of everything
@@ -459,7 +460,8 @@ class SessionKeys(NamedTuple):
 
 def first_hello(role: str, identity: bytes = b"") -> bytes:
     """Return step 1, with the identity of a worker (20 bytes); or step 2, with 5 zeros and the server's instance."""
-    return _HELLO.pack(MAGIC, PROTOCOL, ROLES.index(role), 0, identity.ljust(21, b"\0"), secrets.token_bytes(32))
+    return _HELLO.pack(MAGIC, PROTOCOL, ROLES.index(role), sys.version_info[1], identity.ljust(21, b"\0"),
+                       secrets.token_bytes(32))
 
 
 def _read_exactly(sock: socket.socket, size: int) -> bytes:
@@ -482,12 +484,15 @@ def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = 
     first = first_hello(role, identity)
     sock.sendall(first)
     second = _read_exactly(sock, _HELLO.size)
-    magic, version, _role, _flags, named, _nonce = _HELLO.unpack(second)
+    magic, version, _role, python, named, _nonce = _HELLO.unpack(second)
     instance = named[5:]
     if magic != MAGIC:
         raise ConnectionError("what answers there is not a minipool server")
     if version != PROTOCOL:
         raise VersionMismatch(f"the server speaks minipool protocol {version}, this side {PROTOCOL}")
+    if python != sys.version_info[1]:
+        raise VersionMismatch(f"the server runs Python 3.{python}, this side {PYTHON}: functions travel as byte code, "
+                              "so all members of a pool need the same minor version")
     keys = SessionKeys.derive(key(role, instance, identity), first, second, binding)
     sock.sendall(keys.dialer_proof)
     answer = _read_exactly(sock, 32)
@@ -1019,8 +1024,6 @@ class Peer:
         """Read one frame and act on it; the caller holds `_reading`."""
         try:
             rest = [m for m in connection.receive(self._asked) if not self._handle_range(connection, m)]
-            if rest and rest[0][0] == "refuse":
-                raise VersionMismatch(rest[0][1])
             if rest:
                 self._on_batch(rest)
         except BaseException as error:      # whatever it is, even Ctrl-C: over the next connection all is settled
@@ -1053,8 +1056,7 @@ class Peer:
         try:
             if self._tls:
                 sock, binding = dial_tls(sock, self._tls)
-            keys, instance = handshake(sock, self.role, self.key, self.identity, binding)
-            self.trouble, self.instance = None, instance        # in this order: no older trouble is taken for its word
+            keys, self.instance = handshake(sock, self.role, self.key, self.identity, binding)
         except BaseException:
             sock.close()
             raise
@@ -1070,7 +1072,7 @@ class Peer:
                 if self._stopping.is_set():
                     return
                 connection.post(self._announce())
-                self.connection, self.lost_at = connection, None
+                self.connection, self.trouble, self.lost_at = connection, None, None
                 self._ask_more()            # what was wanted while there was no connection
             connection.flush()
             leads = self._leads
@@ -1117,7 +1119,8 @@ class Peer:
     def forget_pull(self, name: Name) -> Pull | None:
         """Stop wanting a value. The caller holds the lock."""
         pull = self._pulls.pop(name, None)
-        self._asked = {asked: place for asked, place in self._asked.items() if asked[0] != name}
+        for asked in [asked for asked in self._asked if asked[0] == name]:
+            del self._asked[asked]          # the dict stays the one that a receive() looks into
         self._ask_more()
         return pull
 
@@ -1147,8 +1150,6 @@ class Peer:
             with self.lock:
                 if pull := self.forget_pull(message[1]):
                     pull.done(None)
-        elif message[0] == "refuse":
-            raise VersionMismatch(message[1])
         else:
             return False
         connection.flush()
@@ -1210,7 +1211,7 @@ T_DEAD = 15.0           # seconds of the same after which the host is dead; `ser
 T_GONE = 3.0            # seconds a closed connection may stay away when no node vouches for the process
 T_LEASE = 60.0          # seconds that a vanished client's jobs are kept
 T_ADOPT = 10.0          # seconds after the server's start in which resent jobs wait to be claimed by workers
-T_BEAT = 1.0            # seconds between heartbeats, both ways; a fifth of T_DEAD if that is set to less than 5
+T_BEAT = 1.0            # seconds between the heartbeats of a node; a fifth of T_DEAD if that is set to less than 5
 T_RECALL = 1.0          # seconds a recall may stay unanswered
 T_KILL_AGAIN = 0.1      # seconds between looks at an attempt that is to be killed
 T_STALL = 0.05          # seconds without a finished job after which a window is recalled
@@ -1289,8 +1290,8 @@ class Session(Member):
         super().__init__(id)
         self.limit: int | None = None               # max_workers
         self.jobs: dict[int, Job] = {}              # all whose outcome it has not said to have
-        self.objects: dict[Name, Value] = {}        # functions and log entries
-        self.log: list[Name] = []
+        self.objects: dict[Name, Value] = {}        # functions
+        self.log: list[tuple[Name, Value]] = []
         self.workers: dict[Worker, int] = {}        # how many attempts each worker has of it
         self.load = 0                               # their sum
         self.latest: Worker | None = None           # who last finished something of it
@@ -1490,7 +1491,7 @@ class Scheduler:
         names = itertools.chain([name or "node"], (f"{name}~{i}" for i in itertools.count(2)))
         node = self.nodes[id] = Node(id, next(name for name in names if name not in taken), now)
         self._await(node, now)
-        self._arm(now + self.beat, self._exchange_beats, node)
+        self._arm(now + self.beat, self._watch_host, node)
         return node
 
     def _worker(self, peer: Any, now: float, info: dict[str, Any], attempts: list[Any]) -> None:
@@ -1819,16 +1820,12 @@ class Scheduler:
         """Send the part of the session's log, and the function, that this worker has not got."""
         session = job.session
         position = worker.positions.setdefault(session.id, 0)
-        if position >= job.log and job.fn in worker.has:
-            return
-        entries = session.log[position:job.log]
-        for number, name in enumerate([*entries, job.fn], position):
-            if name not in worker.has and name in session.objects:
-                worker.has.add(name)
-                self._send(worker.peer, ("put", name, session.objects[name]))
-            if number < position + len(entries):
-                self._send(worker.peer, ("log", session.id, number, name))
-        worker.positions[session.id] = position + len(entries)
+        for name, value in session.log[position:job.log]:
+            self._send(worker.peer, ("log", session.id, position, name, value))
+            worker.positions[session.id] = position = position + 1
+        if job.fn not in worker.has and job.fn in session.objects:
+            worker.has.add(job.fn)
+            self._send(worker.peer, ("put", job.fn, session.objects[job.fn]))
 
     def _place(self, job: Job, worker: Worker, token: int) -> None:
         """Put an attempt into a worker's inbox, or beside it."""
@@ -1940,9 +1937,9 @@ class Scheduler:
         worker.inbox.update(dict.fromkeys(lost))    # they keep the slot busy: the worker still has them
         worker.load = LONG
 
-    def _log(self, session: Session, now: float, _session: bytes, position: int, name: Name) -> None:
-        if position == len(session.log):
-            session.log.append(name)
+    def _log(self, session: Session, now: float, _session: bytes, position: int, name: Name, value: Value) -> None:
+        if position == len(session.log) and name[0] == session.id:
+            session.log.append((name, value))
 
     def _judge_fitness(self, session: Session, now: float, judges: Iterable[Worker] | None = None) -> None:
         """A session whose log raised on each of these workers, or of all, is broken: its client fails its futures."""
@@ -2022,8 +2019,8 @@ class Scheduler:
             self._arm(now + T_DEAD, self._judge_fitness, self.sessions[session_id])
         self._tell_workers(self.sessions.values())
 
-    def _exchange_beats(self, node: Node, now: float) -> None:
-        """Beat regularly; a host of which no connection carried a byte for long is suspect, then dead."""
+    def _watch_host(self, node: Node, now: float) -> None:
+        """Look at a host regularly: one of which no connection carried a byte for long is suspect, then dead."""
         if self.nodes.get(node.id) is not node:
             return
         dead_at = node.heard_at + self.dead_after
@@ -2033,8 +2030,7 @@ class Scheduler:
             node.is_suspect = not node.is_suspect
             for worker in node.workers.values():
                 self._refresh(worker)
-        self._send(node.peer, ("beat",))
-        self._arm(min(now + self.beat, dead_at), self._exchange_beats, node)
+        self._arm(min(now + self.beat, dead_at), self._watch_host, node)
         self._give_up(node, now)
 
     def _retire(self, who: Worker | Node, now: float, reason: str) -> None:
@@ -2236,10 +2232,9 @@ class Doorkeeper:
     """The one thread that talks to strangers. It answers nothing until 64 right bytes have arrived."""
 
     def __init__(self, listener: socket.socket, secret: KeySource, instance: bytes,
-                 admit: Callable[[socket.socket, str, bytes, SessionKeys], None],
-                 tls: tuple[ssl.SSLContext | None, bytes] = (None, b"")) -> None:
+                 admit: Callable[[socket.socket, str, bytes, SessionKeys], None], binding: bytes = b"") -> None:
         self._listener, self._secret, self._instance, self._admit = listener, secret, instance, admit
-        self._tls, self._binding = tls
+        self._binding = binding
         self._guests: dict[socket.socket, _Guest] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -2253,13 +2248,11 @@ class Doorkeeper:
     def stop(self) -> None:
         """Close the door and send the guests away."""
         self._stopping = True
-        with contextlib.suppress(OSError):              # where a listener cannot be shut down, the poll notices
-            self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(5)
 
     def _run(self) -> None:
         while not self._stopping:
-            ready = {key.fileobj for key, _ in self._selector.select(0.2)}  # also how soon a deadline is noticed
+            ready = {key.fileobj for key, _ in self._selector.select(0.2)}  # so soon a deadline is noticed, or stop()
             for sock in self._guests.keys() & ready:
                 self._hear(self._guests[sock])
             if self._listener in ready:                     # a newcomer comes last, as it may need room
@@ -2276,7 +2269,7 @@ class Doorkeeper:
         try:
             sock, (source, *_) = self._listener.accept()
         except OSError as error:
-            if isinstance(error, BlockingIOError) or self._stopping:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):    # it has gone again
                 return
             # out of descriptors: nobody is left to wait for an answer that will not come; who is in does not notice
             self._spare.close()
@@ -2286,11 +2279,6 @@ class Doorkeeper:
                 self._spare = socket.socket()
             return time.sleep(0.05)     # they may be given back; and the log is not flooded
         sock.setblocking(False)
-        if self._tls:               # its handshake is a part of what is received
-            try:
-                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-            except OSError:         # gone already
-                return
         same = sum(guest.source == source for guest in self._guests.values())
         if same >= GUESTS_PER_SOURCE and not source.startswith(("127.", "::1")):
             return sock.close()
@@ -2319,15 +2307,15 @@ class Doorkeeper:
     def _meet(self, guest: _Guest) -> Iterator[int]:
         """The server's half of the handshake, from step 1 on; yields how many bytes it needs before it goes on."""
         first, guest.data = guest.data, b""
-        magic, version, place, flags, named, _nonce = _HELLO.unpack(first)
+        magic, version, place, python, named, _nonce = _HELLO.unpack(first)
         reserved = named[20:] if place == ROLES.index("worker") else named
-        if magic != MAGIC or flags or not 1 <= place < len(ROLES) or any(reserved):
+        if magic != MAGIC or not 1 <= place < len(ROLES) or any(reserved):
             raise Malformed("that is not a hello")
         role, identity = ROLES[place], named[:20]
         second = first_hello("server", bytes(5) + self._instance)
         guest.sock.sendall(second)
-        if version != PROTOCOL:         # the dialer reads our version in it, and names both
-            raise Malformed(f"it speaks protocol {version}")
+        if (version, python) != (PROTOCOL, sys.version_info[1]):    # the dialer reads ours in it, and names both
+            raise Malformed(f"it speaks protocol {version} and runs Python 3.{python}")
         keys = SessionKeys.derive(self._secret(role, self._instance, identity), first, second, self._binding)
         yield len(keys.dialer_proof)
         if not hmac.compare_digest(guest.data, keys.dialer_proof):
@@ -2351,7 +2339,7 @@ class Doorkeeper:
 
 
 def check_announcement(message: Message, role: str, identity: bytes) -> None:
-    """Raise Malformed unless a connection's first message is its role's announcement, VersionMismatch to refuse it."""
+    """Raise Malformed unless a connection's first message is its role's announcement."""
     if message[0] != role:
         raise Malformed(f"a {role} begins with its announcement")
     info = message[1]
@@ -2359,9 +2347,6 @@ def check_announcement(message: Message, role: str, identity: bytes) -> None:
         raise Malformed(f"a {role}'s announcement has no good {bad}")
     if role == "worker" and info["id"] != identity:
         raise Malformed("a worker announces another worker's identity")
-    if info["python"] != PYTHON:
-        raise VersionMismatch(f"the server runs Python {PYTHON}, this {role} {info['python']}: functions travel as "
-                              "byte code, so all members of a pool need the same minor version")
 
 
 class Server:
@@ -2414,12 +2399,15 @@ class Server:
         listener = socket.create_server((self._host, self._port), backlog=1024, dualstack_ipv6=v6,
                                         family=socket.AF_INET6 if v6 else socket.AF_INET)
         self._port = listener.getsockname()[1]
+        context, binding = self._tls
+        if context:         # then so is what it accepts; the handshake of TLS is a part of what is received
+            listener = context.wrap_socket(listener, server_side=True, do_handshake_on_connect=False)
         instance = secrets.token_bytes(16)
         self._secret.role_key("client", instance)       # a password is stretched once, here
         self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, self.max_value, self.dead_after)
         self._scheduler.about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._ticker.start()
-        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, self._tls)
+        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, binding)
         return self
 
     def stop(self) -> None:
@@ -2479,9 +2467,6 @@ class Server:
                     raise Malformed("only the first message is an announcement")
         except (OSError, EOFError):
             pass
-        except VersionMismatch as error:
-            connection.post([("refuse", str(error))])
-            connection.flush()
         except Malformed as error:
             log.warning("%s sent what no honest peer sends (%s): closed", who, error)
         except Exception:
@@ -3168,7 +3153,7 @@ class Client:
         self.numbers = itertools.count(1)               # of jobs and objects alike
         self.functions = Functions(self.session, lambda: next(self.numbers))
         self.workers: list[dict[str, Any]] = []
-        self._info = {"session": self.session, "name": name, "python": PYTHON, "max_workers": max_workers}
+        self._info = {"session": self.session, "name": name, "max_workers": max_workers}
         self._patience = FOREVER                        # seconds of an outage that are ridden out
         # all below is guarded by lock
         self._changed = threading.Condition(self.lock)  # a worker came or went, an answer came
@@ -3310,7 +3295,7 @@ class Client:
 
     def _send_log(self, known: int) -> None:
         for position, (name, data) in enumerate(self._log[known:], known):
-            self.peer.send(("put", name, self.peer.share(name, data)), ("log", self.session, position, name))
+            self.peer.send(("log", self.session, position, name, self.peer.share(name, data)))
 
     def kill(self, futures: Sequence[Future], reason: str) -> None:
         """End running jobs by force; those that have not begun fail with JobKilled too."""
@@ -3807,7 +3792,7 @@ class Actor:
 def _end_actor(view: Executor, name: Name) -> None:
     # a closed executor has no instances any more
     with contextlib.suppress(RuntimeError, concurrent.futures.BrokenExecutor):
-        view._client.submit(view, _in_worker, ("_on_drop", [name]), {})
+        view._client.submit(view, _in_worker, ("drop", [name]), {})
 
 
 class WorkerInterface:
@@ -3889,7 +3874,7 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
         if self._owned:
             self._owned.shutdown()
         else:
-            self.executor.on_start(_in_worker, "_on_drop", [self._name])
+            self.executor.on_start(_in_worker, "drop", [self._name])
 
     def __exit__(self, *exception: object) -> None:
         self.close()

@@ -482,6 +482,13 @@ class Worker:
         value = getattr(instance, attribute)
         return value if call is None else value(*call[0], **call[1])
 
+    def drop(self, names: list[Name]) -> None:
+        """Forget instances, which ends them; or functions, as the server says."""
+        for name in names:
+            self.objects.pop(name, None)
+
+    _on_drop = drop
+
     # ---- the thread that reads: the I/O thread, or the main thread while it has nothing to run ----
 
     def _announce(self) -> list[Message]:
@@ -491,8 +498,8 @@ class Worker:
         attempts += [(a.token, a.job, "beside" if a.options.get("beside") else "parked") for a in self._beside.values()]
         attempts += [(a.token, a.job, "begun") for a in (self._begun,) if a]
         info = {key: self.setup[key] for key in ("id", "node", "slot", "device", "tags", "node_name")}
-        info |= {"pid": os.getpid(), "python": PYTHON, "has": list(self.objects), "returns": bool(self._name),
-                 "positions": {session: len(state.log) for session, state in self._sessions.items()}}
+        positions = {session: len(state.log) for session, state in self._sessions.items()}
+        info |= {"pid": os.getpid(), "has": list(self.objects), "positions": positions, "returns": bool(self._name)}
         words: list[Message] = [("worker", info, attempts), *(message for _, message in self._outcomes.values())]
         return [*words, ("retire", self._leaving)] if self._leaving else words
 
@@ -520,15 +527,13 @@ class Worker:
     def _on_run(self, token: int, job: Name, fn: Name, payload: Value, log: int,
                 options: dict[str, Any] | None) -> None:
         state = self._sessions[job[0]]
-        missing = set() if fn in self.objects else {fn}
-        if state.applied < log:
-            missing.update(name for name in state.log[state.applied:log] if name not in self.objects)
+        needed = [fn, *state.log[state.applied:log]]
+        if type(payload) is tuple:
+            needed.append(payload[0])
+            self._on_put(payload[0], payload)
+        missing = {name for name in needed if name not in self.objects}
         attempt = self._inbox[token] = Attempt(token, job, fn, payload, log, options or {}, missing)
-        if type(payload) is tuple:
-            missing.add(payload[0])
         self._check_ready(attempt)
-        if type(payload) is tuple:
-            self.peer.pull(payload, lambda data: self._arrived(payload[0], data))
 
     def _check_ready(self, attempt: Attempt) -> None:
         if attempt.options.get("beside") and not attempt.missing:
@@ -556,8 +561,9 @@ class Worker:
                     self._check_ready(attempt)
             self._wake.notify()
 
-    def _on_log(self, session: bytes, position: int, name: Name) -> None:
+    def _on_log(self, session: bytes, position: int, name: Name, value: Value) -> None:
         self._sessions[session].log.append(name)        # as it stands at `position`: we said how long ours is
+        self._on_put(name, value)
 
     def _take_out(self, tokens: list[int]) -> list[int]:
         """Remove from the inbox those of `tokens` that have not begun; return them."""
@@ -581,14 +587,9 @@ class Worker:
     def _on_resend(self, tokens: list[int]) -> None:
         self.peer.send(*(self._outcomes[token][1] for token in tokens if token in self._outcomes))
 
-    def _on_drop(self, names: list[Name]) -> None:
-        """Forget functions, and as a job instances, which so end."""
-        for name in names:
-            self.objects.pop(name, None)
-
     def _on_leave(self, session: bytes) -> None:
         self._sessions.pop(session, None)
-        self._on_drop([name for name in self.objects if name[0] == session])
+        self.drop([name for name in self.objects if name[0] == session])
         minipool._shared_objects.pop(session, None)
 
     def _on_bye(self, reason: str) -> None:
@@ -801,7 +802,6 @@ class Supervisor:
 
     def _look_at_the_clock(self) -> None:
         """Beat, say so if there is no server yet, leave when it is time; raise when there is no hope."""
-        is_new = not self._instance or self.peer.instance != self._instance     # looked at before trouble: see _dial
         now, lost_at, trouble = time.monotonic(), self.peer.lost_at, self.peer.trouble
         lifetime, patience = self.options.get("lifetime"), self.options.get("death_timeout")
         if now >= self._beat_at:
@@ -814,8 +814,8 @@ class Supervisor:
             _stderr.write(f"waiting for a server at {minipool.format_address(*self.peer.address)}: {trouble}\n")
         if patience and lost_at and now >= lost_at + patience:
             raise minipool.ServerLost(f"no server for {patience:g} s ({trouble})")
-        # a refusal ends it at first, or by a new server that proved itself: another may be forged, or be mended soon
-        if is_new and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
+        # a refusal ends it only at first: after a welcome it may be forged, or a mistake being mended
+        if not self._instance and isinstance(trouble, minipool.Refused | minipool.VersionMismatch):
             raise trouble
 
     # ---- talking ----
@@ -826,7 +826,7 @@ class Supervisor:
         return [*words, ("retire", "its node is leaving")] if self._stop_at is not None else words
 
     def _on_batch(self, messages: list[Message]) -> None:
-        self._words.extend(message for message in messages if message[0] != "beat")
+        self._words.extend(messages)
         with contextlib.suppress(BlockingIOError):      # the main thread has been woken often enough
             self._waker.send(b"!")
 
@@ -991,10 +991,9 @@ class Node:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the node has ended; False if `timeout` seconds passed first."""
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return not self._process or self._process.wait(timeout) is not None
-        except subprocess.TimeoutExpired:
-            return False
+        return False
 
     def __enter__(self) -> Node:
         return self if self._process else self.start()

@@ -138,10 +138,11 @@ class Outsider:
     def __init__(self, seed, door):
         self.rng, self.door, self.outcomes = random.Random(seed), door, collections.Counter()
         self.hellos, self.proofs, self.frames = [], [], []
+        minor = sys.version_info[1]
         for role in (1, 2, 3, 3):
             identity = self.rng.randbytes(20) if role == 3 else b""
-            first = minipool._HELLO.pack(MAGIC, PROTOCOL, role, 0, identity, self.rng.randbytes(32))
-            second = minipool._HELLO.pack(MAGIC, PROTOCOL, 0, 0, bytes(5) + INSTANCE, self.rng.randbytes(32))
+            first = minipool._HELLO.pack(MAGIC, PROTOCOL, role, minor, identity, self.rng.randbytes(32))
+            second = minipool._HELLO.pack(MAGIC, PROTOCOL, 0, minor, bytes(5) + INSTANCE, self.rng.randbytes(32))
             keys = SessionKeys.derive(door.secret.role_key(minipool.ROLES[role], INSTANCE, identity), first, second)
             self.hellos += [first, first, second]
             self.proofs += [keys.dialer_proof, keys.server_proof, minipool.REFUSED]
@@ -490,10 +491,10 @@ def honest_words():
     """What the honest three begin with."""
     return {
         "node": ("node", {"id": HONEST_NODE, "python": PYTHON, "name": TAG, "host": "here", "pid": 1}),
-        "worker": ("worker", {"id": HONEST_WORKER, "python": PYTHON, "node": HONEST_NODE, "node_name": TAG, "slot": 0,
+        "worker": ("worker", {"id": HONEST_WORKER, "node": HONEST_NODE, "node_name": TAG, "slot": 0,
                               "pid": 2, "device": "cpu", "tags": [TAG], "has": [], "positions": {},
                               "returns": False}, []),
-        "client": ("client", {"session": HONEST_CLIENT, "python": PYTHON, "name": TAG, "max_workers": None,
+        "client": ("client", {"session": HONEST_CLIENT, "name": TAG, "max_workers": None,
                               "workers_seen": 1}, [])}
 
 
@@ -515,7 +516,7 @@ class Honest:
         """What the honest member `who` says to a message of the server's."""
         kind, *fields = message
         match kind:
-            case "refuse" | "broken": self.dismissed = f"the honest {who} heard {message}"
+            case "broken": self.dismissed = f"the honest {who} heard {message}"
             case "bye": self.dismissed = f"the honest {who} was sent away"
             case "put": self.objects[fields[0]] = fields[1]
             case "drop": [self.objects.pop(name, None) for name in fields[0]]
@@ -646,7 +647,7 @@ class Insider:
                 minipool.check_announcement(batch[0], role, identity)
             self.perform(self.scheduler.receive, peer, batch)
             self.outcomes["taken"] += len(batch)
-        except (Malformed, minipool.VersionMismatch):
+        except Malformed:
             self.outcomes["Malformed"] += len(batch)
             self.leave(peer)
 

@@ -720,8 +720,8 @@ class TestLog:
         pool.log_entry(0)
         pool.log_entry(1)
         pool.submit(log=2)
-        assert self.kinds(pool, "w1") == ["put", "log", "put", "log", "put", "run"]
-        assert [position for _, position, _ in pool.told("w1", "log")] == [0, 1]
+        assert self.kinds(pool, "w1") == ["log", "log", "put", "run"]
+        assert [position for _, position, *_ in pool.told("w1", "log")] == [0, 1]
 
     def test_a_late_worker_gets_them_too(self):
         pool = Cluster()
@@ -729,7 +729,7 @@ class TestLog:
         pool.submit(2, log=1)
         pool.generations["w2"] = 1
         pool.join_worker("w2")
-        assert self.kinds(pool, "w2") == ["put", "log", "put", "run"]
+        assert self.kinds(pool, "w2") == ["log", "put", "run"]
 
     def test_nothing_is_sent_twice(self):
         pool = Cluster()
@@ -744,7 +744,7 @@ class TestLog:
         pool.log_entry(0)
         pool.log_entry(1)
         pool.submit(log=1)
-        assert [position for _, position, _ in pool.told("w1", "log")] == [0]
+        assert [position for _, position, *_ in pool.told("w1", "log")] == [0]
 
     def test_the_jobs_of_an_unfit_worker_go_elsewhere_uncharged(self):
         pool = Cluster(workers=["w1", "w2"])
@@ -865,7 +865,7 @@ class TestHosts:
         pool.pass_time(5.1, beating=False)
         job = pool.submit()
         assert pool.state(job) == "ready"
-        pool.pass_time(2)       # with beats: it is looked at with each of ours
+        pool.pass_time(2)       # with beats: it is looked at as often as it beats
         assert pool.state(job) == "running"
 
     def test_how_long_it_may_be_silent_can_be_set(self):

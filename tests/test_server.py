@@ -49,7 +49,7 @@ def join(server):
 
 
 def a_client(session, **info):
-    return "client", {"session": session, "python": PYTHON, "name": "me", "max_workers": None, "workers_seen": 0,
+    return "client", {"session": session, "name": "me", "max_workers": None, "workers_seen": 0,
                       **info}, []
 
 
@@ -59,7 +59,7 @@ def a_node(**info):
 
 def a_worker(identity, attempts=(), **info):
     return "worker", {"id": identity, "node": b"node", "node_name": "node", "slot": 0, "pid": 1, "device": "cpu",
-                      "python": PYTHON, "tags": [], "has": [], "positions": {},
+                      "tags": [], "has": [], "positions": {},
                       "returns": False, **info}, list(attempts)
 
 
@@ -172,12 +172,21 @@ class TestStrangers:
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\n", b"mini",
         bytes(64),
         b"minipoop" + bytes(56), os.urandom(5000), minipool.first_hello("client")[:63],
-        minipool.first_hello("client")[:10] + b"\1" + bytes(53),
-    ], ids=["http", "tls", "newline", "half the magic", "zeros", "nearly the magic", "noise", "half a hello", "flags"])
+        minipool.first_hello("client")[:9] + b"\7" + bytes(54),
+    ], ids=["http", "tls", "newline", "half the magic", "zeros", "nearly the magic", "noise", "half a hello", "role"])
     def test_who_speaks_something_else_is_closed_quietly(self, monkeypatch, words):
         monkeypatch.setattr(minipool, "HANDSHAKE_SECONDS", 0.3)
         with Server(port=0, secret=SECRET) as server, stranger(server) as sock:
             sock.sendall(words)
+            assert is_closed(sock)
+
+    @pytest.mark.parametrize("place", [8, 10])
+    def test_who_is_of_another_version_hears_ours_and_is_closed(self, place):
+        hello = bytearray(minipool.first_hello("client"))
+        hello[place] = 77
+        with Server(port=0, secret=SECRET) as server, stranger(server) as sock:
+            sock.sendall(hello)
+            assert sock.recv(64, socket.MSG_WAITALL)[place] == minipool.first_hello("client")[place]
             assert is_closed(sock)
 
     @pytest.mark.parametrize("steps", [0, 1])
@@ -272,7 +281,7 @@ class TestMembers:
         ("client", ("submit", 1, (b"c", 1), b"", 0, None)), ("client", ("ask", 1, "jobs")),
         ("node", ("beat",)), ("worker", ("started", 1)),
         ("client", ("client", {}, [])), ("client", a_client("text")),
-        ("client", a_client(b"s", python=None)), ("node", a_node(name=None)),
+        ("client", a_client(b"s", name=None)), ("node", a_node(name=None)),
         ("worker", a_worker(WORKER, has=None)),
         ("client", a_client(b"s", max_workers="many")),
         ("client", a_client(b"s", workers_seen=None)),
@@ -317,16 +326,6 @@ class TestMembers:
         bad.connection._seam.sock.sendall(os.urandom(1000))
         assert bad.is_closed()
         good.hear("welcome")
-
-    @pytest.mark.parametrize("role", ["client", "node", "worker"])
-    def test_another_python_is_refused_and_both_are_named(self, server, join, role):
-        opening = Member.announcement(Member, role, WORKER)
-        opening[1]["python"] = "2.7"
-        member = join(role, opening, WORKER if role == "worker" else b"")
-        _, text = member.hear("refuse")
-        assert "2.7" in text and PYTHON in text
-        assert member.is_closed()
-        assert not server._scheduler.sessions and not server._scheduler.workers
 
     def test_a_server_that_is_full_turns_the_next_one_away_and_keeps_the_others(self, monkeypatch, server, join):
         monkeypatch.setattr(minipool, "PEERS", 2)
