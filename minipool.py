@@ -623,25 +623,20 @@ def dial_tls(sock: socket.socket, context: ssl.SSLContext) -> tuple[ssl.SSLSocke
     return encrypted, hashlib.sha256(encrypted.getpeercert(binary_form=True) or b"").digest()
 
 
-def server_tls(certificate: str, key: str) -> tuple[ssl.SSLContext, bytes]:
-    """Return a server's context and the digest of its certificate; without files, one for this life of the server."""
+def server_tls() -> tuple[ssl.SSLContext, bytes]:
+    """Return a server's context and the digest of its certificate, which is made for one life of the server."""
     import tempfile  # late, as is ssl
     context = tls_context(is_server=True)
     context.num_tickets = 0             # nobody resumes a session
-    source = " and ".join(str(path) for path in (certificate, key) if path) or "`openssl`"
-    with tempfile.TemporaryDirectory(prefix="minipool-") as folder:
+    with tempfile.NamedTemporaryFile(prefix="minipool-") as file:   # of key and certificate; for us alone
         try:
-            if not (certificate or key):
-                certificate = key = os.path.join(folder, "both.pem")
-                subprocess.run(["openssl", "req", "-x509", "-nodes", "-subj", "/CN=minipool", "-days", "3650",
-                                "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-                                "-keyout", key, "-out", certificate], check=True, capture_output=True)
-            context.load_cert_chain(certificate, key, password=str)     # "": else OpenSSL asks at the terminal
+            subprocess.run(["openssl", "req", "-x509", "-nodes", "-subj", "/CN=minipool", "-days", "3650",
+                            "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+                            "-keyout", file.name, "-out", file.name], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ValueError(f"no certificate and its key in PEM from {source} ({error}): "
-                             "give --tls-cert and --tls-key, two files") from None
-        with open(certificate) as file:
-            first = file.read().partition("-----BEGIN CERTIFICATE-----")[2].partition("-----END")[0]
+            raise ValueError(f"TLS needs the command `openssl` on the server's machine ({error}): install it") from None
+        context.load_cert_chain(file.name)
+        first = file.read().partition(b"-----BEGIN CERTIFICATE-----")[2].partition(b"-----END")[0]
     return context, hashlib.sha256(base64.b64decode(first)).digest()
 
 
@@ -2354,17 +2349,16 @@ class Server:
 
     `host` and `port` say where to listen (`port=0`: a free one); `secret` is text, by default what `find_secret`
     finds, else a new one in this user's secret file. `address` can be dialled, also after host="0.0.0.0".
-    After `dead_after` seconds of silence a host is lost. With `tls` all is encrypted, under the certificate and key in
-    the PEM files `tls_cert` and `tls_key`, or under one that `openssl` makes at each start.
-    Raises OSError if the port is in use, ValueError for a weak password beyond loopback, or without a certificate.
+    After `dead_after` seconds of silence a host is lost. With `tls` all is encrypted, under a certificate that the
+    command `openssl` makes. Raises OSError if the port is in use, ValueError for a weak password beyond loopback.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, secret: str | None = None,
-                 max_value: int = 64 << 30, dead_after: float = T_DEAD, tls: bool = False, tls_cert: str = "",
-                 tls_key: str = "", embedded: bool = False) -> None:
+                 max_value: int = 64 << 30, dead_after: float = T_DEAD, tls: bool = False,
+                 embedded: bool = False) -> None:
         self._host, self._port, self._embedded = host, port, embedded
-        self.tls = tls or bool(tls_cert or tls_key)
-        self._tls: tuple[ssl.SSLContext | None, bytes] = server_tls(tls_cert, tls_key) if self.tls else (None, b"")
+        self.tls = tls
+        self._tls: tuple[ssl.SSLContext | None, bytes] = server_tls() if tls else (None, b"")
         self._secret = find_secret(secret, make=True)
         self.is_local = host in ("localhost", "::1") or host.startswith("127.")
         if len(self._secret.text) < 12 and not self.is_local:
@@ -3931,7 +3925,7 @@ def _serve(options: argparse.Namespace) -> int:
     gc.set_threshold(100_000)       # it makes many records, nearly all of which end without a collector
     secret = find_secret(path=options.secret_file, make=True)
     server = Server(options.host, options.port, secret=secret.text, max_value=int(options.max_value), tls=options.tls,
-                    tls_cert=options.tls_cert, tls_key=options.tls_key, dead_after=options.dead_after)
+                    dead_after=options.dead_after)
     stop, hurry = threading.Event(), threading.Event()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)     # a descriptor per peer: take what we may have
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -4013,8 +4007,6 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--max-value", type=SIZE, default=64 << 30, metavar="SIZE", help="largest value, e.g. 64G")
     serve.add_argument("--dead-after", type=TIME, default=T_DEAD, metavar="S",
                        help="seconds of silence after which a host is lost (default: %(default)g)")
-    serve.add_argument("--tls-cert", default="", metavar="F", help="PEM file (default: made by openssl at each start)")
-    serve.add_argument("--tls-key", default="", metavar="F", help="PEM file with the certificate's key")
     serve.add_argument("--with-node", action="store_true", help="use this machine's devices too")
     status = add("status", _status, "show nodes, workers and jobs")
     status.add_argument("--address", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then this machine")

@@ -330,7 +330,7 @@ def measure_frame(report: Report, quick: bool) -> None:
 
 @functools.cache
 def server_context() -> ssl.SSLContext:
-    return minipool.server_tls("", "")[0]
+    return minipool.server_tls()[0]
 
 
 def seam_of(kind: str) -> Callable[[Any], minipool.Plain]:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import select
 import socket
-import subprocess
 import sys
 import threading
 
@@ -91,43 +90,16 @@ class TestTheCommands:
         status = program(ROOT / "minipool.py", "status", "--address", address, "--tls", "--secret-file", secret)
         assert status.code() == 0 and "nodes: 1, workers: 1" in status.out
 
-    def test_take_a_certificate_from_files(self, program, certificate, tmp_path):
-        cert, key = certificate
-        served = program(ROOT / "minipool.py", "serve", "--port", "0", "--tls-cert", cert, "--tls-key", key)
-        address = served.says(r"server on (\S+)")[1]
-        with socket.create_connection(minipool.parse_address(address), timeout=10) as sock:
-            encrypted, binding = dial_tls(sock, tls_context())
-            with encrypted:
-                assert binding == server_tls(cert, key)[1]
-
-    @pytest.mark.parametrize("flags, words", [
-        (["--tls-cert", "x"], "give --tls-cert and --tls-key"),
-        (["--tls-key", "x"], "give --tls-cert and --tls-key"),
-        (["--tls-cert", "/nowhere", "--tls-key", "/nowhere"], "no certificate and its key in PEM"),
-    ])
-    def test_say_what_is_wrong_with_the_files(self, program, flags, words):
-        served = program(ROOT / "minipool.py", "serve", "--port", "0", *flags)
-        assert served.code() == 1 and words in served.err and "Traceback" not in served.err
-
     def test_say_so_where_openssl_is_missing(self, program, tmp_path):
         served = program(ROOT / "minipool.py", "serve", "--port", "0", "--tls", PATH=str(tmp_path))
-        assert served.code() == 1 and "--tls-cert and --tls-key" in served.err and "Traceback" not in served.err
+        assert served.code() == 1 and "TLS needs the command `openssl`" in served.err and "Traceback" not in served.err
 
 
 def test_the_python_that_deadlocks_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 13, 6, "final", 0))
-    for make in (tls_context, lambda: server_tls("", "")):
+    for make in (tls_context, server_tls):
         with pytest.raises(ValueError, match=r"Python 3\.13\.6"):
             make()
-
-
-@pytest.fixture
-def certificate(tmp_path):
-    """PEM files of a certificate and its key, as `openssl` makes them."""
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                    "-subj", "/CN=test", "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
-    return cert, key
 
 
 def listening(sock, context):
@@ -191,7 +163,7 @@ def send_all(seam, data):
 class TestAMiddleman:
     @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.slow)])
     def test_with_a_certificate_of_his_own_is_refused_each_time(self, encrypted, times):
-        with Tap(encrypted.address, server_tls("", "")[0]) as middle:
+        with Tap(encrypted.address, server_tls()[0]) as middle:
             for _ in range(times):
                 with pytest.raises((Refused, ConnectionError)):
                     dial(middle.address, tls=True)
@@ -210,7 +182,7 @@ class TestTheSeam:
         for sock in (near, far):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
         found = []
-        answering = threading.Thread(target=lambda: found.append(listening(far, server_tls("", "")[0])))
+        answering = threading.Thread(target=lambda: found.append(listening(far, server_tls()[0])))
         answering.start()
         dialer = Tls(dial_tls(near, tls_context())[0])
         answering.join(10)
