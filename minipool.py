@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["cloudpickle>=3", "nvidia-ml-py>=12"]
-# ///
 """A pool of GPU workers across machines, used like concurrent.futures.
 
     from minipool import Executor
@@ -1257,10 +1253,9 @@ class Worker(Member):
     def __init__(self, node: Node, info: dict[str, Any]) -> None:
         super().__init__(info["id"], f"{node.name}-{info['slot']}")
         self.node, self.device, self.pid = node, info["device"], info["pid"]
-        self.tags = frozenset([self.name, node.name, *info["tags"]])    # all that `on` can name
+        self.tags = sorted({self.name, node.name, *info["tags"]})       # all that `on` can name
         # what clients and the status page are told of it
-        self.told = {"name": self.name, "node": node.name, "device": self.device, "pid": self.pid,
-                     "tags": sorted(self.tags)}
+        self.told = {"name": self.name, "node": node.name, "device": self.device, "pid": self.pid, "tags": self.tags}
         self.returns: bool = info["returns"]        # it was in the pool of an earlier server
         self.finished = 0
         self.inbox: dict[int, Job | None] = {}      # attempts it has, oldest first; None: one that nobody wants
@@ -2139,8 +2134,7 @@ class Scheduler:
                 assert job.state != State.READY or queued[job] == 1, f"{story}: queued {queued[job]} times"
                 holders = [w for w in self.workers.values()
                            if job in (w.inbox.get(job.token), w.beside.get(job.token), w.delivering.get(job.token))]
-                names = [worker.name for worker in holders]
-                assert holders == ([job.worker] if job.state == State.RUNNING else []), f"{story}: held by {names}"
+                assert holders == ([job.worker] if job.state == State.RUNNING else []), f"{story}: others hold it"
             load = sum(job is not None and job.session is session for w in self.workers.values()
                        for job in [*w.inbox.values(), *(j for j in w.beside.values() if j and not j.beside)])
             assert session.load == load == sum(session.workers.values()), "a session's load is miscounted"
@@ -2356,8 +2350,7 @@ class Server:
     def __init__(self, host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, secret: str | None = None,
                  max_value: int = 64 << 30, dead_after: float = T_DEAD, tls: bool = False,
                  embedded: bool = False) -> None:
-        self._host, self._port, self._embedded = host, port, embedded
-        self.tls = tls
+        self._host, self._port, self._embedded, self.tls = host, port, embedded, tls
         self._tls: tuple[ssl.SSLContext | None, bytes] = server_tls() if tls else (None, b"")
         self._secret = find_secret(secret, make=True)
         self.is_local = host in ("localhost", "::1") or host.startswith("127.")
@@ -2904,14 +2897,8 @@ def decode_value(data: Any) -> Any:
     return pickle.loads(pickled, buffers=buffers)
 
 
-def _awaited(coroutine: Any) -> Any:
-    import asyncio  # late: slow to import, and few need it
-    return asyncio.run(coroutine)
-
-
 def encode_value(value: Any) -> bytes | Blob:
-    """Return a job's result as it travels; of a coroutine, what it returns. Raises pickle.PicklingError."""
-    value = _awaited(value) if type(value) is types.CoroutineType else value
+    """Return a job's result as it travels. Raises pickle.PicklingError."""
     if type(value) in ATOMS:
         return pack(pickle.dumps(value, 5))
     pickler = _dump("the result, a", type(value), value)
@@ -3024,7 +3011,6 @@ _publishing = threading.Lock()      # held for a moment where a future's state a
 class Future(concurrent.futures.Future[Any]):
     """A job's outcome: a concurrent.futures.Future that also knows `id`, `name`, `worker` and `attempts`."""
 
-    key: str | None = None          # the identity given by `options(key=)`
     worker: str | None = None       # who runs or ran it; None before it begins
     attempts = 0
     # Instead of the attributes that the superclass makes: those that change are changed under the client's lock.
@@ -3482,10 +3468,9 @@ def _check_counts(**values: int | None) -> None:
             raise ValueError(f"{name} must be greater than 0, not {value}")
 
 
-def _call_each(fn: Callable[..., Any], *chunk: tuple[Any, ...]) -> list[Any]:
-    """Make several calls of one function as one job: what `map(chunksize=)` sends."""
-    values = [fn(*args) for args in chunk]
-    return [*map(_awaited, values)] if type(values[0]) is types.CoroutineType else values
+def _in_worker(method: str, *arguments: Any) -> Any:
+    """Be the job that calls a method of the worker's process: there are the instances."""
+    return getattr(_here, method)(*arguments)
 
 
 class Executor(concurrent.futures.Executor):
@@ -3561,7 +3546,8 @@ class Executor(concurrent.futures.Executor):
         inputs = zip(*iterables, strict=False)
         calls: Iterator[tuple[Any, ...]] = inputs
         if chunksize > 1:
-            fn, calls = functools.partial(_call_each, fn), iter(lambda: tuple(itertools.islice(inputs, chunksize)), ())
+            calls = iter(lambda: tuple(itertools.islice(inputs, chunksize)), ())
+            fn = functools.partial(_in_worker, "call_each", fn)
         jobs = (self.submit(fn, *args) for args in calls)       # lazily; all that may wait unread are submitted now
         futures = collections.deque(itertools.islice(jobs, buffersize))
 
@@ -3731,16 +3717,10 @@ def get_executor() -> Executor:
 # ==================================================================================================================
 # 8 instances
 #
-# Objects that live in worker processes from one job to the next: an Actor is one, a Pool has one in every worker.
-# Here jobs are made and nothing else, so what holds for jobs holds for calls. An actor's calls are jobs for one
-# worker, begun in the order in which they were made and at most once; a pool's constructors and updates are entries
-# of the session's log, which every worker has run, in order, before its next job.
+# Objects that live in worker processes from one job to the next: an Actor is one, a Pool has one in every worker. All
+# of it is jobs: an actor's calls are for one worker, begin in the order in which they were made, and but once; a pool's
+# constructor and updates are entries of the session's log, which every worker has run, in order, before its next job.
 # ==================================================================================================================
-
-def _in_worker(method: str, *arguments: Any) -> Any:
-    """Be the job that calls a method of the worker's process: there are the instances."""
-    return getattr(_here, method)(*arguments)
-
 
 _actors: weakref.WeakSet[Actor] = weakref.WeakSet()     # the handles of this process
 
@@ -3784,8 +3764,7 @@ class Actor:
 
 
 def _end_actor(view: Executor, name: Name) -> None:
-    # a closed executor has no instances any more
-    with contextlib.suppress(RuntimeError, concurrent.futures.BrokenExecutor):
+    with contextlib.suppress(RuntimeError, concurrent.futures.BrokenExecutor):      # closed, it has no instances
         view._client.submit(view, _in_worker, ("drop", [name]), {})
 
 
@@ -3818,9 +3797,8 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
     def __init__(self, worker_class: type, init_data: dict[str, Any] | None = None, secret: str | None = None,
                  address: str | None = None, *, executor: Executor | None = None) -> None:
         args, kwargs = _arguments(init_data or {})
-        whole = executor or Executor(address, secret=secret)
-        self._owned = None if executor else whole
-        self.executor = whole.options(name=f"{worker_class.__qualname__}.run")
+        self._owned = None if executor else Executor(address, secret=secret)
+        self.executor = cast(Executor, executor or self._owned).options(name=f"{worker_class.__qualname__}.run")
         self._client = self.executor._client
         self._name = self._client.session, next(self._client.numbers)
         self.executor.on_start(_in_worker, "make_instance", self._name, worker_class, args, kwargs)

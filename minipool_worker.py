@@ -265,6 +265,11 @@ def encode_exception(error: BaseException, where: str, limit: int) -> bytes | Bl
     return value
 
 
+def _awaited(coroutine: Any) -> Any:
+    import asyncio  # late: slow to import, and few need it
+    return asyncio.run(coroutine)
+
+
 class Worker:
     """The worker process: `run()` is its main thread's life."""
 
@@ -362,7 +367,9 @@ class Worker:
             args, kwargs, *retry_on = minipool.decode_value(
                 self.objects.pop(packed[0]) if isinstance(packed, tuple) else packed)
             minipool._running.attempt = attempt
-            status, value = OK, minipool.encode_value(fn(*args, **kwargs))
+            result = fn(*args, **kwargs)
+            result = _awaited(result) if type(result) is types.CoroutineType else result
+            status, value = OK, minipool.encode_value(result)
             minipool.check_size(value, self._max_value, "result", fn)
         except BaseException as error:          # SystemExit and KeyboardInterrupt too: the job's, not the worker's
             status, value = RAISED, encode_exception(error, self._where, self._max_value)
@@ -461,12 +468,15 @@ class Worker:
                 state.unfit = bytes(encode_exception(error, self._where, minipool.INLINE))     # type: ignore[arg-type]
         return bytes(state.unfit)
 
-    # ---- instances: what Actor and Pool call here, as jobs ----
+    # ---- what Executor.map, Actor and Pool call here, as jobs ----
+
+    def call_each(self, fn: Callable[..., Any], *chunk: tuple[Any, ...]) -> list[Any]:
+        """Make several calls of one function as one job, for `map(chunksize=)`."""
+        values = [fn(*args) for args in chunk]
+        return [*map(_awaited, values)] if type(values[0]) is types.CoroutineType else values
 
     def make_instance(self, name: Name, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make an instance that lives here; its name holds what the constructor raised, if it did."""
-        if name in self.objects:        # this worker was away, not dead
-            return
         try:
             self.objects[name] = cls(*args, **kwargs), None
         except BaseException as error:

@@ -108,7 +108,7 @@ class TestSubmit:
     def test_a_future_is_the_standard_one_and_knows_its_job(self, pool):
         future = pool.submit(same, 1)
         future.result(SOON)
-        assert isinstance(future, concurrent.futures.Future) and future.name == "same" and future.key is None
+        assert isinstance(future, concurrent.futures.Future) and future.name == "same"
         assert future.attempts == 1 and future.worker in [w["name"] for w in pool.info()["workers"]]
 
     def test_a_dropped_future_still_runs(self, pool, tmp_path):
