@@ -359,6 +359,7 @@ class Worker:
         retry, retry_on = False, ()        # the types of the exceptions to retry on, if there are any
         try:
             if attempt.log and (error_of_log := self._apply_log(attempt)):
+                self.drop([attempt.payload[0]] if isinstance(attempt.payload, tuple) else [])
                 return self._finish(attempt, UNFIT, error_of_log, 0.0, False)
             fn = self.objects[attempt.fn]
             if not callable(fn):
@@ -369,7 +370,7 @@ class Worker:
             minipool._running.attempt = attempt
             result = fn(*args, **kwargs)
             result = _awaited(result) if type(result) is types.CoroutineType else result
-            status, value = OK, minipool.encode_value(result)
+            status, value, result = OK, minipool.encode_value(result), None     # it may be large
             minipool.check_size(value, self._max_value, "result", fn)
         except BaseException as error:          # SystemExit and KeyboardInterrupt too: the job's, not the worker's
             status, value = RAISED, encode_exception(error, self._where, self._max_value)
