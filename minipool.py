@@ -1234,7 +1234,6 @@ class Node(Member):
         self.is_suspect = False                     # none for T_SUSPECT
         self.is_leaving = False                     # and so do its workers, those that come later too
         self.workers: dict[bytes, Worker] = {}
-        self.dead: dict[bytes, bytes] = {}          # newest process of each slot that is known to be dead
         self.info: dict[str, Any] = {}
 
 
@@ -1348,6 +1347,7 @@ class Scheduler:
         self._queues: dict[Key, list[tuple[float, int, Job]]] = {}      # heaps of ready jobs, and of some ready no more
         self._selections = collections.defaultdict[str | None, Selection](Selection)        # by tag; None: all
         self._adopting = now + self.beat                # so long only those count who were in before; 0: it is over
+        self._dead: dict[bytes, bytes] = {}             # newest process of each slot that is known to be dead
         self._leaving: dict[Worker, None] = {}          # draining: they go when they hold nothing any more
         self._expected_workers = 0                      # as many as any returning client last saw
         self._timers: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -1490,7 +1490,7 @@ class Scheduler:
         node = self.nodes.get(info["node"]) or self._new_node(info["node"], info["node_name"], now)
         worker = self.workers.get(info["id"])
         slot = info["id"][:16]                      # what follows says which process of it: later ones are larger
-        if worker is None and info["id"] <= node.dead.get(slot, b""):
+        if worker is None and info["id"] <= self._dead.get(slot, b""):
             return self._closes.append(peer)        # its last words, read after its death was told
         if worker is None:
             for older in [id for id in node.workers if id[:16] == slot and id < info["id"]]:
@@ -1974,7 +1974,9 @@ class Scheduler:
     def _died(self, node: Node, now: float, worker_id: bytes, token: int | None, cause: dict[str, Any]) -> None:
         """A node's word on the death of its worker is final, and its cell's token says who is to blame."""
         worker = node.workers.get(worker_id)            # of another's it knows nothing
-        node.dead[worker_id[:16]] = max(node.dead.get(worker_id[:16], b""), worker_id)
+        if len(self._dead) > 100_000:       # slots; a dead worker's words may be read after it and its node have gone
+            self._dead.clear()
+        self._dead[worker_id[:16]] = max(self._dead.get(worker_id[:16], b""), worker_id)
         if "lost" in cause:
             node.info["lost"] = [*node.info.get("lost", ()), cause["lost"]]
         if worker is not None:
@@ -3543,8 +3545,7 @@ class Executor(concurrent.futures.Executor):
         """
         _check_counts(chunksize=chunksize, buffersize=buffersize)
         deadline = None if timeout is None else time.monotonic() + timeout
-        inputs = zip(*iterables, strict=False)
-        calls: Iterator[tuple[Any, ...]] = inputs
+        calls: Iterator[Any] = (inputs := zip(*iterables, strict=False))
         if chunksize > 1:
             calls = iter(lambda: tuple(itertools.islice(inputs, chunksize)), ())
             fn = functools.partial(_in_worker, "call_each", fn)
@@ -3933,9 +3934,8 @@ def _status(options: argparse.Namespace) -> None:
     workers, jobs = info["workers"], info["jobs"]
     print(f"server {info['address']} (Python {info['python']}), nodes: {len(info['nodes'])}, workers: {len(workers)}")
     print("jobs  ", ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered")))
-    width = max((len(w["name"]) for w in workers), default=0)
     for w in workers:
-        print(f"  {w['name']:{width}}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
+        print(f"  {w['name']:20}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
               f"{w['finished']} finished  {', '.join(w['jobs'])}")
 
 

@@ -166,8 +166,7 @@ class BelievesTheDead(Scheduler):
     """Admits the announcement of a process after its node said that it died."""
 
     def _worker(self, peer, now, info, attempts):
-        for node in self.nodes.values():
-            node.dead.clear()
+        self._dead.clear()
         super()._worker(peer, now, info, attempts)
 
 
