@@ -3935,7 +3935,7 @@ def _status(options: argparse.Namespace) -> None:
     print(f"server {info['address']} (Python {info['python']}), nodes: {len(info['nodes'])}, workers: {len(workers)}")
     print("jobs  ", ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered")))
     for w in workers:
-        print(f"  {w['name']:20}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
+        print(f"  {w['name']:16}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
               f"{w['finished']} finished  {', '.join(w['jobs'])}")
 
 
