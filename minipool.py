@@ -3630,8 +3630,7 @@ class Executor(concurrent.futures.Executor):
     def actor(self, cls: type, /, *args: Any, **kwargs: Any) -> Actor:
         """Return a handle on an instance cls(*args, **kwargs) in one worker (`options(on=)`: one of those).
 
-        That is the worker with the fewest actors of this program. Where there is none yet it waits for one, for
-        `options(timeout=)` seconds at most; else it returns at once.
+        That with the fewest actors of this program. If there is none yet it waits, `options(timeout=)` seconds at most.
         """
         if not isinstance(cls, type):
             raise TypeError(f"actor() needs a class, not {cls!r}")
@@ -3792,7 +3791,7 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
 
     `init_data` holds the constructor's arguments, as {"args": [...], "kwargs": {...}}; so do jobs those of `run` and
     updates those of `handle_update`. `address` and `secret` as in Executor; with `executor` it works through that one
-    and leaves it open. An exception in `run` is raised where the result would come, and the worker lives.
+    and leaves it open. An exception in `run` is raised where its result would come, one in the constructor everywhere.
     """
 
     def __init__(self, worker_class: type, init_data: dict[str, Any] | None = None, secret: str | None = None,
@@ -3810,19 +3809,20 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
         return list(self.executor.map(_in_worker, *what, map(_arguments, data)))
 
     def _jobs(self, data: Iterable[dict[str, Any]], in_order: bool) -> Iterator[Any]:
-        """Submit jobs as they are asked for, no more than keeps all workers busy."""
+        """Submit jobs as their results are asked for, no more than keep all workers busy."""
         submit = functools.partial(self.executor.submit, _in_worker, "use_instance", self._name, "run")
         jobs, pending = map(submit, map(_arguments, data)), list[Any]()
-        while pending := [*pending, *itertools.islice(jobs, 2 * self.executor.size + 16 - len(pending))]:
-            future = pending[0] if in_order else next(iter(wait(pending, None, "FIRST_COMPLETED").done))
-            pending.remove(future)
-            yield future
+        try:
+            while pending := [*pending, *itertools.islice(jobs, 2 * self.executor.size + 16 - len(pending))]:
+                future = pending[0] if in_order else next(iter(wait(pending, None, "FIRST_COMPLETED").done))
+                pending.remove(future)
+                yield future
+        finally:                # whoever stops asking wants no more
+            for future in pending:
+                future.cancel()
 
     def imap(self, data: Iterable[dict[str, Any]]) -> Iterator[Any]:
-        """Return an iterator of the results in the order of `data`, which it reads no further than keeps all busy.
-
-        It can be continued after an exception.
-        """
+        """Return an iterator of the results in the order of `data`, read as it goes on, also after an exception."""
         return map(Future.result, self._jobs(data, in_order=True))
 
     def imap_unordered(self, data: Iterable[dict[str, Any]]) -> Iterator[Any]:

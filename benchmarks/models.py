@@ -58,8 +58,6 @@ def answers(messages: Iterable[tuple[Any, ...]], value: Any) -> list[tuple[Any, 
             said.append(("finished", token, "ok", value, 1e-5, False))
         elif kind == "recall":
             said.append(("recalled", fields[0], []))       # none of them has not begun
-        elif kind == "beat":
-            said.append(("beat",))
     return said
 
 
@@ -76,7 +74,9 @@ def main() -> int:
         selector.register(connection._seam.sock, selectors.EVENT_READ, connection)
     print("joined", flush=True)
     while True:
-        for key, _ in selector.select():
+        connections[0].post([("beat",)])        # the node is there
+        connections[0].flush()
+        for key, _ in selector.select(0.5):
             connection = key.data
             while connection.has_input(0):
                 connection.post(answers(connection.receive(), value))

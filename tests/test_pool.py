@@ -40,6 +40,12 @@ class Adder(WorkerInterface):
         self.base = update
 
 
+class Noter:
+    def run(self, path):
+        time.sleep(0.05)
+        path.touch()
+
+
 class Teller(Adder):
     def run(self, value=0, **_):
         return os.getpid(), list(self.updates), self.overlaps
@@ -87,6 +93,14 @@ class TestJobs:
             results = pool.imap(endless)
             assert [next(results) for _ in range(100)] == list(range(100))
             assert next(read) < 200
+
+    def test_whoever_stops_asking_wants_no_more_of_it(self, executor, tmp_path):
+        with Pool(Noter, executor=executor) as pool:
+            results = pool.imap({"args": [tmp_path / str(n)]} for n in range(100))
+            next(results)
+            del results
+            pool.map(jobs(tmp_path / "the last"))
+            assert len(list(tmp_path.iterdir())) < 30, "what had not begun was not cancelled"
 
     def test_none_is_a_result_like_any_other_row_4_6(self, executor):
         with Pool(Plain, executor=executor) as pool:
