@@ -125,6 +125,7 @@ def job():
         time.sleep(0.01)
     return place
 FOLDER = os.environ["FOLDER"]
+ex.wait_for_workers(2, 60)      # else the one that is there first is as good
 future = ex.options(prefer="left").submit(job)
 say("result", future.result(100), future.attempts)""", FOLDER=str(tmp_path))
     wait_until((tmp_path / "began 0").exists)
