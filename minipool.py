@@ -246,7 +246,7 @@ _CHECKS: dict[Any, Check] = {       # by the types that the catalogue names; num
     "value": lambda field: type(field) is bytes or (
         type(field) is tuple and len(field) == 3 and _is_name(field[0]) and _is_number(field[1])
         and type(field[2]) is str and len(field[2]) <= 64),
-    "options": _are_options, "int?": _one_of(int, type(None)), "dict?": _one_of(dict, type(None)),
+    "options": _are_options, "int?": _one_of(int, type(None)),
     "numbers": _list_of(_is_number), "names": _list_of(_is_name), "texts": _list_of(_one_of(str)),
     "attempts": _list_of(lambda item: type(item) is tuple and len(item) == 3 and _is_name(item[1])
                          and _is_number(item[0]) and item[0] < BIGGEST // 2),       # the server counts on from there
@@ -296,7 +296,7 @@ _message("submit", "client", "run fn with payload once the session's log is appl
          number=int, fn="name", payload="value", log=int, options="options")
 _message("missing", "server", "jobs that this server does not know: send them again", numbers="numbers")
 _message("run", "server", "execute this attempt of a job", token=int, job="name", fn="name", payload="value",
-         log=int, options="dict?")
+         log=int, options=dict)
 _message("started", "worker", "the main thread began this attempt", token=int)
 _message("slot", "worker", "this attempt, which waits for others, leaves its slot to them; or (held) has it again",
          token=int, held=bool)
@@ -1126,7 +1126,7 @@ class Peer:
                     self.connection.post([("pull", name, offset, len(place))])
 
     def _handle_range(self, connection: Connection, message: Message) -> bool:
-        """Act on a message about large values, or on a refusal; return False for any other."""
+        """Act on a message about large values; return False for any other."""
         if message[0] == "pull":
             _, name, offset, length = message
             blob = self.values.get(name)
@@ -3636,10 +3636,10 @@ class Executor(concurrent.futures.Executor):
             raise TypeError(f"actor() needs a class, not {cls!r}")
         client = self._client
         with client._changed:
-            if not client._changed.wait_for(self._admitted, self._options.get("timeout")):
+            if not (there := client._changed.wait_for(self._admitted, self._options.get("timeout"))):
                 raise TimeoutError(f"no worker has come for the actor {cls.__qualname__}")
-            taken = collections.Counter(actor._on for actor in _actors)
-            worker = min((worker["name"] for worker in self._admitted()), key=taken.__getitem__)
+        taken = collections.Counter(actor._on for actor in _actors)
+        worker = min((worker["name"] for worker in there), key=taken.__getitem__)
         name = client.session, next(client.numbers)
         view = self.options(on=worker, max_deaths=0, name=f"{cls.__qualname__}()")      # there, and at most once
         made = client.submit(view, _in_worker, ("make_instance", name, cls, args, kwargs), {})

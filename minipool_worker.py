@@ -535,15 +535,14 @@ class Worker:
         self._where = f"worker {self._name} on {self.device}"
         self.setup["node_name"], self._max_value = info["node_name"], info["max_value"]
 
-    def _on_run(self, token: int, job: Name, fn: Name, payload: Value, log: int,
-                options: dict[str, Any] | None) -> None:
+    def _on_run(self, token: int, job: Name, fn: Name, payload: Value, log: int, options: dict[str, Any]) -> None:
         state = self._sessions[job[0]]
         needed = [fn, *state.log[state.applied:log]]
         if type(payload) is tuple:
             needed.append(payload[0])
             self._on_put(payload[0], payload)
         missing = {name for name in needed if name not in self.objects}
-        attempt = self._inbox[token] = Attempt(token, job, fn, payload, log, options or {}, missing)
+        attempt = self._inbox[token] = Attempt(token, job, fn, payload, log, options, missing)
         self._check_ready(attempt)
 
     def _check_ready(self, attempt: Attempt) -> None:

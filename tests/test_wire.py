@@ -133,19 +133,14 @@ class TestHandshake:
         with answer_with() as sock, pytest.raises(ConnectionError):
             minipool.handshake(sock, "client", Secret.new().role_key)
 
-    def test_another_protocol_version_is_named_together_with_ours(self):
+    @pytest.mark.parametrize(("place", "words"), [(8, f"protocol 7, this side {minipool.PROTOCOL}"),
+                                                  (10, f"Python 3.7, this side {minipool.PYTHON}")],
+                             ids=["protocol", "Python"])
+    def test_another_version_of_the_protocol_or_of_python_is_named_together_with_ours(self, place, words):
         second = bytearray(second_hello())
-        second[8] = 7
-        with answer_with(lambda first: bytes(second)) as sock:
-            with pytest.raises(minipool.VersionMismatch, match=f"protocol 7, this side {minipool.PROTOCOL}"):
-                minipool.handshake(sock, "client", Secret.new().role_key)
-
-    def test_another_minor_version_of_python_is_named_together_with_ours(self):
-        second = bytearray(second_hello())
-        second[10] = 7
-        with answer_with(lambda first: bytes(second)) as sock:
-            with pytest.raises(minipool.VersionMismatch, match=f"Python 3.7, this side {minipool.PYTHON}"):
-                minipool.handshake(sock, "client", Secret.new().role_key)
+        second[place] = 7
+        with answer_with(lambda first: bytes(second)) as sock, pytest.raises(minipool.VersionMismatch, match=words):
+            minipool.handshake(sock, "client", Secret.new().role_key)
 
     def test_the_server_tells_its_version_to_a_dialer_of_another_and_closes(self):
         with door(Secret.new()) as (address, admitted), socket.create_connection(address, timeout=10) as sock:
