@@ -263,7 +263,12 @@ CATALOGUE: dict[str, tuple[frozenset[str], dict[str, Check]]] = {}     # by kind
 
 
 def _fields(**kinds: Any) -> dict[str, Check]:
-    return {name: _CHECKS[kind] for name, kind in kinds.items()}
+    return {name: _CHECKS.get(kind, kind) for name, kind in kinds.items()}
+
+
+def _record(**kinds: Any) -> Check:
+    fields = _fields(**kinds)
+    return lambda field: type(field) is dict and all(is_good(field.get(name)) for name, is_good in fields.items())
 
 
 def _message(kind: str, senders: str, _meaning: str, **kinds: Any) -> None:
@@ -275,19 +280,16 @@ _OPTIONS_READ = _fields(name=str, priority="priority", retries=int, max_deaths=i
                         max_tasks=int, on="tags", soft=bool, beside=bool, cancel_running=bool)
 
 # joining: the first message of every connection says all that its sender holds; the answer says what to do with it
-_message("client", "client", "a client's announcement: who I am, the jobs I wait for", info=dict, jobs="numbers")
-_message("node", "node", "a node's announcement: who I am", info=dict)
-_message("worker", "worker", "what I run, queue and hold, as (token, job, kind)", info=dict, attempts="attempts")
+_message("client", "client", "a client's announcement: who I am, the jobs I wait for",
+         info=_record(session=bytes, name=str, max_workers="int?", workers_seen=int), jobs="numbers")
+_message("node", "node", "a node's announcement: who I am",
+         info=_record(id=bytes, python=str, name=str, host=str, pid=int))
+_message("worker", "worker", "what I run, queue and hold, as (token, job, kind)",
+         info=_record(id=bytes, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts", has="names",
+                      positions="positions", returns=bool), attempts="attempts")
 _message("welcome", "server", "you are in; info is per role", info=dict)
 _message("bye", "client node worker server", "a planned end: nothing of mine is to be kept", reason=str)
 _message("beat", "node", "still here (any other byte says the same)")
-
-ANNOUNCED = {       # what the info of an announcement holds
-    "client": _fields(session=bytes, name=str, max_workers="int?", workers_seen=int),
-    "node": _fields(id=bytes, python=str, name=str, host=str, pid=int),
-    "worker": _fields(id=bytes, node=bytes, node_name=str, slot=int, pid=int, device=str, tags="texts",
-                      has="names", positions="positions", returns=bool),
-}
 
 # a job's life
 _message("put", "client server", "an object that jobs will name", name="name", value="value")
@@ -1341,7 +1343,7 @@ class Scheduler:
         self.is_paused = False          # nothing is handed out: the server is about to stop
         self.about: dict[str, Any] = {}     # what the shell knows: address and such, for the snapshot
         self.counters: collections.Counter[str] = collections.Counter()     # lifetime: accepted, delivered, ...
-        self._peers: dict[Any, Member] = {}
+        self._peers: dict[Any, Member | None] = {}      # None: superseded or given up, what it says is ignored
         self._token = first_token       # the server's start in microseconds: later lives never repeat one
         self._order = itertools.count()                 # of arrival: it breaks ties of jobs, and of timers
         self._queues: dict[Key, list[tuple[float, int, Job]]] = {}      # heaps of ready jobs, and of some ready no more
@@ -1364,13 +1366,13 @@ class Scheduler:
     def receive(self, peer: Any, messages: list[Message], now: float) -> Actions:
         """Advance on a batch of messages from one peer; return what the server must do."""
         self._enter(now)
-        known = self._peers.get(peer)
-        for place, message in enumerate(messages):
-            if known is None and (place or message[0] not in ANNOUNCED):
-                break                       # of a connection that was superseded, or whose owner was given up
-            if known is not None and message[0] in ANNOUNCED:
-                raise Malformed("only the first message is an announcement")
-            self._handlers[message[0]](known or peer, now, *message[1:])
+        known = self._peers.get(peer, peer)     # itself: a newcomer
+        for message in messages:
+            if (message[0] in ROLES) != (known is peer):
+                raise Malformed("the first message, and no other, is an announcement")
+            if known is None:
+                break
+            self._handlers[message[0]](known, now, *message[1:])
             known = self._peers.get(peer)
         if isinstance(known, Worker | Node):        # any byte from a host is its heartbeat
             self._beat(known.node if isinstance(known, Worker) else known, now)
@@ -1440,7 +1442,7 @@ class Scheduler:
         """Admit a client, and reconcile: what it does not list it does not want, what we do not know it sends."""
         session = self._session(info["session"], now)
         held = dict.fromkeys(jobs if session.broken is None else ())     # a broken session has no jobs any more
-        session.name, session.limit = info["name"], info["max_workers"]
+        session.name, session.limit = info["name"], info.get("max_workers")
         self._expected_workers = max(self._expected_workers, info["workers_seen"])
         self._admit(session, peer, {"log": len(session.log), "max_value": self.max_value})
         self._tell_workers([session])
@@ -1473,7 +1475,7 @@ class Scheduler:
     def _node(self, peer: Any, now: float, info: dict[str, Any]) -> None:
         """Admit a node; a name that another host has gets a suffix."""
         node = self.nodes.get(info["id"]) or self._new_node(info["id"], info["name"], now)
-        node.info = {name: info[name] for name in ANNOUNCED["node"] if name in info}
+        node.info = {name: info[name] for name in ("host", "pid", "python")}
         self._admit(node, peer, {"name": node.name, "beat": self.beat})
 
     def _new_node(self, id: bytes, name: str, now: float) -> Node:
@@ -1491,7 +1493,8 @@ class Scheduler:
         worker = self.workers.get(info["id"])
         slot = info["id"][:16]                      # what follows says which process of it: later ones are larger
         if worker is None and info["id"] <= self._dead.get(slot, b""):
-            return self._closes.append(peer)        # its last words, read after its death was told
+            self._peers[peer] = None                # its last words, read after its death was told
+            return self._closes.append(peer)
         if worker is None:
             for older in [id for id in node.workers if id[:16] == slot and id < info["id"]]:
                 self._died(node, now, older, None, {"what": "was replaced by a newer process"})
@@ -1525,7 +1528,7 @@ class Scheduler:
         """Close the connection of a member, if it has one; what still comes over it is ignored."""
         member.lost_at = FOREVER
         if member.peer is not None:
-            del self._peers[member.peer]
+            self._peers[member.peer] = None
             self._closes.append(member.peer)
             member.peer = None
 
@@ -2329,17 +2332,6 @@ class Doorkeeper:
             log.info("somebody at %s was turned away: %s", guest.source, why)
 
 
-def check_announcement(message: Message, role: str, identity: bytes) -> None:
-    """Raise Malformed unless a connection's first message is its role's announcement."""
-    if message[0] != role:
-        raise Malformed(f"a {role} begins with its announcement")
-    info = message[1]
-    if bad := [field for field, is_good in ANNOUNCED[role].items() if not is_good(info.get(field))]:
-        raise Malformed(f"a {role}'s announcement has no good {bad}")
-    if role == "worker" and info["id"] != identity:
-        raise Malformed("a worker announces another worker's identity")
-
-
 class Server:
     """The pool's switch: `start()`, `stop()`, `wait()`, or a `with` block.
 
@@ -2446,14 +2438,13 @@ class Server:
         who = threading.current_thread().name
         try:
             messages = connection.receive()
-            check_announcement(messages[0], connection.remote, identity)
+            if messages[0][0] == "worker" and messages[0][1]["id"] != identity:
+                raise Malformed("a worker announces another worker's identity")
             while not connection.closed:            # else it said goodbye, or was superseded
                 if log.isEnabledFor(logging.DEBUG):
                     log.debug("< %s %s", who, ", ".join(map(brief, messages)))
                 self._perform(Scheduler.receive, connection, messages)
                 messages = connection.receive()
-                if messages[0][0] in ANNOUNCED:     # also of one that was superseded a moment ago
-                    raise Malformed("only the first message is an announcement")
         except (OSError, EOFError):
             pass
         except Malformed as error:

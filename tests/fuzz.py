@@ -19,6 +19,7 @@ import argparse
 import base64
 import collections
 import contextlib
+import inspect
 import logging
 import os
 import pickle
@@ -457,11 +458,11 @@ class Nonsense:
         rng, draw = self.rng, self.rng.random()
         if draw < self.wildness / 2:
             return self.bad()
-        own = [k for k, (senders, _) in minipool.CATALOGUE.items() if role in senders and k not in minipool.ANNOUNCED]
+        own = [k for k, (senders, _) in minipool.CATALOGUE.items() if role in senders and k not in minipool.ROLES]
         kind = rng.choice(own if draw < 1 - self.wildness else list(minipool.CATALOGUE))
         if kind == "bye" and rng.random() < 0.8:
             kind = own[0]
-        fields = [self.field(KINDS[check]) for check in minipool.CATALOGUE[kind][1].values()]
+        fields = [self.field(KINDS.get(check, dict)) for check in minipool.CATALOGUE[kind][1].values()]
         if kind == "range" and rng.random() < 0.9:
             fields.append(rng.randbytes(rng.choice((0, 1, 100))))
         elif rng.random() < 0.01:
@@ -470,8 +471,8 @@ class Nonsense:
 
     def announcement(self, role, identity):
         fixed = {"session": identity, "id": identity, "python": PYTHON}
-        info = {name: fixed.get(name) or self.field(KINDS[check])
-                for name, check in minipool.ANNOUNCED[role].items()}
+        fields = inspect.getclosurevars(minipool.CATALOGUE[role][1]["info"]).nonlocals["fields"]
+        info = {name: fixed.get(name) or self.field(KINDS[check]) for name, check in fields.items()}
         if role == "worker":
             info["node"] = self.rng.choice([identity[:12], identity[:12], *NODES])
             if self.rng.random() < 0.7:
@@ -641,10 +642,8 @@ class Insider:
                 body = type(message) is tuple and message[:1] == ("range",) and type(message[-1]) is bytes and (
                     len(message) == 5 and len(batch) == 1)
                 minipool.check_message(message[:4] if body else message, role)
-            if any(message[0] in minipool.ANNOUNCED for message in batch[not announced:]):
-                raise Malformed("only the first message is an announcement")
-            if not announced:
-                minipool.check_announcement(batch[0], role, identity)
+            if batch[0][0] == "worker" and batch[0][1]["id"] != identity:
+                raise Malformed("a worker announces another worker's identity")
             self.perform(self.scheduler.receive, peer, batch)
             self.outcomes["taken"] += len(batch)
         except Malformed:

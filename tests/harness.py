@@ -101,7 +101,7 @@ class Cluster:
         self.connect(name, ("client", info, list(jobs)))
 
     def join_node(self, name="n1", called="host"):
-        self.connect(name, ("node", {"id": name.encode(), "name": called}))
+        self.connect(name, ("node", {"id": name.encode(), "name": called, "python": "3.11", "host": "h", "pid": 1}))
 
     def join_worker(self, name, attempts=(), node="n1", **info):
         info = {"id": self.id_of(name), "node": node.encode(), "node_name": "host", "slot": int(name[1:]), "pid": 7,

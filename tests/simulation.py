@@ -409,7 +409,7 @@ class Node(Actor):
         self.frozen_until = 0.0             # nothing of this host gets through
 
     def announcement(self):
-        return "node", {"id": self.id, "name": "host"}
+        return "node", {"id": self.id, "name": "host", "python": "3.11", "host": "h", "pid": 1}
 
     def hear(self, frame):
         for message in frame:
@@ -614,7 +614,7 @@ class World:
 
     def note(self, link, frame):
         """Remember what the server is about to be told, if it still listens to this connection."""
-        for message in frame if link.peer in self.scheduler._peers else ():
+        for message in frame if self.scheduler._peers.get(link.peer) else ():
             if message[0] == "cancel":
                 self.cancelled.update((link.owner.session, number) for number in message[1])
             elif message[0] == "died":

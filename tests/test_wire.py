@@ -338,7 +338,7 @@ def deliver(data, key=b"up"):
 class TestFrames:
     def test_what_goes_in_comes_out(self, pair):
         client, server = pair
-        messages = [("client", {"session": b"s", "limit": None}, [1, 2]), ("put", (b"s", 1), b"abc"),
+        messages = [("client", {"session": b"s", "name": "me", "workers_seen": 0}, [1, 2]), ("put", (b"s", 1), b"abc"),
                     ("submit", 7, (b"s", 1), ((b"s", 2), 1 << 40, ""), 0, {"retries": 2, "on": ("a", "b")}),
                     ("ask", 1, "jobs")]
         client.post(messages)
