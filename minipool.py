@@ -1799,18 +1799,6 @@ class Scheduler:
         job.attempts += 1
         self._place(job, worker, self._token)
         self._refresh(worker)
-        self._equip(worker, job)
-        self._send_acks(worker)
-        options = job.options       # as they came: of many jobs they are one object, which a batch holds once
-        if job.attempts > 1:
-            options = {**options, "attempt": job.attempts}
-        if job.estimate >= LONG or job.job_timeout is not None:
-            options = {**options, "say": True}      # tell when it begins; a short one is over before anybody asks
-        self._send(worker.peer, ("run", job.token, (job.session.id, job.number), job.fn, job.payload, job.log, options))
-        self._guard_window(worker, now)
-
-    def _equip(self, worker: Worker, job: Job) -> None:
-        """Send the part of the session's log, and the function, that this worker has not got."""
         session = job.session
         position = worker.positions.setdefault(session.id, 0)
         for name, value in session.log[position:job.log]:
@@ -1819,6 +1807,14 @@ class Scheduler:
         if job.fn not in worker.has and job.fn in session.objects:
             worker.has.add(job.fn)
             self._send(worker.peer, ("put", job.fn, session.objects[job.fn]))
+        self._send_acks(worker)
+        options = job.options       # as they came: of many jobs they are one object, which a batch holds once
+        if job.attempts > 1:
+            options = {**options, "attempt": job.attempts}
+        if job.estimate >= LONG or job.job_timeout is not None:
+            options = {**options, "say": True}      # tell when it begins; a short one is over before anybody asks
+        self._send(worker.peer, ("run", job.token, (session.id, job.number), job.fn, job.payload, job.log, options))
+        self._guard_window(worker, now)
 
     def _place(self, job: Job, worker: Worker, token: int) -> None:
         """Put an attempt into a worker's inbox, or beside it."""

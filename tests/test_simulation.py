@@ -179,9 +179,9 @@ class RunsTheCancelled(Scheduler):
 class SendsNoLog(Scheduler):
     """Forgets that a late worker needs what the others were sent before."""
 
-    def _equip(self, worker, job):
+    def _assign(self, job, worker, now):
         worker.positions.setdefault(job.session.id, len(job.session.log))
-        super()._equip(worker, job)
+        super()._assign(job, worker, now)
 
 
 class ReusesTokens(Scheduler):
