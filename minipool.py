@@ -1300,7 +1300,7 @@ class Job:
     # those of them that are read here
     name = ""
     priority: float = 0
-    on: tuple[str, ...] | None = None
+    on: Sequence[str] | None = None
     soft = False                    # `on` is a preference
     retries, max_deaths = 0, 3
     job_timeout: float | None = None    # seconds that it may run
@@ -1326,9 +1326,7 @@ class Job:
         self.log = 0                # how much of the session's log must have run before
 
 
-Key = tuple[Session, tuple[str, ...] | None, bool]   # what the jobs of a queue share: session, `on`, soft
-
-
+Key = tuple[Session, Sequence[str] | None, bool]     # what the jobs of a queue share: session, `on`, soft
 Actions = collections.namedtuple("Actions", "sends closes")     # what the shell must do: messages by peer, connections
 
 
@@ -1607,8 +1605,6 @@ class Scheduler:
         job.fn, job.payload, job.log, job.options = fn, payload, log, options or {}
         for option, setting in job.options.items():
             setattr(job, option, setting)
-        if job.on is not None:
-            job.on = tuple(sorted(set(job.on)))
         job.deaths = min(job.deaths, job.max_deaths + 1)        # it may have died before its client told how often
         if job.begun and job.job_timeout is not None:   # its limit was not known then
             self._arm(now + job.job_timeout, self._time_out, job, job.token)
@@ -1641,7 +1637,7 @@ class Scheduler:
         if there:
             return self._assign(job, there, now)
         if job.payload is not None:         # else it waits until its client has sent it
-            heap = self._queues.setdefault((job.session, job.on, job.soft), [])
+            heap = self._queues.setdefault((job.session, job.on and tuple(job.on), job.soft), [])
             heapq.heappush(heap, (-job.priority, job.sequence, job))
 
     def _fail(self, job: Job, cause: dict[str, Any]) -> None:
