@@ -1234,7 +1234,6 @@ class Node(Member):
         super().__init__(id, name)
         self.heard_at = now                         # a byte from any connection of the host
         self.is_suspect = False                     # none for T_SUSPECT
-        self.is_leaving = False                     # and so do its workers, those that come later too
         self.workers: dict[bytes, Worker] = {}
         self.info: dict[str, Any] = {}
 
@@ -1507,8 +1506,6 @@ class Scheduler:
             self._session(session_id, now)
         self._admit(worker, peer, {"name": worker.name, "node_name": node.name, "max_value": self.max_value})
         self._reconcile(worker, {token: (name, kind) for token, name, kind in attempts}, now)
-        if node.is_leaving:
-            self._retire(worker, now, "its node is leaving")
         self._guard_window(worker, now)
         self._tell_workers(self.sessions.values())
         self._end_adoption(False, now)
@@ -2022,9 +2019,8 @@ class Scheduler:
 
     def _retire(self, who: Worker | Node, now: float, reason: str) -> None:
         """A planned exit of a worker, or of all of a node's: nothing new, what has not begun comes back."""
-        if isinstance(who, Node):
-            who.is_leaving = True
-        for worker in [who] if isinstance(who, Worker) else list(who.workers.values()):
+        # a node says it at every beat, for those of its workers that have joined meanwhile
+        for worker in [who] if isinstance(who, Worker) else [w for w in who.workers.values() if w not in self._leaving]:
             self._leaving[worker] = None
             if worker.inbox and not worker.recalled:
                 self._recall(worker, now)

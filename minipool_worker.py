@@ -816,7 +816,7 @@ class Supervisor:
         lifetime, patience = self.options.get("lifetime"), self.options.get("death_timeout")
         if now >= self._beat_at:
             self._beat_at = now + self._beat_every
-            self.peer.send(("beat",))
+            self.peer.send(("beat",) if self._stop_at is None else ("retire", "its node is leaving"))
         if lifetime and now >= self._born + lifetime and self._stop_at is None:
             self.stop(DRAIN_SECONDS)
         if not self._instance and now >= self._complain_at:

@@ -1070,6 +1070,7 @@ class TestRetirement:
         pool.feed("n1", ("retire", "enough"))
         pool.generations["w2"] = 1
         pool.join_worker("w2")
+        pool.feed("n1", ("retire", "enough"))       # at every beat
         assert pool.told("w2", "bye") != [] and not pool.knows("w2")
 
     def test_an_outcome_that_waits_for_its_client_is_waited_for(self):
