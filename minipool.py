@@ -2214,27 +2214,22 @@ class Doorkeeper:
     """The one thread that talks to strangers. It answers nothing until 64 right bytes have arrived."""
 
     def __init__(self, listener: socket.socket, secret: KeySource, instance: bytes,
-                 admit: Callable[[socket.socket, str, bytes, SessionKeys], None], binding: bytes = b"") -> None:
+                 admit: Callable[[socket.socket, str, bytes, SessionKeys], None], stopping: threading.Event,
+                 binding: bytes = b"") -> None:
         self._listener, self._secret, self._instance, self._admit = listener, secret, instance, admit
-        self._binding = binding
+        self._stopping, self._binding = stopping, binding
         self._guests: dict[socket.socket, _Guest] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
-        self._stopping = False
         self._spare = socket.socket()               # its descriptor is given up for a moment to turn somebody away
         listener.setblocking(False)
         self._spoken: dict[str, float] = {}         # when a source was last written of in the log
-        self._thread = threading.Thread(target=self._run, name="minipool-doorkeeper", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Close the door and send the guests away."""
-        self._stopping = True
-        self._thread.join(5)
+        self.thread = threading.Thread(target=self._run, name="minipool-doorkeeper", daemon=True)
+        self.thread.start()
 
     def _run(self) -> None:
-        while not self._stopping:
-            ready = {key.fileobj for key, _ in self._selector.select(0.2)}  # so soon a deadline is noticed, or stop()
+        while not self._stopping.is_set():
+            ready = {key.fileobj for key, _ in self._selector.select(0.2)}  # so soon a deadline is noticed, or the end
             for sock in self._guests.keys() & ready:
                 self._hear(self._guests[sock])
             if self._listener in ready:                     # a newcomer comes last, as it may need room
@@ -2376,7 +2371,7 @@ class Server:
         self._scheduler = Scheduler(time.monotonic(), time.time_ns() // 1000, self.max_value, self.dead_after)
         self._scheduler.about = {"address": self.address, "embedded": self._embedded, "python": PYTHON}
         self._ticker.start()
-        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, binding)
+        self._doorkeeper = Doorkeeper(listener, self._secret.role_key, instance, self._admit, self._stopping, binding)
         return self
 
     def stop(self) -> None:
@@ -2384,7 +2379,7 @@ class Server:
         if self._doorkeeper is None or self._stopping.is_set():
             return
         self._stopping.set()
-        self._doorkeeper.stop()
+        self._doorkeeper.thread.join(5)     # from now on nobody comes
         with self._lock:
             self._clock.notify_all()
         for connection in self._readers.values():

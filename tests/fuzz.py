@@ -268,8 +268,9 @@ class Door:
         self.secret = Secret("mp1_" + base64.urlsafe_b64encode(rng.randbytes(32)).decode().rstrip("="))
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.address, self.admitted, self.waiting = listener.getsockname(), [], []
+        self.stopping = threading.Event()
         self.keeper = minipool.Doorkeeper(listener, self.secret.role_key, INSTANCE,
-                                          lambda *guest: self.admitted.append(guest))
+                                          lambda *guest: self.admitted.append(guest), self.stopping)
 
     def knock(self, outsider, data):
         sock = socket.create_connection(self.address, timeout=10)
@@ -296,7 +297,8 @@ class Door:
         """An honest one still gets in; then the door is closed."""
         with socket.create_connection(self.address, timeout=10) as sock:
             minipool.handshake(sock, "client", self.secret.role_key)
-        self.keeper.stop()
+        self.stopping.set()
+        self.keeper.thread.join(5)
         assert len(self.admitted) == 1 and not self.keeper._guests
         self.admitted[0][0].close()
 
@@ -702,7 +704,7 @@ class Behind:
             self.honest.check()
             with server._lock:
                 server._scheduler.check()
-            assert server._ticker.is_alive() and server._doorkeeper._thread.is_alive(), "a thread died"
+            assert server._ticker.is_alive() and server._doorkeeper.thread.is_alive(), "a thread died"
             assert server.failure is None and not errors, errors
             for member in self.members.values():
                 member.connection.dispose()

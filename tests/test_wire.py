@@ -47,14 +47,15 @@ def writers():
 @contextlib.contextmanager
 def door(secret, instance=INSTANCE):
     """A doorkeeper on a loopback port; yields the address and a queue of those it let in."""
-    admitted = queue.Queue()
+    admitted, stopping = queue.Queue(), threading.Event()
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     address = listener.getsockname()
-    keeper = minipool.Doorkeeper(listener, secret.role_key, instance, lambda *guest: admitted.put(guest))
+    keeper = minipool.Doorkeeper(listener, secret.role_key, instance, lambda *guest: admitted.put(guest), stopping)
     try:
         yield address, admitted
     finally:
-        keeper.stop()
+        stopping.set()
+        keeper.thread.join(5)
         while not admitted.empty():
             admitted.get()[0].close()
 
