@@ -639,8 +639,8 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
 # 3 node
 #
 # The supervisor of one host. It never runs user code, so its heartbeat is honest. Its main thread does all: it
-# spawns (the death signal is tied to the thread that forks), waits on pidfds, output pipes and its own wake-up
-# pipe, kills, respawns, beats. The Peer's I/O thread only hands it the server's words.
+# spawns (the death signal is tied to the thread that forks), waits on pidfds, output pipes and the pipe in which the
+# Peer's I/O thread hands it the server's words, kills, respawns, beats.
 # ==================================================================================================================
 
 WAITING = 62                # attempts of a worker that wait for others and can be ended; those beyond it run on
@@ -756,13 +756,11 @@ class Supervisor:
         self._due = dict.fromkeys(range(len(self.slots)), 0.0)      # when a worker is to be started in each other slot
         self._started = 0                               # how many ever were: the generation of the next one
         self._deaths: collections.Counter[int] = collections.Counter()      # by place, since one there finished a job
-        self._lost: dict[str | None, str] = {}          # what NVML said of the GPUs that are no more, by their lock
+        self._lost: dict[str | None, str] = {}          # what NVML says of the GPUs that are no more, by their lock
         self._unreported: collections.deque[Message] = collections.deque(maxlen=1000)
-        self._words: collections.deque[Message] = collections.deque()           # of the server, for the main thread
         self._sources: dict[Any, Callable[[], object]] = {}     # what the main thread waits for, and what it does then
-        self._waker, woken = socket.socketpair()
-        self._waker.setblocking(False)
-        self._sources[woken] = lambda: woken.recv(4096)
+        words, told = multiprocessing.Pipe(duplex=False)        # the server's words, on their way to the main thread
+        self._sources[words] = lambda: self._heed(words.recv())
         if lifeline is not None:        # at its end, all it has to say, whoever started us is gone, or wants us to go
             self._sources[lifeline] = self.stop
         self._is_child = lifeline is not None
@@ -773,7 +771,7 @@ class Supervisor:
         self._instance = b""
         self.on_welcome: Any = lambda: None
         self.peer = Peer("node", minipool.parse_address(address), secret.role_key, lock=threading.RLock(),
-                         announce=self._announce, on_batch=self._on_batch, tls=bool(options.get("tls")))
+                         announce=self._announce, on_batch=told.send, tls=bool(options.get("tls")))
 
     def run(self) -> None:
         """Supervise until told to stop; returns when all workers are gone, or raises why. For the main thread."""
@@ -786,12 +784,12 @@ class Supervisor:
                     for source in multiprocessing.connection.wait(self._sources, 0.2):  # so late may a respawn be
                         if source in self._sources:     # not so the output of one that was just found dead
                             self._sources[source]()
-                    while self._words:
-                        word = self._words.popleft()
-                        getattr(self, f"_on_{word[0]}")(*word[1:])
                     for place in [place for place, when in self._due.items() if when <= time.monotonic()]:
                         if self._instance and self._stop_at is None and self.slots[place].lock not in self._lost:
                             self._spawn(place)
+                    for child in self._children.values():
+                        if (lock := self.slots[child.place].lock) in self._lost and not child.killed:
+                            child.kill(f"its GPU is lost: {self._lost[lock]}")      # for good: nobody takes its place
                     self._look_at_the_clock()
             finally:
                 for child in self._children.values():
@@ -835,10 +833,9 @@ class Supervisor:
         words = [("node", info), *self._unreported]     # deaths are told again: the server may be a new one
         return [*words, ("retire", "its node is leaving")] if self._stop_at is not None else words
 
-    def _on_batch(self, messages: list[Message]) -> None:
-        self._words.extend(messages)
-        with contextlib.suppress(BlockingIOError):      # the main thread has been woken often enough
-            self._waker.send(b"!")
+    def _heed(self, messages: list[Message]) -> None:
+        for message in messages:
+            getattr(self, f"_on_{message[0]}")(*message[1:])
 
     def _on_welcome(self, info: dict[str, Any]) -> None:
         """The first welcome starts the workers; a later one may be of a new server, with new tickets."""
@@ -930,15 +927,8 @@ class Supervisor:
                 except Exception as error:          # any other is about the question, not the GPU
                     if "GpuIsLost" in type(error).__name__:
                         gpus.discard(uuid)
-                        self._on_batch([("device_lost", uuid, str(error))])
+                        self._lost[uuid] = str(error)       # the main thread looks there
             time.sleep(DEVICE_SECONDS)
-
-    def _on_device_lost(self, lock: str, text: str) -> None:
-        """End the workers of a GPU that is lost, for good; those of the others do not notice."""
-        self._lost[lock] = text
-        for child in self._children.values():
-            if self.slots[child.place].lock == lock:
-                child.kill(f"its GPU is lost: {text}")
 
     def _read_output(self, child: Child) -> None:
         """Take what a worker printed: it never blocks on us; keep its tail, pass it on with its name before it."""
