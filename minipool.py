@@ -2619,7 +2619,8 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
         if issubclass(kind, type):
             return self._reduce_class(obj)
         if kind is types.CodeType:      # cloudpickle 3.1.3 takes its file's name away: remote tracebacks need it
-            return _make_code, (obj.co_filename, *_cloudpickle()._code_reduce(obj)[1])
+            make, parts = _cloudpickle()._code_reduce(obj)
+            return make, (*parts[:10], obj.co_filename, *parts[11:])
         if self.owner is None:
             return super().reducer_override(obj)
         if isinstance(obj, concurrent.futures.Future):
@@ -2813,10 +2814,6 @@ def _shared(session: bytes, key: int, name: str, header: dict[str, Any]) -> Any:
     module = types.ModuleType(name)
     vars(module).update(header, __builtins__=__builtins__, __minipool__={})
     return _shared_objects.setdefault(session, {}).setdefault(key, module)  # atomic: jobs may load in several threads
-
-
-def _make_code(filename: str, *rest: Any) -> types.CodeType:
-    return types.CodeType(*rest).replace(co_filename=filename)
 
 
 def _make_function(module: types.ModuleType, code: types.CodeType, *rest: Any) -> types.FunctionType:

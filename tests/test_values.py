@@ -131,6 +131,12 @@ class TestHooks:
         assert setter is cloudpickle.cloudpickle._function_setstate
         assert {"__globals__", "__closure__", "_cloudpickle_submodules"} <= set(slots)
 
+    def test_a_code_object_reduces_to_its_parts_with_its_file_s_name_in_the_eleventh_place(self):
+        code = (lambda: 1).__code__
+        make, parts = cloudpickle.cloudpickle._code_reduce(code)
+        assert make is types.CodeType and parts[9] == code.co_varnames and parts[11] == code.co_name
+        assert isinstance(parts[10], str)
+
     def test_importing_the_module_does_not_import_cloudpickle(self):
         code = "import minipool, sys; sys.exit('cloudpickle' in sys.modules)"
         assert subprocess.call([sys.executable, "-c", code], cwd=os.path.dirname(minipool.__file__)) == 0
