@@ -2587,9 +2587,9 @@ class _Module:
         self.left_out: dict[str, Any] = {}  # what could not be pickled, as long as it is that object
         # A wrapper made by a library's decorator has the library's globals: the worker imports them, locks and all.
         self.importable = getattr(sys.modules.get(name), "__dict__", None) is space and not travels_by_value(name)
-        header = {k: space[k] for k in _HEADER if k in space}
+        header = {**{k: space[k] for k in _HEADER if k in space}, "__name__": name}
         self.reduced = (_cloudpickle().subimport, (name,)) if self.importable else (
-            _shared, (session, id(space), name, header))  # by id, as two dictionaries may bear one name: notebooks
+            _shared, (session, id(space), header))  # by id, as two dictionaries may bear one name: notebooks
 
 
 class _Pickler(_PicklerBase):  # type: ignore[misc]
@@ -2647,8 +2647,9 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
             if kind is TypeVar:
                 return _cloudpickle()._make_typevar, _cloudpickle()._decompose_typevar(obj)
             return functools.lru_cache(**obj.cache_parameters()), (obj.__wrapped__,)
-        if kind is object and id(obj) in self.owner.sentinels:
-            return _sentinel, (self.owner.session, id(obj))
+        if kind is object:
+            self.owner.sentinels[id(obj)] = obj
+            return _shared, (self.owner.session, id(obj))
         return super().reducer_override(obj)
 
     def _reduce_class(self, cls: type) -> Any:
@@ -2686,8 +2687,6 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
                 if value is not _MISSING and value is not old:
                     version += 1
                     module.names[name] = value, version
-                    if type(value) is object:
-                        self.owner.sentinels[id(value)] = value
             if value is not _MISSING and not (soft and module.left_out.get(name, _MISSING) is value):
                 slots.append(_Slot(module, name, value, version, soft))
         return slots
@@ -2750,7 +2749,7 @@ class Functions:
         self._next_number = next_number
         # Reentrant: a finalizer that submits may run inside. It guards all below; hot reads go without.
         self.lock = threading.RLock()
-        self.sentinels: dict[int, object] = {}  # globals that are an object(), by id: `x is MISSING` stays true
+        self.sentinels: dict[int, object] = {}  # what was sent that is an object(), by id: `x is MISSING` stays true
         self._modules: dict[int, _Module] = {}
         self._known: weakref.WeakKeyDictionary[Any, tuple[Entry, list[Any]]] = weakref.WeakKeyDictionary()
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()  # by their bytes
@@ -2809,11 +2808,12 @@ _shared_objects: dict[bytes, dict[int, Any]] = {}
 _names_lock = threading.RLock()  # reentrant: the value that a name loses may have a finalizer
 
 
-def _shared(session: bytes, key: int, name: str, header: dict[str, Any]) -> Any:
-    """Return this process's object for a client module; its `__minipool__` is the version of each name that was set."""
-    module = types.ModuleType(name)
-    vars(module).update(header, __builtins__=__builtins__, __minipool__={})
-    return _shared_objects.setdefault(session, {}).setdefault(key, module)  # atomic: jobs may load in several threads
+def _shared(session: bytes, key: int, header: dict[str, Any] | None = None) -> Any:
+    """Return this process's object for an object() of the client; with a header, for one of its modules."""
+    made: Any = types.ModuleType(header["__name__"]) if header else object()
+    if header:      # and the version of each name that was set
+        vars(made).update(header, __builtins__=__builtins__, __minipool__={})
+    return _shared_objects.setdefault(session, {}).setdefault(key, made)  # atomic: jobs may load in several threads
 
 
 def _make_function(module: types.ModuleType, code: types.CodeType, *rest: Any) -> types.FunctionType:
@@ -2826,10 +2826,6 @@ def _set_name(module: types.ModuleType, name: str, version: int, value: Any, end
         if version > space["__minipool__"].get(name, 0):
             space["__minipool__"][name] = version
             space[name] = value
-
-
-def _sentinel(session: bytes, key: int) -> object:
-    return _shared_objects.setdefault(session, {}).setdefault(key, object())
 
 
 # ---- both halves: values ----

@@ -213,6 +213,10 @@ class TestSharedGlobals:
         assert session.run(cells.get("g"))
         assert session.run(cells.get("g"), cells.get("MISSING"))
 
+    def test_so_is_one_that_no_global_names(self, session):
+        marker = object()
+        assert session.run(lambda given: given is marker, marker)
+
     def test_an_imported_function_of_a_library_is_a_global(self, session):
         cells = notebook("from os.path import join\ndef f(): return join('a', 'b')")
         assert session.run(cells.get("f")) == "a/b"
