@@ -2505,7 +2505,7 @@ def is_server_running(address: str | None = None) -> bool:
 _PicklerBase: Any = object  # _pickler() adds cloudpickle's class, once that is imported
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})  # nothing in them can refer to anything
 OUT_OF_BAND = 32 * 1024  # bytes; below, copying into the pickle is cheaper than a buffer of its own
-KEPT, KEPT_BYTES = 1000, 32 << 20  # of what was pickled last, so that it need not be again; more than a program has
+KEPT = 1000  # functions or classes that were pickled last, so that they need not be again; more than a program has
 _MISSING: Any = object()
 _PLACE = pickle.PickleBuffer(bytearray(1))  # where a future's value will be: writable, as that is
 # One name to be set in a module at the worker. A soft one, met while a module is filled, may be left out.
@@ -2753,7 +2753,6 @@ class Functions:
         self._modules: dict[int, _Module] = {}
         self._known: weakref.WeakKeyDictionary[Any, tuple[Entry, list[Any]]] = weakref.WeakKeyDictionary()
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()  # by their bytes
-        self._room = KEPT_BYTES  # until all that is known is forgotten, which costs another pickle
 
     def function(self, fn: Any) -> Entry:
         """Return the entry of `fn`, pickled at most once while all that it names stays the same.
@@ -2771,10 +2770,8 @@ class Functions:
             entry = self._entries.get(blob) or Entry(self._next_number(), blob, self.gone)
             self._entries[blob] = entry
             if keep:
-                self._room -= len(blob) + KEPT_BYTES // KEPT
-                if self._room < 0:  # what was seen may hold its own function, so not all end by themselves
-                    self._known.clear()
-                    self._room = KEPT_BYTES
+                if len(self._known) >= KEPT:  # what was seen may hold its own function, so not all end by themselves
+                    self._known.clear()  # which costs another pickle
                 self._known[fn] = entry, seen
         return entry
 
