@@ -2871,10 +2871,6 @@ def encode_value(value: Any) -> bytes | Blob:
     return pack(pickler.file.getvalue(), pickler.buffers)
 
 
-class _RemoteTraceback(Exception):
-    """The remote traceback, as the cause of a job's exception."""
-
-
 def decode_failure(status: str, value: Any) -> BaseException:
     """Return the exception that a job's failure is at the client."""
     if callable(value):                     # made here: the server was lost, or the initializer raised
@@ -2887,11 +2883,12 @@ def decode_failure(status: str, value: Any) -> BaseException:
         who = f"{value['worker']} on {value.get('device')}," if "worker" in value else "its worker"
         return WorkerDied(f"{job} {toll if deaths else 'is lost'}, {who} {value.get('what')}"
                           + (f"; it printed last:\n{tail}" if tail else ""), **value)
+    from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]  # late: few fail
     pickled, type_name, words, text, where = decode_value(value)
     error: BaseException = RemoteError(type_name, words, text)
     with contextlib.suppress(BaseException):        # its class may not be here
         error = decode_value(bytearray(pickled)) if pickled else error
-    error.__cause__ = _RemoteTraceback(f'\n"""\n{text}"""')
+    error.__cause__ = RemoteTraceback(f'\n"""\n{text}"""')
     error.add_note(f"raised by {where}")
     return error
 
