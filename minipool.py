@@ -3805,10 +3805,9 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
     def close(self) -> None:
         """End this pool's jobs, those that run by force, and its instances; or its executor, if that is its own."""
         self._client.kill(self.executor._mine(), "its pool was closed")
+        self.executor.on_start(_in_worker, "drop", [self._name])
         if self._owned:
             self._owned.shutdown()
-        else:
-            self.executor.on_start(_in_worker, "drop", [self._name])
 
     def __exit__(self, *exception: object) -> None:
         self.close()
