@@ -69,8 +69,7 @@ _log = logging.getLogger("minipool.node")
 _MASK, _ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 _AMD = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")  # torch says "cuda" to AMD's devices too
 # Thread pools are sized by the whole machine, and JAX and TensorFlow take most of a GPU's memory: bad for neighbours.
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "NUMBA_NUM_THREADS",
-            "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS")
+_THREADS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")  # the first is OpenBLAS' and MKL's too
 _SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 # A node started under torchrun or Slurm would lend every worker one stale rank; users' code never needs the secret.
 _REMOVED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR",

@@ -255,7 +255,7 @@ class TestTheEnvironment:
     def test_workers_share_the_cores(self, machine):
         machine(A100, H200)
         env = slots(cores=16, cpu_workers=2)[0].env
-        assert env["OMP_NUM_THREADS"] == env["MKL_NUM_THREADS"] == env["VECLIB_MAXIMUM_THREADS"] == "4"
+        assert env["OMP_NUM_THREADS"] == env["NUMBA_NUM_THREADS"] == env["VECLIB_MAXIMUM_THREADS"] == "4"
 
     def test_a_worker_has_one_thread_at_least(self, machine):
         machine(A100, H200)
