@@ -94,13 +94,13 @@ class _Gpu(NamedTuple):
 def visible_devices(mask: str, gpus: Sequence[_Gpu] = ()) -> list[_Gpu]:
     """Return the devices that a value of CUDA_VISIBLE_DEVICES shows, in order, with what NVML says of them in `gpus`.
 
-    The driver's rules, as torch tested them: the first entry that is no device ends the list, a repeated one empties
-    it, numbers are read like strtoul ("1gpu2" is 1), UUIDs may be prefixes and do not mix with numbers.
+    The driver's rules, as torch tested them: the first entry that is no device ends the list, numbers are read like
+    strtoul ("1gpu2" is 1), UUIDs may be prefixes and do not mix with numbers. But one that is repeated is meant once.
     """
     kind = mask[:4] if mask.startswith(("GPU-", "MIG-")) else ""
     # NVML cannot rule a device out where CUDA counts otherwise or where a UUID was not told; MIG has old spellings.
     certain = any(gpu.token.isdecimal() for gpu in gpus) and all(gpu.uuid for gpu in gpus) and kind != "MIG-"
-    shown: list[_Gpu] = []
+    shown: dict[str, _Gpu] = {}
     for entry in mask.split(","):
         number = None if kind else re.match(r"\s*\+?([0-9]+)", entry)
         if not number and not (kind and entry.startswith(kind)):
@@ -110,10 +110,8 @@ def visible_devices(mask: str, gpus: Sequence[_Gpu] = ()) -> list[_Gpu]:
         if len(fits) != 1 and certain:
             break
         gpu = fits[0]._replace(token=token) if len(fits) == 1 else _Gpu(token)
-        if any(gpu.token == other.token or (gpu.uuid and gpu.uuid == other.uuid) for other in shown):
-            return []       # a repeated device, perhaps by two prefixes of its UUID
-        shown.append(gpu)
-    return shown
+        shown.setdefault(gpu.uuid or token, gpu)        # it may be there by another prefix of its UUID
+    return list(shown.values())
 
 
 def _listed(names: str | Iterable[str]) -> list[str]:
