@@ -2783,11 +2783,7 @@ class Functions:
         try:
             pickler = _dump("a call of", fn, (args, kwargs, *more), self)
         except pickle.PicklingError:
-            named: Any = {**dict(enumerate(args)), **kwargs}
-            with contextlib.suppress(TypeError, ValueError):  # many builtins do not tell
-                import inspect
-                named = inspect.signature(fn).bind(*args, **kwargs).arguments
-            for name, part in named.items():
+            for name, part in [*enumerate(args), *kwargs.items()]:
                 _dump(f"argument {name!r} of", fn, part, self)  # one of them fails again, and says where
             raise
         inputs = [part for part in pickler.buffers if isinstance(part, concurrent.futures.Future)]

@@ -277,7 +277,7 @@ class TestBadInput:
         class Model:
             def __init__(self):
                 self.parts = [1, threading.Lock()]
-        with pytest.raises(pickle.PicklingError, match=r"argument 'value' of same: .* <class '_thread.lock'>"):
+        with pytest.raises(pickle.PicklingError, match=r"argument 0 of same: .* <class '_thread.lock'>"):
             pool.submit(same, Model())
 
     def test_the_culprit_is_named_in_a_result(self, pool):
