@@ -2511,8 +2511,7 @@ _PLACE = pickle.PickleBuffer(bytearray(1))  # where a future's value will be: wr
 # One name to be set in a module at the worker. A soft one, met while a module is filled, may be left out.
 _Slot = collections.namedtuple("_Slot", "module name value version soft")
 _BY_NAME = (TypeVar, type(functools.lru_cache(int)))  # pickle as a name of their module, be it importable or not
-_HEADER = ("__name__", "__package__", "__file__", "__path__")
-_OWN = frozenset({*_HEADER, "__doc__", "__builtins__", "__spec__", "__loader__", "__cached__", "__minipool__"})
+_OWN = frozenset({"__name__", "__doc__", "__builtins__", "__spec__", "__loader__", "__cached__", "__minipool__"})
 
 
 def _cloudpickle() -> Any:
@@ -2581,15 +2580,14 @@ class _Module:
     """One globals dictionary of the client; pickled, it is the worker's module object for it."""
 
     def __init__(self, session: bytes, space: dict[str, Any]) -> None:
-        name = str(space.get("__name__", "?"))
+        name = str(space.get("__name__") or "?")
         self.space = space
         self.names: dict[str, tuple[Any, int]] = {}  # what was sent: object and version
         self.left_out: dict[str, Any] = {}  # what could not be pickled, as long as it is that object
         # A wrapper made by a library's decorator has the library's globals: the worker imports them, locks and all.
         self.importable = getattr(sys.modules.get(name), "__dict__", None) is space and not travels_by_value(name)
-        header = {**{k: space[k] for k in _HEADER if k in space}, "__name__": name}
         self.reduced = (_cloudpickle().subimport, (name,)) if self.importable else (
-            _shared, (session, id(space), header))  # by id, as two dictionaries may bear one name: notebooks
+            _shared, (session, id(space), name))  # by id, as two dictionaries may bear one name: notebooks
 
 
 class _Pickler(_PicklerBase):  # type: ignore[misc]
@@ -2801,11 +2799,11 @@ _shared_objects: dict[bytes, dict[int, Any]] = {}
 _names_lock = threading.RLock()  # reentrant: the value that a name loses may have a finalizer
 
 
-def _shared(session: bytes, key: int, header: dict[str, Any] | None = None) -> Any:
-    """Return this process's object for an object() of the client; with a header, for one of its modules."""
-    made: Any = types.ModuleType(header["__name__"]) if header else object()
-    if header:      # and the version of each name that was set
-        vars(made).update(header, __builtins__=__builtins__, __minipool__={})
+def _shared(session: bytes, key: int, name: str = "") -> Any:
+    """Return this process's object for an object() of the client; with a name, for a module of that name."""
+    made: Any = types.ModuleType(name) if name else object()
+    if name:        # __minipool__: the version of each name in it that was set
+        vars(made).update(__builtins__=__builtins__, __minipool__={})
     return _shared_objects.setdefault(session, {}).setdefault(key, made)  # atomic: jobs may load in several threads
 
 

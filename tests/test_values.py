@@ -204,6 +204,10 @@ class TestSharedGlobals:
         assert (name, package, builtins) == ("pkg.mod", "pkg", "dict")
         assert file.endswith("mod.py")
 
+    def test_a_relative_import_in_a_function_is_from_its_package(self, session, project):
+        cells = notebook("def f():\n    from . import dumps\n    return dumps(1)", __name__="json.mod")
+        assert session.run(cells.get("f")) == "1"
+
     def test_a_sentinel_is_one_object_in_all_pickles(self, session):
         cells = notebook("""
             MISSING = object()
