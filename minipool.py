@@ -2881,7 +2881,7 @@ def decode_failure(status: str, value: Any) -> BaseException:
     pickled, type_name, words, text, where = decode_value(value)
     error: BaseException = RemoteError(type_name, words, text)
     with contextlib.suppress(BaseException):        # its class may not be here
-        error = decode_value(bytearray(pickled)) if pickled else error
+        error = decode_value(pickled) if pickled else error
     error.__cause__ = RemoteTraceback(f'\n"""\n{text}"""')
     error.add_note(f"raised by {where}")
     return error

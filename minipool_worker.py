@@ -247,9 +247,8 @@ def encode_exception(error: BaseException, where: str, limit: int) -> bytes | Bl
     pickled = None
     frames = error.__traceback__.tb_next if error.__traceback__ else None       # without the worker's own frame
     with contextlib.suppress(BaseException):
-        data = minipool.encode_value(error)
-        data = data if isinstance(data, bytes) else data.read(0, data.size)
-        pickled = bytes(data) if type(minipool.decode_value(data)) is type(error) else None
+        data = minipool._dump("exception", error, error).file.getvalue()
+        pickled = data if type(minipool.decode_value(data)) is type(error) else None
     kind = type(error).__qualname__
     try:
         text = "".join(traceback.format_exception(type(error), error, frames))
