@@ -79,8 +79,7 @@ _REMOVED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"
 class Slot(NamedTuple):
     device: str  # what a person and torch read: "cuda:0", its place on the node, or "cpu"
     label: str  # what `connect` prints: "cuda:0 NVIDIA A100 GPU-1a2b3c4d"
-    token: str  # this device in the mask variable, handed to the child verbatim; "" for a CPU worker
-    env: dict[str, str | None]  # to set in the child's environment; None: to remove
+    env: dict[str, str | None]  # to set in the child's environment, the mask as we got it; None: to remove
     lock: str | None  # names the physical device for the one-node-per-device lock; None for a CPU worker
 
 
@@ -126,13 +125,13 @@ def _select(usable: list[_Gpu], variable: str, gpus: str | None) -> list[Slot]:
         device = f"{'cuda' if variable in (_MASK, *_AMD) else 'device'}:{place}"
         setting = f"{variable}={gpu.token}"
         label = " ".join(filter(None, [device, gpu.name, gpu.uuid[:12] if gpu.uuid else setting]))
-        found.append(Slot(device, label, gpu.token, {variable: gpu.token}, gpu.uuid or setting))
+        found.append(Slot(device, label, {variable: gpu.token}, gpu.uuid or setting))
     if gpus is None or (gpus == "all" and found):
         return found
     chosen: list[Slot] = []
     for name in _listed(gpus):
         fits = [slot for place, slot in enumerate(found) if name in (str(place), slot.device) or not name.isdecimal()
-                and any(known.startswith(name) for known in (slot.token, slot.lock or ""))]
+                and any(known.startswith(name) for known in (str(slot.env[variable]), slot.lock or ""))]
         if len(fits) != 1:
             here = ", ".join(slot.label for slot in found) or "no GPU at all"
             raise ValueError(f"--gpus {gpus}: {name!r} is {'several' if fits else 'none'} of those found here: {here}.")
@@ -198,7 +197,7 @@ def find_slots(*, gpus: str | None = None, workers_per_gpu: int = 1, cpu_workers
     cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     cpus = cpu_workers if cpu_workers is not None else 0 if chosen else cores
     hidden: dict[str, str | None] = {_MASK: "", variable: ""}  # else a preprocessing job opens a context on GPU 0
-    slots = [slot for slot in chosen for _ in range(workers_per_gpu)] + [Slot("cpu", "cpu", "", hidden, None)] * cpus
+    slots = [slot for slot in chosen for _ in range(workers_per_gpu)] + [Slot("cpu", "cpu", hidden, None)] * cpus
     if not slots:
         raise ValueError("No GPU is used and no CPU worker is asked for: there is no worker to start.")
     slots = [slots[i % len(slots)] for i in range(workers or len(slots))]       # so many in all: dealt in turn

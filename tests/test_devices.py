@@ -39,7 +39,7 @@ def slots(environ=None, **options):
 
 
 def tokens(environ=None, **options):
-    return [slot.token for slot in slots(environ, **options)]
+    return [slot.env[options.get("device_env", "CUDA_VISIBLE_DEVICES")] for slot in slots(environ, **options)]
 
 
 def masked(mask, **options):
@@ -96,7 +96,7 @@ class TestWithoutAMask:
         machine(A100, H200)
         first, second = slots()
         assert first.device == "cuda:0" and first.label == "cuda:0 NVIDIA A100 GPU-1a2b3c4d"
-        assert second.device == "cuda:1" and second.env["CUDA_VISIBLE_DEVICES"] == second.token == "1"
+        assert second.device == "cuda:1" and second.env["CUDA_VISIBLE_DEVICES"] == "1"
 
     def test_cuda_counts_in_pci_order_as_nvml_does(self, machine):
         machine(A100)
@@ -105,7 +105,7 @@ class TestWithoutAMask:
     def test_uuids_are_the_tokens_where_the_user_wants_another_order(self, machine):
         machine(A100)
         (slot,) = slots({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"})
-        assert slot.token == A100["uuid"] and "CUDA_DEVICE_ORDER" not in slot.env
+        assert slot.env["CUDA_VISIBLE_DEVICES"] == A100["uuid"] and "CUDA_DEVICE_ORDER" not in slot.env
 
     def test_mig_instances_replace_their_gpu(self, machine):
         machine(SLICED, H200)
@@ -170,7 +170,7 @@ class TestAskingForGpus:
     def test_counts_among_those_the_mask_shows_as_torch_does(self, machine):
         machine(A100, H200)
         (slot,) = slots({"CUDA_VISIBLE_DEVICES": "1,0"}, gpus="0")
-        assert slot.token == "1" and slot.device == "cuda:0"
+        assert slot.env["CUDA_VISIBLE_DEVICES"] == "1" and slot.device == "cuda:0"
 
     def test_keeps_a_gpus_place_on_the_node(self, machine):
         machine(A100, H200)
@@ -198,7 +198,7 @@ class TestCpuWorkers:
     def test_see_no_gpu(self, machine):
         machine("LibraryNotFound")
         slot = slots(cores=1)[0]
-        assert (slot.label, slot.token, slot.lock) == ("cpu", "", None)
+        assert (slot.label, slot.lock) == ("cpu", None)
         assert slot.env["CUDA_VISIBLE_DEVICES"] == ""
 
     def test_are_added_to_gpus_when_a_number_is_given(self, machine):
