@@ -2524,7 +2524,6 @@ def _cloudpickle() -> Any:
 # what a job stored in the class and, on the way back, rebuilds the client's own class. So a class has a version, raised
 # only by the process that made it; the others set attributes only if the version is newer than theirs.
 
-_class_versions = itertools.count(1)
 _MADE_HERE = sys.maxsize  # newer than every version
 _classes: weakref.WeakKeyDictionary[type, int] = weakref.WeakKeyDictionary()  # the version that was set, or _MADE_HERE
 # Of a class made here: version, names and values of its attributes. Bounded, since values refer to their class.
@@ -2540,7 +2539,7 @@ def _class_version(cls: type) -> int:
     if len(now) != len(then) or not all(map(operator.is_, now, then)):
         if len(_snapshots) >= KEPT:
             _snapshots.clear()  # a forgotten class only costs a newer version
-        version = next(_class_versions)
+        version = time.monotonic_ns()  # newer than all before
         _snapshots[cls] = version, now
     return version
 
