@@ -335,16 +335,11 @@ class Worker:
 
     def _may_go_on(self) -> bool:
         with self._lock:
-            return (self._has_ready() and self._welcomed and not self._leaving and not self._begun
+            return (bool(self._ready) and self._welcomed and not self._leaving and not self._begun
                     and not self._returning) or self._is_over()
 
     def _is_over(self) -> bool:
         return self._dismissed or (bool(self._extra) and threading.current_thread() is not threading.main_thread())
-
-    def _has_ready(self) -> bool:
-        while self._ready and self._ready[0][1] not in self._inbox:     # it was recalled
-            heapq.heappop(self._ready)
-        return bool(self._ready)
 
     def _execute(self, attempt: Attempt) -> None:
         """Run one attempt: outcome or failure are encoded inside the same try, the cell is set all the while."""
@@ -394,11 +389,10 @@ class Worker:
                 self._note_waiting()
             if self._returning or self._extra:
                 self._wake.notify_all()
-            more = self._has_ready()
             if connection := self.peer.connection:
                 connection.post([message])
         if connection:
-            connection.flush(0 if more else minipool.BORROWED_FRAMES)
+            connection.flush(0 if self._ready else minipool.BORROWED_FRAMES)
 
     def slot(self, held: bool) -> bool:
         """Leave the slot of this thread's job to others, and start a thread for them; or wait until it is free (held).
@@ -578,6 +572,8 @@ class Worker:
             if isinstance(payload, tuple):
                 self.peer.forget_pull(payload[0])
                 self.objects.pop(payload[0], None)
+        if taken:
+            self._ready = sorted(entry for entry in self._ready if entry[1] in self._inbox)     # which is a heap too
         return taken
 
     def _on_recall(self, tokens: list[int]) -> None:
