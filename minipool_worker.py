@@ -249,11 +249,10 @@ def encode_exception(error: BaseException, where: str, limit: int) -> bytes | Bl
         data = minipool._dump("exception", error, error).file.getvalue()
         pickled = data if type(minipool.decode_value(data)) is type(error) else None
     kind = type(error).__qualname__
-    try:
-        text = "".join(traceback.format_exception(type(error), error, frames))
+    text, words = f"{kind} (its text cannot be shown)", ""
+    with contextlib.suppress(BaseException):        # an exception whose __str__ raises
         words = str(error)
-    except BaseException:           # an exception whose __str__ raises
-        text, words = f"{kind} (its text cannot be shown)", ""
+        text = "".join(traceback.format_exception(type(error), error, frames))
     value = minipool.encode_value((pickled, kind, words, text, where))
     if (value.size if isinstance(value, Blob) else len(value)) > limit:
         value = minipool.encode_value((None, kind, words[:1000] + " [...]", text[:1000] + " [...]", where))
