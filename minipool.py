@@ -3549,10 +3549,9 @@ class Executor(concurrent.futures.Executor):
         `job_timeout`: seconds that it may run, then its worker is ended and the future raises JobTimeout;
         `cancel_running`: so does `Future.cancel`; `max_deaths`: workers it may take down. Raises TypeError.
         """
-        unknown = sorted(options.keys() - _OPTIONS.keys())
-        if unknown:
-            raise TypeError(f"options() got unknown {', '.join(unknown)}; known are {', '.join(sorted(_OPTIONS))}")
         for name, value in options.items():
+            if name not in _OPTIONS:
+                raise TypeError(f"options() got unknown {name}; known are {', '.join(sorted(_OPTIONS))}")
             if name in ("on", "prefer", "retry_on") and value is not None:      # one, or several
                 options[name] = value = (value,) if isinstance(value, str | type) else tuple(value)
             if value is not None and not _OPTIONS[name](value):     # as the server will look
