@@ -418,12 +418,9 @@ class Secret:
         self.text, self.source = text.strip(), source       # and where it was found
         if not self.text:
             raise ValueError("the secret is empty")
-        self._raw = b""                         # of a password there is none: it is stretched
-        if self.text.startswith("mp1_"):
-            with contextlib.suppress(ValueError):
-                self._raw = base64.urlsafe_b64decode(self.text[4:] + "=")
-            if len(self._raw) != 32:
-                raise ValueError("a secret that begins with mp1_ has 43 more characters; this one was cut or mistyped")
+        self._is_password = not self.text.startswith("mp1_")        # that is stretched; the others hold 256 random bits
+        if not self._is_password and (len(self.text) != 47 or not self.text.isascii()):
+            raise ValueError("a secret that begins with mp1_ has 43 more characters; this one was cut or mistyped")
 
     @classmethod
     def new(cls) -> Secret:
@@ -432,7 +429,8 @@ class Secret:
 
     def role_key(self, role: str, instance: bytes, identity: bytes = b"") -> bytes:
         """Return the key of a role; for a worker, the ticket of the worker `identity`, which opens nothing else."""
-        master = self._raw or _stretch(self.text.encode(), salt=instance)
+        text = self.text.encode()
+        master = _stretch(text, salt=instance) if self._is_password else text
         key = _hmac(master, b"minipool/1 role " + role.encode())
         return _hmac(key, identity) if role == "worker" else key
 
