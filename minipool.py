@@ -719,9 +719,8 @@ class Connection:
                 self._role.release()
             if not isinstance(error, Exception):
                 raise
-            broken = isinstance(error, OSError)     # if not, the borrowed thread is not to blame: tell the log
-            log.log(logging.DEBUG if broken else logging.ERROR, "writing to the %s failed: %s", self.remote, error,
-                    exc_info=not broken)
+            if not isinstance(error, OSError):      # a bug, for which the borrowed thread is not to blame: tell the log
+                log.exception("writing to the %s failed", self.remote)
 
     def _next_frame(self) -> bool:
         """Encode the next frame into `_rest`; give the role back if nothing waits, or never will."""
