@@ -577,6 +577,7 @@ class Tls(Plain):
 
     def send(self, buffers: Sequence[Any]) -> int:
         try:
+            # records of one buffer: who has read a frame to its end holds nothing decrypted that a poll() would miss
             with self._lock:
                 return self.sock.send(buffers[0])   # one record; if 0 went it is offered again, as OpenSSL demands
         except Tls.would_block:
@@ -588,12 +589,7 @@ class Tls(Plain):
                 with self._lock:
                     return super().receive_into(view)
             except Tls.would_block:
-                super().poll(select.POLLIN, 60)
-
-    def poll(self, event: int, seconds: float) -> bool:
-        with self._lock:
-            here = event == select.POLLIN and self.sock.pending()
-        return bool(here) or super().poll(event, seconds)
+                self.poll(select.POLLIN, 60)
 
 
 def tls_context(is_server: bool = False) -> ssl.SSLContext:
