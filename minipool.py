@@ -484,11 +484,9 @@ def handshake(sock: socket.socket, role: str, key: KeySource, identity: bytes = 
     instance = named[5:]
     if magic != MAGIC:
         raise ConnectionError("what answers there is not a minipool server")
-    if version != PROTOCOL:
-        raise VersionMismatch(f"the server speaks minipool protocol {version}, this side {PROTOCOL}")
-    if python != sys.version_info[1]:
-        raise VersionMismatch(f"the server runs Python 3.{python}, this side {PYTHON}: functions travel as byte code, "
-                              "so all members of a pool need the same minor version")
+    if (version, python) != (PROTOCOL, sys.version_info[1]):
+        raise VersionMismatch(f"the server speaks minipool protocol {version}, this side {PROTOCOL}, and runs Python 3."
+                              f"{python}, this side {PYTHON}: functions travel as byte code, so all need the same")
     keys = SessionKeys.derive(key(role, instance, identity), first, second, binding)
     sock.sendall(keys.dialer_proof)
     answer = _read_exactly(sock, 32)
