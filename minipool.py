@@ -319,8 +319,7 @@ _message("died", "node", "this worker process is no more; token: what its cell s
          worker=bytes, token=int, cause="cause")
 
 # a session's log: what every worker must have run before the session's jobs
-_message("log", "client server", "this object, a call, is at `position` of the log", session=bytes, position=int,
-         name="name", value="value")
+_message("log", "client server", "a call, at `position` of its creator's log", position=int, name="name", value="value")
 _message("broken", "server", "every worker that tried the session's log is unfit", value="value")
 _message("leave", "server", "forget this session: its functions, its log, its globals", session=bytes)
 
@@ -1784,7 +1783,7 @@ class Scheduler:
         session = job.session
         position = worker.positions.setdefault(session.id, 0)
         for name, value in session.log[position:job.log]:
-            self._send(worker.peer, ("log", session.id, position, name, value))
+            self._send(worker.peer, ("log", position, name, value))
             worker.positions[session.id] = position = position + 1
         if job.fn not in worker.has and job.fn in session.objects:
             worker.has.add(job.fn)
@@ -1908,7 +1907,7 @@ class Scheduler:
         worker.inbox.update(dict.fromkeys(lost))    # they keep the slot busy: the worker still has them
         worker.load = LONG
 
-    def _log(self, session: Session, now: float, _session: bytes, position: int, name: Name, value: Value) -> None:
+    def _log(self, session: Session, now: float, position: int, name: Name, value: Value) -> None:
         if position == len(session.log) and name[0] == session.id:
             session.log.append((name, value))
 
@@ -3220,7 +3219,7 @@ class Client:
 
     def _send_log(self, known: int) -> None:
         for position, (name, data) in enumerate(self._log[known:], known):
-            self.peer.send(("log", self.session, position, name, self.peer.share(name, data)))
+            self.peer.send(("log", position, name, self.peer.share(name, data)))
 
     def kill(self, futures: Sequence[Future], reason: str) -> None:
         """End running jobs by force; those that have not begun fail with JobKilled too."""

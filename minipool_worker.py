@@ -559,8 +559,8 @@ class Worker:
                     self._check_ready(attempt)
             self._wake.notify()
 
-    def _on_log(self, session: bytes, position: int, name: Name, value: Value) -> None:
-        self._sessions[session].log.append(name)        # as it stands at `position`: we said how long ours is
+    def _on_log(self, position: int, name: Name, value: Value) -> None:
+        self._sessions[name[0]].log.append(name)        # as it stands at `position`: we said how long ours is
         self._on_put(name, value)
 
     def _take_out(self, tokens: list[int]) -> list[int]:

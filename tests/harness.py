@@ -169,7 +169,7 @@ class Cluster:
 
     def log_entry(self, position, client="c1"):
         name = (self.session(client), 1000 + position)
-        self.feed(client, ("log", self.session(client), position, name, b"x"))
+        self.feed(client, ("log", position, name, b"x"))
 
     def unfit(self, worker, jobs, client="c1"):
         self.feed(worker, *[("finished", self.token(job, client), UNFIT, b"it raised", 0.0, False) for job in jobs])

@@ -140,7 +140,7 @@ class Client(Actor):
         """Send what a new server, or a cut, may have cost it: objects, log entries, then jobs."""
         self.is_in = True
         frame = [("put", name, b"x") for name in self.functions]
-        frame += [("log", self.session, i, self.log[i], b"x") for i in range(info["log"], len(self.log))]
+        frame += [("log", i, self.log[i], b"x") for i in range(info["log"], len(self.log))]
         for number in missing[0] if missing else ():
             if number in self.pending:
                 frame.append(self.submission(self.pending[number], again=True))
@@ -178,7 +178,7 @@ class Client(Actor):
         self.world.entries[name] = kind
         self.log.append(name)
         if self.is_in:
-            self.say(("log", self.session, len(self.log) - 1, name, b"x"))
+            self.say(("log", len(self.log) - 1, name, b"x"))
 
     def replace_function(self, index):
         """Redefine a function that no job needs: the old one is dropped, a new one put."""
@@ -293,8 +293,8 @@ class Worker(Actor):
     def on_drop(self, names):
         self.has.difference_update(names)
 
-    def on_log(self, session, position, name, value):
-        log = self.logs.setdefault(session, [])
+    def on_log(self, position, name, value):
+        log = self.logs.setdefault(name[0], [])
         assert position == len(log), "a log entry out of order"
         self.has.add(name)
         log.append(name)

@@ -721,7 +721,7 @@ class TestLog:
         pool.log_entry(1)
         pool.submit(log=2)
         assert self.kinds(pool, "w1") == ["log", "log", "put", "run"]
-        assert [position for _, position, *_ in pool.told("w1", "log")] == [0, 1]
+        assert [position for position, *_ in pool.told("w1", "log")] == [0, 1]
 
     def test_a_late_worker_gets_them_too(self):
         pool = Cluster()
@@ -744,7 +744,7 @@ class TestLog:
         pool.log_entry(0)
         pool.log_entry(1)
         pool.submit(log=1)
-        assert [position for _, position, *_ in pool.told("w1", "log")] == [0]
+        assert [position for position, *_ in pool.told("w1", "log")] == [0]
 
     def test_the_jobs_of_an_unfit_worker_go_elsewhere_uncharged(self):
         pool = Cluster(workers=["w1", "w2"])

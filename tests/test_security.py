@@ -415,7 +415,7 @@ class TestOthersJobs:
         lambda jobs: ("cancel", jobs), lambda jobs: ("delivered", jobs), lambda jobs: ("kill", jobs, "because"),
         lambda jobs: ("leave", b"c1".ljust(16, b".")), lambda jobs: ("drop", [(b"c1".ljust(16, b"."), 1)]),
         lambda jobs: ("put", (b"c1".ljust(16, b"."), 1), b"evil"), lambda jobs: ("gone", (b"c1".ljust(16, b"."), 1)),
-        lambda jobs: ("log", b"c1".ljust(16, b"."), 0, (b"c1".ljust(16, b"."), 1), b"x"),
+        lambda jobs: ("log", 0, (b"c1".ljust(16, b"."), 1), b"x"),
         lambda jobs: ("bye", "gone"),
     ], ids=["cancel", "delivered", "kill", "leave", "drop", "put", "gone", "log", "bye"])
     def test_are_not_a_client_s_to_touch(self, words):
