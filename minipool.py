@@ -98,7 +98,7 @@ __all__ = [
     # objects that live in workers
     "Actor", "Pool", "WorkerInterface",
     # inside a job
-    "current_job", "secede", "rejoin",
+    "current_job", "secede", "rejoin", "Reschedule",
     # errors
     "MinipoolError", "WorkerDied", "JobTimeout", "JobKilled", "RemoteError", "ServerLost", "Refused",
     "VersionMismatch", "TooLarge",
@@ -120,6 +120,7 @@ log.addHandler(logging.NullHandler())       # a library is silent unless its use
 #       JobTimeout       (RuntimeError)                    allow more time, or make it faster
 #       JobKilled        (RuntimeError)                    nothing: it was asked for
 #       RemoteError      (Exception)                       read the remote traceback in it
+#       Reschedule                                         raised by a job: it wants to run again later
 #       ServerLost       (BrokenExecutor, ConnectionError) start the server, check the address
 #       Refused          (PermissionError)                 give the right secret; trying again does not help
 #       VersionMismatch  (RuntimeError)                    use the same Python minor and minipool on both sides
@@ -160,6 +161,10 @@ class RemoteError(MinipoolError):
 
     def __str__(self) -> str:
         return f"{self.type_name}: {self.text}" if self.text else self.type_name
+
+
+class Reschedule(MinipoolError):
+    """Raised by a job, it sends the job back to the end of its queue; as often as that happens."""
 
 
 class ServerLost(concurrent.futures.BrokenExecutor, ConnectionError, MinipoolError):
@@ -205,6 +210,7 @@ BIGGEST = 1 << 62               # no honest number is larger, and NaN compares f
 
 OK, RAISED, DIED, KILLED, TIMED_OUT = "ok", "raised", "died", "killed", "timed out"     # how a job can end
 UNFIT = "unfit"                 # how an attempt can: the session's log raised on that worker, and the job never began
+AGAIN = "again"                 # or: the job wants to run again, later
 
 Name = tuple[bytes, int]
 Value = bytes | tuple[Name, int, str]
@@ -1676,8 +1682,11 @@ class Scheduler:
         estimate = max(old + (seconds - old) / 4, WINDOW_SECONDS / WINDOW_JOBS)
         if estimate < SHORT and seconds <= 2 * SHORT:       # one long sample ends the streaming of a function
             session.estimates[job.fn] = estimate
-        if status == RAISED and retry and (job.retries > 0 or job.payload is None):
-            job.retries -= 1
+        if status == AGAIN or (status == RAISED and retry and (job.retries > 0 or job.payload is None)):
+            if status == AGAIN:
+                job.sequence = next(self._order)    # behind those that are there
+            else:
+                job.retries -= 1
             self._forget(worker, token)
             return self._put_back(job, now)
         job.delivering, job.size = True, len(value) if isinstance(value, bytes) else 0
@@ -2955,6 +2964,7 @@ _publishing = threading.Lock()      # held for a moment where a future's state a
 class Future(concurrent.futures.Future[Any]):
     """A job's outcome: a concurrent.futures.Future that also knows `id`, `name`, `worker` and `attempts`."""
 
+    key: str | None = None          # options(key=), while it is alive: the same job
     worker: str | None = None       # who runs or ran it; None before it begins
     attempts = 0
     # Instead of the attributes that the superclass makes: those that change are changed under the client's lock.
@@ -2990,7 +3000,7 @@ class Future(concurrent.futures.Future[Any]):
         With `options(cancel_running=True)` a job that runs is cancelled too, and its worker's process ended.
         """
         with self._client.lock:
-            if self._call and (self._state != _RUNNING or self._call[0][2].get("cancel_running")):
+            if self._call and (self._state != _RUNNING or self._doom or self._call[0][2].get("cancel_running")):
                 self._state = _PENDING                      # what runs, super() would not cancel
                 super().cancel()
                 self.set_running_or_notify_cancel()         # wait() and as_completed() hear of it
@@ -3085,6 +3095,7 @@ class Client:
         self._sent: dict[int, Future] = {}              # those the server has
         self._sent_bytes = 0
         self._backlog: list[tuple[float, int]] = []     # a heap of those it has not: (-priority, number)
+        self._keyed: weakref.WeakValueDictionary[str, Future] = weakref.WeakValueDictionary()      # by options(key=)
         self._known_objects: set[int] = set()           # what the server has of ours, on this connection
         self._log: list[tuple[Name, bytes | Blob]] = [] # what every worker must have run before our jobs
         self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
@@ -3144,8 +3155,13 @@ class Client:
                 raise self.broken()
             if self.closing or view._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
+            key = options.get("key")
+            if key and (known := self._keyed.get(key)):
+                return known
             number, log = next(self.numbers), 0 if options.get("beside") else len(self._log)
             self.unfinished[number] = future = Future(self, number, view, (wired, packed, log))
+            if key:
+                future.key, self._keyed[key] = key, future
             if not inputs:
                 heapq.heappush(self._backlog, (-wired[2].get("priority", 0), number))
                 self._send_backlog()
@@ -3398,7 +3414,7 @@ os.register_at_fork(after_in_child=_forget_all)
 _OPTIONS: dict[str, Check] = {
     **{name: _OPTIONS_READ[name] for name in ("name", "priority", "retries", "max_deaths", "on", "cancel_running")},
     "job_timeout": lambda seconds: _CHECKS[float](seconds) and seconds > 0,
-    "prefer": _CHECKS["tags"], "timeout": _CHECKS[float],
+    "prefer": _CHECKS["tags"], "timeout": _CHECKS[float], "key": lambda key: type(key) is str,
     "retry_on": lambda kinds: all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds)}
 _said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
@@ -3534,6 +3550,7 @@ class Executor(concurrent.futures.Executor):
 
         `retries` runs a job again that many times on exceptions (of the types in `retry_on`); `priority`: larger
         first; `on`: only on these workers, nodes or tags, `prefer`: there if there is one; `name` for logs;
+        `key`: a job of the same key, while a future to it is alive, is the same job, and its future is returned;
         `job_timeout`: seconds that it may run, then its worker is ended and the future raises JobTimeout;
         `cancel_running`: so does `Future.cancel`; `max_deaths`: workers it may take down. Raises TypeError.
         """
@@ -3594,6 +3611,29 @@ class Executor(concurrent.futures.Executor):
         with client._changed:
             if not client._changed.wait_for(lambda: len(client.workers) >= n, timeout):
                 raise TimeoutError(f"{len(client.workers)} of {n} workers are there after {timeout:g} s")
+
+    def drain(self, on: str | Iterable[str]) -> None:
+        """Have these workers, nodes or tags end what they run, take no more and leave.
+
+        A node goes with its last worker. Returns once they have been told. Raises ValueError if there is none.
+        """
+        if not self.options(on=on).run(_in_worker, "leave", "it was drained", True):
+            raise ValueError(f"on={on!r} names no worker, node or tag: there is nothing to drain")
+
+    def restart(self) -> None:
+        """Have all worker processes begin anew: this executor's futures are cancelled, jobs of others end first.
+
+        Returns when there are as many workers as before, or after `options(timeout=)` seconds, or 10.
+        """
+        for future in self._mine():
+            future.cancel()
+        number = len(self.run(_in_worker, "leave", "restart() was called"))
+        running = self._mine()
+        self._client.kill(running, "restart() was called")
+        for future in running:
+            future.cancel()
+        with contextlib.suppress(TimeoutError):
+            self.wait_for_workers(number, self._options.get("timeout", 10))
 
     def kill(self, target: Future) -> None:
         """End the running job of a future by ending its worker's process; the future raises JobKilled."""
@@ -3864,12 +3904,28 @@ def _serve(options: argparse.Namespace) -> int:
     return 70 if server.failure else 0      # an invariant of the scheduler is broken: the server stopped itself
 
 
-def _status(options: argparse.Namespace) -> None:
+def _look(options: argparse.Namespace) -> Executor:
     where = format_address(*parse_address(options.address))
-    with Executor(where, secret=find_secret(path=options.secret_file).text, name="minipool status", tls=options.tls,
-                  connect_timeout=5, reconnect_timeout=5) as executor:
-        info = executor.options(timeout=10).info()
-    if options.json:
+    return Executor(where, secret=find_secret(path=options.secret_file).text, name="minipool status", tls=options.tls,
+                    connect_timeout=5, reconnect_timeout=5).options(timeout=10)
+
+
+def _drain(options: argparse.Namespace) -> None:
+    _look(options).drain(options.on)
+
+
+def _status(options: argparse.Namespace) -> None:
+    executor = _look(options)
+    while True:
+        _print_status(executor.info(), options.json)
+        if not options.watch:
+            return
+        time.sleep(1)
+        print("\033[H\033[J", end="")       # home, and clear what is below
+
+
+def _print_status(info: dict[str, Any], as_json: bool) -> None:
+    if as_json:
         return print(json.dumps(info, indent=2))
     workers, jobs = info["workers"], info["jobs"]
     print(f"server {info['address']} (Python {info['python']}), nodes: {len(info['nodes'])}, workers: {len(workers)}")
@@ -3927,8 +3983,12 @@ def main(arguments: list[str] | None = None) -> int:
                        help="seconds of silence after which a host is lost (default: %(default)g)")
     serve.add_argument("--with-node", action="store_true", help="use this machine's devices too")
     status = add("status", _status, "show nodes, workers and jobs")
-    status.add_argument("--address", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then this machine")
     status.add_argument("--json", action="store_true", help="one JSON object")
+    status.add_argument("--watch", action="store_true", help="anew each second")
+    drain = add("drain", _drain, "let a node's workers end what they run, and leave")
+    drain.add_argument("on", metavar="NODE", help="the name of a node or worker, or a tag")
+    for looking in (status, drain):
+        looking.add_argument("--address", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then this machine")
     add("versions", _versions, "show what must agree between machines")
     add("secret", lambda options: print(find_secret(path=options.secret_file).text),
         "print the secret that clients and nodes of this user would use")

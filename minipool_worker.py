@@ -50,7 +50,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import minipool
-from minipool import DRAIN_SECONDS, FOREVER, OK, PYTHON, RAISED, UNFIT, Blob, Message, Name, Peer, Secret, Value
+from minipool import AGAIN, DRAIN_SECONDS, FOREVER, OK, PYTHON, RAISED, UNFIT, Blob, Message, Name, Peer, Secret, Value
 
 __all__ = ["Node", "is_node_running", "find_slots"]
 
@@ -288,6 +288,7 @@ class Worker:
         self._welcomed = False                          # the server has settled what we hold: jobs may begin
         self._name = ""                                 # as the first welcome said
         self._leaving = ""                              # why no new job is begun
+        self.exitcode = 0                               # which tells the node whether the slot is to be filled again
         self._dismissed = False                         # the server let us go
         self._read_at = time.monotonic()                # when the socket was last seen empty
         self.peer = Peer("worker", setup["address"], self._key, lock=self._lock, identity=self.id,
@@ -308,10 +309,17 @@ class Worker:
             self._execute(attempt)
             limit = min(self.setup.get("max_tasks") or FOREVER, attempt.options.get("max_tasks") or FOREVER)
             if self._cell[1] >= limit and not self._leaving and not self._beside:
-                # the one planned exit: take nothing new, hand back what has not begun, deliver every outcome
-                with self._lock:
-                    self._leaving = "it has run as many jobs as it may"
-                    self.peer.send(("retire", self._leaving))
+                self.leave("it has run as many jobs as it may")
+
+    def leave(self, reason: str, is_last: bool = False) -> None:
+        """Begin the one planned exit: take nothing new, hand back what has not begun, deliver every outcome.
+
+        Another process takes the place of this one, unless it `is_last`.
+        """
+        with self._lock:
+            self._leaving = self._leaving or reason
+            self.exitcode = LAST if is_last else self.exitcode
+            self.peer.send(("retire", reason))
 
     def _next(self) -> Attempt | None:
         """Wait for the attempt to begin next, and mark it begun; None: it is time to go, or this thread is one more."""
@@ -361,6 +369,8 @@ class Worker:
             result = _awaited(result) if type(result) is types.CoroutineType else result
             status, value, result = OK, minipool.encode_value(result), None     # it may be large
             minipool.check_size(value, self._max_value, "result", fn)
+        except minipool.Reschedule:
+            status, value = AGAIN, b""
         except BaseException as error:          # SystemExit and KeyboardInterrupt too: the job's, not the worker's
             status, value = RAISED, encode_exception(error, self._where, self._max_value)
             with contextlib.suppress(Exception):
@@ -623,6 +633,7 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
     minipool._here = worker = Worker(setup, cell)
     threading.Thread(target=_watch_node, args=(worker, life), name="minipool-parent", daemon=True).start()
     worker.run()
+    sys.exit(worker.exitcode)
 
 
 # ==================================================================================================================
@@ -635,6 +646,7 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
 
 WAITING = 62                # attempts of a worker that wait for others and can be ended; those beyond it run on
 DEVICE_SECONDS = 5.0        # between looks at whether a GPU has fallen off the bus
+LAST = 75                   # exit code of a worker that was drained: none is started in its place
 TAIL_LINES = 40             # of a worker's last output, for the error that tells of its death
 
 
@@ -873,17 +885,20 @@ class Supervisor:
             what = f"died of {name}" + (": out of memory, says its memory cgroup" if code == -9 and was_oom else
                                         ", perhaps the kernel's out-of-memory killer" if code == -9 else "")
         slot, (token, successes, *_) = self.slots[child.place], child.cell
-        cause = {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0}
+        cause = {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code in (0, LAST)}
         if slot.lock in self._lost:
             cause["lost"] = f"{slot.label}: {self._lost[slot.lock]}"
         with self.peer.lock:
             self._unreported.append(("died", child.id, child.aimed or token, cause))
             self.peer.send(self._unreported[-1])
-        if code:
+        if not cause["planned"]:
             _log.warning("worker %d on %s %s", child.place, slot.device, what)
         # at once, but a slot whose workers die five times in a row without a success rests, longer each time
         deaths = self._deaths[child.place] = 0 if successes or child.killed else self._deaths[child.place] + 1
-        self._due[child.place] = time.monotonic() + (min(60, 2 ** (deaths - 5)) if deaths >= 5 else 0)
+        if code != LAST:
+            self._due[child.place] = time.monotonic() + (min(60, 2 ** (deaths - 5)) if deaths >= 5 else 0)
+        elif not (self._children or self._due):
+            self.stop()                     # it was the last one
 
     def _bury(self, child: Child) -> None:
         del self._children[child.place], self._sources[child.pidfd]

@@ -42,7 +42,7 @@ import random
 import time
 
 import minipool
-from minipool import DIED, KILLED, OK, RAISED, T_RECALL, TIMED_OUT, UNFIT, Scheduler, State, check_message
+from minipool import AGAIN, DIED, KILLED, OK, RAISED, T_RECALL, TIMED_OUT, UNFIT, Scheduler, State, check_message
 
 SHORT, MEDIUM, LONG = 0.0005, 0.03, 0.4         # how long the three functions of each client take, in seconds
 GOOD, FICKLE, BAD = "good", "fickle", "bad"     # log entries: work everywhere, raise on some processes, raise always
@@ -383,6 +383,9 @@ class Worker(Actor):
     def conclude(self, run):
         """End a job. Its value names the attempt, so that everybody can tell whose it is."""
         rng, (_, token, job, *_) = self.world.rng, run
+        if rng.random() < 0.03:         # it wants to run again later
+            self.outcomes[token] = job, ("finished", token, AGAIN, b"", self.seconds(run), False), b""
+            return self.say(self.outcomes[token][1])
         status = RAISED if rng.random() < 0.15 else OK
         body = b"%s:%d:%d" % (status.encode(), job[1], token)
         retry = status == RAISED and rng.random() < 0.5
