@@ -3132,7 +3132,7 @@ class Client:
         if not callable(fn):
             raise TypeError(f"submit() needs something callable, not {type(fn).__name__}")
         entry, options = self.functions.function(fn), view._options
-        retry_on = options.get("retry_on", (Exception,)) if options.get("retries") else ()
+        retry_on = (options.get("retry_on") or (Exception,)) if options.get("retries") else ()
         call, buffers, inputs = self.functions.dumps_call(fn, args, kwargs, *((retry_on,) if retry_on else ()))
         if any(getattr(given, "_client", None) is not self for given in inputs):
             raise ValueError(f"{name_of(fn)}() is given a future of another executor: give it the result")
@@ -3391,6 +3391,8 @@ _clients: dict[Client, Callable[[], Executor | None]] = {}      # those that are
 
 def _forget_all() -> None:
     """In the child of a fork: the connections belong to the parent, and no thread of theirs is here."""
+    global _publishing
+    _publishing = threading.Lock()      # another thread may have held it
     for client in list(_clients):
         client.lock = threading.RLock()
         client._changed = threading.Condition(client.lock)
@@ -3910,10 +3912,6 @@ def _look(options: argparse.Namespace) -> Executor:
                     connect_timeout=5, reconnect_timeout=5).options(timeout=10)
 
 
-def _drain(options: argparse.Namespace) -> None:
-    _look(options).drain(options.on)
-
-
 def _status(options: argparse.Namespace) -> None:
     executor = _look(options)
     while True:
@@ -3985,7 +3983,7 @@ def main(arguments: list[str] | None = None) -> int:
     status = add("status", _status, "show nodes, workers and jobs")
     status.add_argument("--json", action="store_true", help="one JSON object")
     status.add_argument("--watch", action="store_true", help="anew each second")
-    drain = add("drain", _drain, "let a node's workers end what they run, and leave")
+    drain = add("drain", lambda options: _look(options).drain(options.on), "let a node end what runs, and leave")
     drain.add_argument("on", metavar="NODE", help="the name of a node or worker, or a tag")
     for looking in (status, drain):
         looking.add_argument("--address", metavar="HOST[:PORT]", help="default: MINIPOOL_ADDRESS, then this machine")

@@ -647,6 +647,8 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
 WAITING = 62                # attempts of a worker that wait for others and can be ended; those beyond it run on
 DEVICE_SECONDS = 5.0        # between looks at whether a GPU has fallen off the bus
 LAST = 75                   # exit code of a worker that was drained: none is started in its place
+_OF_SLOTS = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env", "workers")      # options of a node
+_OF_NODES = ("name", "tags", "max_tasks", "lifetime", "death_timeout", "tls", "sys_path")
 TAIL_LINES = 40             # of a worker's last output, for the error that tells of its death
 
 
@@ -750,8 +752,7 @@ class Supervisor:
         if importlib.util.find_spec("cloudpickle") is None:     # else every job would fail, and take its worker along
             raise ValueError("cloudpickle is missing here: python -m pip install cloudpickle")
         self.id, self.secret, self.options = secrets.token_bytes(12), secret, options
-        names = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env", "workers")
-        self.slots = find_slots(**{name: options[name] for name in names if options.get(name) is not None})
+        self.slots = find_slots(**{name: options[name] for name in _OF_SLOTS if options.get(name) is not None})
         self.name: str = options.get("name") or socket.gethostname().split(".")[0]
         self._environ = {name: os.environ.get(name) for slot in self.slots for name in slot.env}    # the node's own
         self._children: dict[int, Child] = {}           # those that run, by the place of their slot
@@ -954,12 +955,14 @@ class Node:
 
     `address`, `secret` and `tls` as in `Executor`: for "local" the child is an embedded pool, server and all. The rest
     is named as the flags of `connect`: `name`, `gpus`, `workers_per_gpu`, `cpu_workers`, `devices`, `device_env`,
-    `tags`, `max_tasks`. `start()` returns when the server has welcomed it. Raises ServerLost, Refused,
-    VersionMismatch, or ValueError for devices that are not there.
+    `tags`, `max_tasks`, `lifetime` and `death_timeout` (seconds). `start()` returns when the server has welcomed it.
+    Raises ServerLost, Refused, VersionMismatch, ValueError for devices that are not there, TypeError for other names.
     """
 
     def __init__(self, address: str | None = None, *, secret: str | None = None, connect_timeout: float = 10.0,
                  **options: Any) -> None:
+        if unknown := options.keys() - {*_OF_SLOTS, *_OF_NODES}:
+            raise TypeError(f"Node() takes no {', '.join(sorted(unknown))}")
         place = None if address == "local" else minipool.format_address(*minipool.parse_address(address))
         self._job = {"address": place, "secret": minipool.find_secret(secret).text, "options": options}
         self._patience = connect_timeout

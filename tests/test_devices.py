@@ -319,6 +319,11 @@ def true_binding():
 @pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
 @pytest.mark.skipif(not true_binding(), reason="needs nvidia-ml-py")
 @pytest.mark.skipif(sys.platform != "linux", reason="the library's name is that of Linux")
+def test_a_node_in_a_program_takes_no_misspelt_name():
+    with pytest.raises(TypeError, match="cpu_worker$"):
+        minipool_worker.Node(secret="some secret", cpu_worker=1)
+
+
 def test_the_true_binding_finds_the_devices_of_a_fake_driver(tmp_path):
     (tmp_path / "nvml.c").write_text(FAKE_LIBRARY)
     command = ["gcc", "-shared", "-fPIC", "-o", "libnvidia-ml.so.1", "nvml.c"]

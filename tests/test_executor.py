@@ -585,7 +585,7 @@ class TestOptions:
                 call()
 
     def test_retries_run_a_job_again(self, pool, tmp_path):
-        future = pool.options(retries=2).submit(fail_until, str(tmp_path / "calls"), 2)
+        future = pool.options(retries=2, retry_on=None).submit(fail_until, str(tmp_path / "calls"), 2)
         assert future.result(SOON) == "done" and future.attempts == 3
 
     def test_retries_end(self, pool, tmp_path):
