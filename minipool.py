@@ -3915,11 +3915,13 @@ def _look(options: argparse.Namespace) -> Executor:
 def _status(options: argparse.Namespace) -> None:
     executor = _look(options)
     while True:
-        _print_status(executor.info(), options.json)
+        info = executor.info()
+        print("\033[H\033[J" * options.watch, end="")       # home, and clear what is below
+        _print_status(info, options.json)
         if not options.watch:
             return
+        sys.stdout.flush()
         time.sleep(1)
-        print("\033[H\033[J", end="")       # home, and clear what is below
 
 
 def _print_status(info: dict[str, Any], as_json: bool) -> None:

@@ -109,6 +109,24 @@ class TestStatus:
         assert code == 0 and err == "" and type(info["schema"]) is int
         assert {"address", "embedded", "nodes", "workers", "jobs", "objects"} <= set(info)
 
+    def test_watched_is_shown_anew_until_ctrl_c(self, cluster, program):
+        watch = program(MINIPOOL, "status", "--watch", "--address", cluster.address,
+                        "--secret-file", cluster.secret_file)
+        wait_until(lambda: watch.out.count("nodes: 0") > 1)
+        cluster.node()
+        watch.says("nodes: 1")
+        watch.signal(signal.SIGINT)
+        assert watch.code() == 130
+
+    def test_drain_has_a_node_leave_and_says_if_there_is_none(self, cluster, run):
+        node, secret = cluster.node("gpu7"), ("--address", cluster.address, "--secret-file", cluster.secret_file)
+        with cluster.executor() as ex:
+            wait_for_workers(ex, 1)
+            assert run(MINIPOOL, "drain", "gpu7", *secret)[0] == 0
+            assert node.code() == 0
+        code, _, err = run(MINIPOOL, "drain", "gpu7", *secret)
+        assert code == 1 and "names no worker, node or tag" in err
+
     def test_versions_tells_what_must_agree(self, run):
         code, out, err = run(MINIPOOL, "versions")
         assert code == 0 and err == "" and sys.version.split()[0] in out and "protocol" in out
