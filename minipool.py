@@ -37,7 +37,7 @@ Sections, bottom-up; each uses only what is above it:
     6 values      pickles of functions, arguments and results; what travels by value
     7 client      Future, Executor and its views, the embedded pool
     8 instances   Actor, Pool: objects that live in workers
-    9 CLI         serve, status, versions, secret
+    9 CLI         serve, status, drain, versions, secret
 
 The worker's half is in minipool_worker.py, which imports this module; never the reverse.
 """
@@ -3619,7 +3619,9 @@ class Executor(concurrent.futures.Executor):
 
         A node goes with its last worker. Returns once they have been told. Raises ValueError if there is none.
         """
-        if not self.options(on=on).run(_in_worker, "leave", "it was drained", True):
+        view = self.options()
+        view._options["on"] = (on,) if isinstance(on, str) else tuple(on)       # those there are, not those to come
+        if not view.run(_in_worker, "leave", "it was drained", True):
             raise ValueError(f"on={on!r} names no worker, node or tag: there is nothing to drain")
 
     def restart(self) -> None:
@@ -3838,8 +3840,8 @@ class Pool(contextlib.AbstractContextManager["Pool"]):
 # ==================================================================================================================
 # 9 CLI
 #
-# serve, status, versions, secret. What a person asked for goes to stdout, everything else to stderr. A mistake of
-# the user's is one sentence, never a traceback; the exit code says what kind it was.
+# serve, status, drain, versions, secret. What a person asked for goes to stdout, everything else to stderr. A mistake
+# of the user's is one sentence, never a traceback; the exit code says what kind it was.
 # ==================================================================================================================
 
 # else 1; argparse ends with 2 for a misused command
@@ -3917,22 +3919,19 @@ def _status(options: argparse.Namespace) -> None:
     while True:
         info = executor.info()
         print("\033[H\033[J" * options.watch, end="")       # home, and clear what is below
-        _print_status(info, options.json)
+        print(json.dumps(info, indent=2) if options.json else _status_text(info), flush=True)
         if not options.watch:
             return
-        sys.stdout.flush()
         time.sleep(1)
 
 
-def _print_status(info: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        return print(json.dumps(info, indent=2))
+def _status_text(info: dict[str, Any]) -> str:
     workers, jobs = info["workers"], info["jobs"]
-    print(f"server {info['address']} (Python {info['python']}), nodes: {len(info['nodes'])}, workers: {len(workers)}")
-    print("jobs  ", ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered")))
-    for w in workers:
-        print(f"  {w['name']:16}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
-              f"{w['finished']} finished  {', '.join(w['jobs'])}")
+    counts = ", ".join(f"{jobs[s]} {s}" for s in (State.WAITING, State.READY, State.RUNNING, "delivered"))
+    head = f"server {info['address']} (Python {info['python']}), nodes: {len(info['nodes'])}, workers: {len(workers)}"
+    return "\n".join([head, f"jobs   {counts}", *(
+        f"  {w['name']:16}  {w['device']:7} {w['state'] if w['connected'] else 'away':9} "
+        f"{w['finished']} finished  {', '.join(w['jobs'])}" for w in workers)])
 
 
 def _versions(options: argparse.Namespace) -> None:
