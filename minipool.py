@@ -2599,13 +2599,13 @@ class _Pickler(_PicklerBase):  # type: ignore[misc]
         self.buffers: list[Any] | None = [] if root is None else None
         super().__init__(self.file, 5, buffer_callback=functools.partial(_keep_large, self.buffers))
         self.owner, self.root, self.path, self.filled = owner, root, list[_Slot](), set[int]()
-        self.seen: dict[Any, tuple[Any, Any, Any]] = {}  # a function, its arguments, what it returned
+        self.seen: dict[Any, tuple[Any, Any]] = {}  # a call, and what it returned
         self.last: Any = _MISSING  # what is being reduced: the culprit if that fails
 
     def saw(self, get: Callable[..., Any], *args: Any) -> Any:
         """Return what `get` returns; the pickle stands for its object as long as that is the same."""
         value = get(*args)
-        self.seen[get, *map(id, args)] = get, args, value
+        self.seen[get, *map(id, args)] = functools.partial(get, *args), value
         return value
 
     def reducer_override(self, obj: Any) -> Any:
@@ -2745,7 +2745,7 @@ class Functions:
         self.lock = threading.RLock()
         self.sentinels: dict[int, object] = {}  # what was sent that is an object(), by id: `x is MISSING` stays true
         self._modules: dict[int, _Module] = {}
-        self._known: weakref.WeakKeyDictionary[Any, tuple[Entry, list[Any]]] = weakref.WeakKeyDictionary()
+        self._known: weakref.WeakKeyDictionary[Any, tuple[Entry, list[Any], list[Any]]] = weakref.WeakKeyDictionary()
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()  # by their bytes
 
     def function(self, fn: Any) -> Entry:
@@ -2756,17 +2756,17 @@ class Functions:
         # Methods of instances, partials and callables may change unseen, so they are pickled every time.
         keep = type(fn) in (types.FunctionType, type) or isinstance(getattr(fn, "__self__", None), types.ModuleType)
         known = self._known.get(fn) if keep else None
-        if known and all(get(*args) is value for get, args, value in known[1]):
+        if known and all(map(operator.is_, map(operator.call, known[1]), known[2])):  # a program names hundreds
             return known[0]
         pickler = _dump("function", fn, fn, self)
-        blob, seen = pickler.file.getvalue(), list(pickler.seen.values())
+        blob, seen = pickler.file.getvalue(), pickler.seen.values()
         with self.lock:
             entry = self._entries.get(blob) or Entry(self._next_number(), blob, self.gone)
             self._entries[blob] = entry
             if keep:
                 if len(self._known) >= KEPT:  # what was seen may hold its own function, so not all end by themselves
                     self._known.clear()  # which costs another pickle
-                self._known[fn] = entry, seen
+                self._known[fn] = entry, [call for call, _ in seen], [value for _, value in seen]
         return entry
 
     def dumps_call(self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any],

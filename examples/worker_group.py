@@ -308,7 +308,9 @@ class MultiWorkerFuture:
         with contextlib.suppress(TimeoutError, concurrent.futures.CancelledError):
             for future in self.futures:     # most are done soon, and who asks a future reads the socket itself
                 future.exception(0.05 if timeout is None else min(timeout, 0.05))
-        done, late = concurrent.futures.wait(self.futures, timeout, concurrent.futures.FIRST_EXCEPTION)
+        done, late = set(self.futures), set[Any]()
+        if not all(future.done() for future in self.futures):
+            done, late = concurrent.futures.wait(self.futures, timeout, concurrent.futures.FIRST_EXCEPTION)
         values = {future.rank: future.result() for future in self.futures if future in done}
         if late:
             raise TimeoutError(f"{len(late)} of {len(self.futures)} ranks have not answered in time")
@@ -411,7 +413,8 @@ class WorkerGroup:
     def _begin(self, fn: Any, calls: dict[int, tuple[Any, Any]],
                returned: list[int] | None = None) -> MultiWorkerFuture:
         """Submit fn(token, *args, **kwargs) for each rank, all in one step."""
-        concurrent.futures.wait(list(_inputs(list(calls.values()))))
+        if inputs := list(_inputs(list(calls.values()))):
+            concurrent.futures.wait(inputs)
         futures: list[RankFuture] = []
         with _order:
             self.ensure_open()
