@@ -1683,10 +1683,8 @@ class Scheduler:
         if estimate < SHORT and seconds <= 2 * SHORT:       # one long sample ends the streaming of a function
             session.estimates[job.fn] = estimate
         if status == AGAIN or (status == RAISED and retry and (job.retries > 0 or job.payload is None)):
-            if status == AGAIN:
-                job.sequence = next(self._order)    # behind those that are there
-            else:
-                job.retries -= 1
+            job.retries -= status == RAISED
+            job.sequence = next(self._order) if status == AGAIN else job.sequence   # behind those that are there
             self._forget(worker, token)
             return self._put_back(job, now)
         job.delivering, job.size = True, len(value) if isinstance(value, bytes) else 0
@@ -3102,6 +3100,7 @@ class Client:
         self._answers: dict[int, Any] = {}
         self._on_answer = self._answers.__setitem__     # number and value are all that such a message says
         self._credit = 0                                # jobs that it may have; 0 until it has settled what we hold
+        self._complain_at = time.monotonic() + 3        # if no worker has joined by then, and jobs wait for one
         self.broken: Callable[[], BaseException] | None = None  # makes what every call and future then raises
         self.closing = False                            # it takes no more jobs, and ends with the last
         self._callbacks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -3278,6 +3277,9 @@ class Client:
 
     def _flush_delivered(self) -> bool:
         """Post the acknowledgements that wait; True if there were some."""
+        if not self.workers and self.unfinished and time.monotonic() >= self._complain_at:
+            self._complain_at = FOREVER
+            print(f"minipool: no worker has joined {self.peer.address[0]} yet: jobs wait", file=sys.stderr, flush=True)
         with self.lock:
             connection, numbers = self.peer.connection, self._delivered
             if connection is None:
@@ -3360,6 +3362,7 @@ class Client:
 
     def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
         self.workers, self._credit = workers, credit
+        self._complain_at = FOREVER if workers else self._complain_at
 
     def _run_callbacks(self) -> None:
         """Run callbacks, and after the last one end all that this client started: nobody waits for it in vain."""
@@ -3629,12 +3632,10 @@ class Executor(concurrent.futures.Executor):
 
         Returns when there are as many workers as before, or after `options(timeout=)` seconds, or 10.
         """
-        for future in self._mine():
-            future.cancel()
         number = len(self.run(_in_worker, "leave", "restart() was called"))
-        running = self._mine()
-        self._client.kill(running, "restart() was called")
-        for future in running:
+        mine = self._mine()
+        self._client.kill([future for future in mine if future.running()], "restart() was called")
+        for future in mine:
             future.cancel()
         with contextlib.suppress(TimeoutError):
             self.wait_for_workers(number, self._options.get("timeout", 10))

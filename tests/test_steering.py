@@ -89,3 +89,13 @@ class TestKey:
     def test_is_text(self, embedded):
         with pytest.raises(TypeError, match="key="):
             embedded(1).options(key=1)
+
+
+class TestAPoolWithoutWorkers:
+    def test_says_once_what_jobs_wait_for(self, cluster, capfd):
+        with cluster.executor() as ex:
+            job = ex.submit(abs, -1)
+            wait_until(lambda: not job.done() and "no worker has joined" in (said := capfd.readouterr().err) and said)
+            cluster.node()
+            assert job.result(30) == 1
+        assert "no worker" not in capfd.readouterr().err
