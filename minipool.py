@@ -1867,7 +1867,9 @@ class Scheduler:
                 selection.roomy[worker] = None
 
     def _is_able(self, worker: Worker) -> bool:
-        return not (worker.peer is None or worker in self._leaving or worker.recalled or worker.node.is_suspect)
+        # for jobs that wait there, others may have to run there
+        is_leaving = worker in self._leaving and not any(job and not job.beside for job in worker.beside.values())
+        return not (worker.peer is None or is_leaving or worker.recalled or worker.node.is_suspect)
 
     def _guard_window(self, worker: Worker, since: float) -> None:
         if not worker.watched:
@@ -3394,8 +3396,7 @@ _clients: dict[Client, Callable[[], Executor | None]] = {}      # those that are
 
 def _forget_all() -> None:
     """In the child of a fork: the connections belong to the parent, and no thread of theirs is here."""
-    global _publishing
-    _publishing = threading.Lock()      # another thread may have held it
+    _publishing._at_fork_reinit()       # type: ignore[attr-defined]  # another thread may have held it
     for client in list(_clients):
         client.lock = threading.RLock()
         client._changed = threading.Condition(client.lock)
@@ -3910,9 +3911,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _look(options: argparse.Namespace) -> Executor:
-    where = format_address(*parse_address(options.address))
-    return Executor(where, secret=find_secret(path=options.secret_file).text, name="minipool status", tls=options.tls,
-                    connect_timeout=5, reconnect_timeout=5).options(timeout=10)
+    return Executor(format_address(*parse_address(options.address)), tls=options.tls, connect_timeout=5,
+                    reconnect_timeout=5, secret=find_secret(path=options.secret_file).text).options(timeout=10)
 
 
 def _status(options: argparse.Namespace) -> None:

@@ -342,8 +342,8 @@ class Worker:
 
     def _may_go_on(self) -> bool:
         with self._lock:
-            return (bool(self._ready) and self._welcomed and not self._leaving and not self._begun
-                    and not self._returning) or self._is_over()
+            return (bool(self._ready) and self._welcomed and not self._begun and not self._returning
+                    and (not self._leaving or bool(self._parked()))) or self._is_over()
 
     def _is_over(self) -> bool:
         return self._dismissed or (bool(self._extra) and threading.current_thread() is not threading.main_thread())
@@ -429,9 +429,12 @@ class Worker:
             self.peer.send(("slot", attempt.token, held))
         return True
 
+    def _parked(self) -> list[int]:
+        """Return the attempts that wait for others: as long as there are some, those others may have to run here."""
+        return [attempt.token for attempt in self._beside.values() if not attempt.options.get("beside")]
+
     def _note_waiting(self) -> None:
-        tokens = [attempt.token for attempt in self._beside.values() if not attempt.options.get("beside")]
-        self._cell[2:] = [*tokens, *[0] * WAITING][:WAITING]
+        self._cell[2:] = [*self._parked(), *[0] * WAITING][:WAITING]
 
     @contextlib.contextmanager
     def _lend(self) -> Iterator[None]:

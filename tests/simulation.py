@@ -557,6 +557,9 @@ class World:
                 key = worker.id, tuple(worker.inbox)
                 crowded[key] = self.crowded.get(key, self.now)
                 assert entry != "tick" or self.now <= crowded[key] + 0.2, "jobs wait behind one that is not short"
+            waits = worker.peer is not None and any(job and not job.beside for job in worker.beside.values())
+            if waits and not (worker.inbox or worker.recalled or worker.node.is_suspect):
+                assert worker in self.scheduler._selections[None].idle, "what a job waits for may have to run there"
             asked, since = self.recalls.get(worker.id, ([], 0.0))
             if worker.recalled is not asked:
                 self.recalls[worker.id] = worker.recalled, self.now

@@ -1274,14 +1274,16 @@ class TestLentSlots:
         pool.pass_time(6)
         assert pool.told("n1", "kill")[0][0] == [pool.token(outer)]
 
-    def test_a_worker_that_leaves_waits_for_it(self):
-        pool = Cluster(workers=["w1", "w2"])
+    def test_a_worker_that_leaves_waits_for_it_and_takes_others_as_long_as_it_waits(self):
+        pool = Cluster(workers=["w1"])
         outer = pool.submit()
         self.lend(pool, outer)
         pool.feed("w1", ("retire", "enough"))
-        assert pool.told("w1", "bye") == []
-        pool.finish(outer)
-        pool.feed("c1", ("delivered", [outer]))
+        inner = pool.submit()
+        assert pool.job(inner).state == State.RUNNING and pool.told("w1", "bye") == []
+        for job in (inner, outer):
+            pool.finish(job)
+            pool.feed("c1", ("delivered", [job]))
         assert len(pool.told("w1", "bye")) == 1
 
     def test_a_job_that_takes_its_worker_down_is_charged_to_who_submitted_it_there(self):

@@ -1,5 +1,6 @@
 """What its users can have a pool do: drain workers, begin all processes anew, run a job later, or once per key."""
 import os
+import threading
 import time
 from concurrent.futures import CancelledError
 
@@ -7,11 +8,17 @@ import pytest
 from processes import pids, wait_for_workers, wait_until
 from test_worker import note_and_wait
 
-from minipool import Reschedule, current_job
+from minipool import Reschedule, current_job, get_executor
 
 
 def pid():
     return os.getpid()
+
+
+def wait_for_another(folder):
+    """Wait for jobs of the same pool, of which the second begins when restart() has been called."""
+    pool = get_executor()
+    return [pool.submit(note_and_wait, folder, "job", folder / "gate").result() for _ in range(2)]
 
 
 class TestRestart:
@@ -38,6 +45,17 @@ class TestRestart:
             (tmp_path / "gate").touch()
             assert job.result(60) == "job" and job.attempts == 1
             wait_until(lambda: wait_for_workers(ours, 1) != before)
+
+    def test_lets_jobs_that_wait_for_others_have_them_run(self, cluster, tmp_path):
+        cluster.node()
+        with cluster.executor() as ours, cluster.executor() as theirs:
+            before = wait_for_workers(ours, 1)
+            job = theirs.submit(wait_for_another, tmp_path)
+            wait_until(job.running)
+            threading.Timer(0.5, (tmp_path / "gate").touch).start()
+            ours.restart()
+            assert job.result(60) == ["job", "job"] and job.attempts == 1
+            assert wait_for_workers(ours, 1) != before
 
 
 class TestDrain:
