@@ -97,17 +97,23 @@ def record(folder, port):
         started.append(Terminal(command, folder, environment))
         started[-1].read_until(until)
         return started[-1]
+
+    def status_with(words):
+        """Ask for the status until it has these words."""
+        while words not in (status := run(f"python minipool.py status{at}")).text:
+            status.close()
+            started.remove(status)
+            if started[-1].command.endswith("train.py") and started[-1].has_ended():
+                raise SystemExit(f"the program ended before status showed it: {status.text}")
+        return status
     try:
         place = f":{port}" if port != 8899 else ""
         at = f" --address 127.0.0.1{place}" if place else ""
         server = run("python minipool.py serve" + (f" --port {port}" if place else ""), "Ctrl-C")
         node = run(f"python minipool_worker.py connect 127.0.0.1{place} --name desk --cpu-workers 4", "connected.*\n")
+        status_with("workers: 4")
         code, program = run("cat train.py"), run(f"MINIPOOL_ADDRESS=127.0.0.1{place} python train.py", "")
-        while " 4 running" not in (status := run(f"python minipool.py status{at}")).text:
-            status.close()
-            started.remove(status)
-            if program.has_ended():
-                raise SystemExit(f"the program ended before status showed it: {status.text}")
+        status = status_with(" 4 running")
         program.read_until(None)
     finally:
         for terminal in reversed(started):

@@ -24,10 +24,10 @@ def test_every_job_ends_once_and_rightly_whatever_happens():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_thousand_histories_end_well():
+def test_hundreds_of_histories_end_well():
     seed = first_seed()
     print(f"MINIPOOL_SEED={seed}")
-    for history in range(1000):
+    for history in range(400):
         run(seed + history, steps=600)
 
 
