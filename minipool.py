@@ -3877,7 +3877,7 @@ def _print_lines(server: Server, options: argparse.Namespace, source: str) -> No
              f"  clients:  export {prefix}MINIPOOL_ADDRESS={address}" + "   and Executor(tls=True)" * server.tls,
              f"  status:   {prefix}{command} status --address {address}{tls}        stop: Ctrl-C"]
     if not server.is_local and not server.tls:
-        lines.append("  traffic is authenticated but not encrypted: use it in a network you trust, or a tunnel"
+        lines.append("  traffic is authenticated but not encrypted: use --tls, or a network you trust"
                      + ("" if on_terminal else "; `minipool secret` prints the secret"))
     try:
         print("\n".join(lines), flush=True)

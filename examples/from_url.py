@@ -83,7 +83,10 @@ class DaskExecutor(_Adapter):
 
     def __init__(self, address: str | None, **options: Any) -> None:
         super().__init__()
-        from distributed import Client
+        try:
+            from distributed import Client
+        except ImportError as missing:
+            raise ImportError(f"a dask:// address needs Dask ({missing}): pip install distributed") from None
         self._client = Client(address)
         try:
             self._inner = self._client.get_executor(**{"pure": False, **options})   # else equal calls run once
@@ -107,7 +110,10 @@ class RayExecutor(_Adapter):
 
     def __init__(self, address: str | None, **options: Any) -> None:
         super().__init__()
-        import ray
+        try:
+            import ray
+        except ImportError as missing:
+            raise ImportError(f"a ray: address needs Ray ({missing}): pip install ray") from None
         self._ray, self._options, self._is_ours = ray, options, not ray.is_initialized()
         if self._is_ours:
             ray.init(address=address)

@@ -7,18 +7,21 @@ Copy this file beside your program; workers need no copy. Only minipool's public
     published(ex)                               # ["weights"]
     unpublish(ex, "weights")
 
-A value is kept by two workers, on two nodes if there are, so that it outlives either; whoever gets it finds the second
-copy missing and makes one anew. It is gone when both end at once, or the pool is restarted. Two clients that publish
-one name at the same moment may both succeed. `python examples/published.py` shows it.
+A value is kept by two workers, on two nodes if there are, so that it outlives either; whoever gets it, and finds a copy
+missing, makes one anew. It is gone when both processes have ended before that: a worker ends for its crash, for
+`job_timeout`, `kill`, `--max-tasks` or a restart. Two clients that publish one name at the same moment may both
+succeed, with two values. `python examples/published.py` shows it.
 """
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a plain checkout; an installed minipool is found before it
-from minipool import Executor
+from minipool import Executor, WorkerDied
 
 COPIES = 2      # workers that keep a value
 
@@ -49,27 +52,49 @@ def _drop(name: str) -> None:
 # ---- in the client ----
 
 
+def _nodes(executor: Executor) -> dict[str, str]:
+    """Return the workers there are, with their nodes; wait for the first."""
+    executor.wait_for_workers(1)
+    return {worker["name"]: worker["node"] for worker in executor.info()["workers"] if worker["connected"]}
+
+
+def _ask(executor: Executor, worker: str, fn: Callable[..., Any], *args: Any) -> Any:
+    """Have one worker answer now; LookupError if it ends meanwhile."""
+    try:
+        return executor.options(on=worker).run(fn, *args)[worker]
+    except (WorkerDied, KeyError, ValueError):
+        raise LookupError(worker) from None
+
+
 def _holders(executor: Executor) -> dict[str, list[str]]:
     """Return by name which workers keep a value."""
     holders: dict[str, list[str]] = {}
-    for worker, names in executor.run(_names).items():
-        for name in names:
-            holders.setdefault(name, []).append(worker)
+    for worker in _nodes(executor):
+        with contextlib.suppress(LookupError):
+            for name in _ask(executor, worker, _names):
+                holders.setdefault(name, []).append(worker)
     return holders
 
 
 def _spread(executor: Executor, name: str, value: Any, there: list[str]) -> None:
     """Have as many workers keep a value as should, those of other nodes first."""
-    node_of = {worker["name"]: worker["node"] for worker in executor.info()["workers"] if worker["connected"]}
-    there = list(there)
+    node_of, there = _nodes(executor), list(there)
     while len(there) < COPIES and (others := sorted(set(node_of) - set(there))):
         taken = {node_of.get(worker) for worker in there}
-        there.append(min(others, key=lambda worker: node_of[worker] in taken))
-        executor.options(on=there[-1]).run(_keep, name, value)
+        worker = min(others, key=lambda worker: node_of[worker] in taken)
+        node = node_of.pop(worker)
+        with contextlib.suppress(LookupError):
+            _ask(executor, worker, _keep, name, value)
+            there.append(worker)
+            node_of[worker] = node
+    if not there:
+        raise WorkerDied(f"every worker ended that was to keep {name!r}: publish it again")
 
 
 def publish(executor: Executor, name: str, value: Any) -> None:
-    """Keep a value in the pool under a name; KeyError if that is taken."""
+    """Keep a value in the pool under a name, as soon as there is a worker; KeyError if that is taken."""
+    if not isinstance(name, str):
+        raise TypeError(f"a name is text, not {name!r}")
     if name in _holders(executor):
         raise KeyError(f"{name!r} is published already: unpublish it first")
     _spread(executor, name, value, [])
@@ -77,19 +102,26 @@ def publish(executor: Executor, name: str, value: Any) -> None:
 
 def get_published(executor: Executor, name: str) -> Any:
     """Return a published value; KeyError if there is none of that name."""
-    there = _holders(executor).get(name)
-    if not there:
-        raise KeyError(f"nothing is published as {name!r}")
-    value = executor.options(on=there[0]).run(_get, name)[there[0]]
-    _spread(executor, name, value, there)
-    return value
+    there = _holders(executor).get(name, [])
+    for worker in list(there):
+        try:
+            value = _ask(executor, worker, _get, name)
+        except LookupError:     # it has ended meanwhile
+            there.remove(worker)
+        else:
+            _spread(executor, name, value, there)
+            return value
+    raise KeyError(f"nothing is published as {name!r}")
 
 
 def unpublish(executor: Executor, name: str) -> None:
     """Forget a published value; KeyError if there is none of that name."""
-    if name not in _holders(executor):
+    there = _holders(executor).get(name, [])
+    if not there:
         raise KeyError(f"nothing is published as {name!r}")
-    executor.run(_drop, name)
+    for worker in there:
+        with contextlib.suppress(LookupError):
+            _ask(executor, worker, _drop, name)
 
 
 def published(executor: Executor) -> list[str]:

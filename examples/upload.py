@@ -7,8 +7,10 @@ Copy this file beside your program; workers need no copy. Only minipool's public
 
 Functions and modules of your own folder travel with the jobs that name them, so this is for what is imported late: by
 an `import` inside a function, by a framework that is given a name, by unpickled data. Uploaded again, a module is
-imported anew by the next job that asks for it. It rides in each worker's memory, and nothing is left on a disk; so
-compiled extensions cannot be uploaded. `python examples/upload.py` shows it.
+imported anew by the next job that asks for it. A worker's process imports for all who use it: of two programs that
+upload a module of one name, the later one wins. It rides in each worker's memory, and nothing is left on a disk: there
+are no compiled extensions, and a package reads files of its own by `importlib.resources`, not by its path.
+`python examples/upload.py` shows it.
 """
 from __future__ import annotations
 
@@ -21,21 +23,37 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # a plain checkout; an installed minipool is found before it
 from minipool import Executor
 
+# what a worker itself is made of: another file of one of these names would break it for everybody
+TAKEN = sys.stdlib_module_names | {"minipool", "minipool_worker", "cloudpickle", "pynvml"}
+
 
 def _packed(path: Path) -> bytes:
     """Return a zip file of a module, a package or, as it is, a zip file."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    packed = io.BytesIO()
     if path.suffix == ".zip":
         if not zipfile.is_zipfile(path):
             raise ValueError(f"{path} is no zip file")
-        return path.read_bytes()
-    if not (path.is_dir() or path.suffix == ".py"):
-        raise ValueError(f"{path} is no .py file, .zip file or folder")
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as file:
-        for part in [path, *sorted(path.rglob("*"))]:
-            if part.is_file() and "__pycache__" not in part.parts:
-                file.write(part, part.relative_to(path.parent))
+        packed.write(path.read_bytes())
+    elif path.suffix == ".py" or (path / "__init__.py").is_file():
+        with zipfile.ZipFile(packed, "w") as file:
+            for part in [path, *sorted(path.rglob("*"))]:
+                if part.is_file() and "__pycache__" not in part.parts:
+                    file.write(part, part.relative_to(path.parent))
+    else:
+        raise ValueError(f"{path} is no .py file, no .zip file, and no package: it has no __init__.py")
+    names = zipfile.ZipFile(packed).namelist()
+    if compiled := [name for name in names if name.endswith((".so", ".pyd"))]:
+        raise ValueError(f"{path} holds {compiled[0]}: compiled extensions cannot be uploaded")
+    if taken := TAKEN & _tops(names):
+        raise ValueError(f"{path} holds {', '.join(sorted(taken))}: workers have that already, and stand on it")
     return packed.getvalue()
+
+
+def _tops(names: list[str]) -> set[str]:
+    """Return what can be imported of the files of a zip file."""
+    return {name.split("/")[0].removesuffix(".py") for name in names}
 
 
 def _install(name: str, packed: bytes) -> None:
@@ -52,15 +70,15 @@ def _install(name: str, packed: bytes) -> None:
     os.pwrite(known[name], packed, 0)
     importlib.invalidate_caches()
     with zipfile.ZipFile(io.BytesIO(packed)) as content:
-        tops = {part.split("/")[0].removesuffix(".py") for part in content.namelist()}
+        tops = _tops(content.namelist())
     for module in [module for module in sys.modules if module.split(".")[0] in tops]:
         del sys.modules[module]
 
 
 def upload(executor: Executor, path: str | Path) -> None:
-    """Make a .py file, a .zip file or a folder importable in this executor's later jobs, on every worker there will be.
+    """Make a module (.py), a package (a folder) or a .zip file of such importable in later jobs, on late workers too.
 
-    Raises ValueError for anything else, OSError if it cannot be read.
+    Raises ValueError for anything else, and for names that workers stand on; OSError if it cannot be read.
     """
     path = Path(path)
     executor.on_start(_install, path.name, _packed(path))

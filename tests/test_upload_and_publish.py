@@ -54,11 +54,19 @@ class TestUpload:
         upload(ex, tmp_path / "some.zip")
         assert [ex.submit(answer, name).result(30) for name in ("package.inner", "zipped")] == [2, 3]
 
-    def test_anything_else_is_a_clear_error_row_2_50(self, embedded, tmp_path):
-        (tmp_path / "text.txt").touch()
-        (tmp_path / "broken.zip").touch()
-        for name, why in (("text.txt", "no .py file"), ("broken.zip", "no zip file")):
-            with pytest.raises(ValueError, match=why):
+    @pytest.mark.parametrize("name, why", [
+        ("text.txt", "no .py file"), ("broken.zip", "no zip file"), ("folder/data", "no __init__.py"),
+        ("native/__init__.py native/x.so", "compiled"), ("minipool.py", "stand on it"), ("json.py", "json")])
+    def test_anything_else_is_a_clear_error_row_2_50(self, embedded, tmp_path, name, why):
+        for part in name.split():
+            (tmp_path / part).parent.mkdir(exist_ok=True)
+            (tmp_path / part).touch()
+        with pytest.raises(ValueError, match=why):
+            upload(embedded(1), tmp_path / name.split("/")[0])
+
+    def test_what_is_not_there_is_said_to_be_missing(self, embedded, tmp_path):
+        for name in ("module.py", "package", "packed.zip"):
+            with pytest.raises(FileNotFoundError, match=name):
                 upload(embedded(1), tmp_path / name)
 
 
@@ -86,6 +94,8 @@ class TestPublished:
     def test_a_name_taken_or_unknown_is_a_key_error_row_2_47(self, embedded):
         ex = embedded(1)
         publish(ex, "x", 1)
+        with pytest.raises(TypeError, match="a name is text"):
+            publish(ex, 3, 1)
         for call, name, why in ((lambda: publish(ex, "x", 2), "x", "published already"),
                                 (lambda: get_published(ex, "y"), "y", "nothing is published"),
                                 (lambda: unpublish(ex, "y"), "y", "nothing is published")):
