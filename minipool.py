@@ -1675,6 +1675,8 @@ class Scheduler:
             self._take_back(worker, [token], now)
             self._judge_fitness(job.session, now, [w for w in self.workers.values() if job.session.id in w.positions])
         self._unassign(worker, token)
+        if worker in self._leaving:     # what came while a job there waited for others may never begin there
+            self._retire(worker, now, "")
         if job is None or status == UNFIT:
             return self._forget(worker, token)
         session = job.session
@@ -1774,8 +1776,8 @@ class Scheduler:
             candidates = [w for w in session.workers if any(w in room for room in rooms)]       # its own
         elif (latest := session.latest) and any(latest in room for room in idle):
             candidates = itertools.chain([latest], candidates)      # it is warm, and may forget in the same frame
-        for worker in candidates:
-            if session.id not in worker.unfit:
+        for worker in candidates:       # one that leaves takes only what its own jobs submitted, which may wait for it
+            if session.id not in worker.unfit and (worker not in self._leaving or session.id.startswith(worker.id)):
                 return worker
         return None
 
@@ -1867,7 +1869,6 @@ class Scheduler:
                 selection.roomy[worker] = None
 
     def _is_able(self, worker: Worker) -> bool:
-        # for jobs that wait there, others may have to run there
         is_leaving = worker in self._leaving and not any(job and not job.beside for job in worker.beside.values())
         return not (worker.peer is None or is_leaving or worker.recalled or worker.node.is_suspect)
 
@@ -2502,7 +2503,7 @@ def is_server_running(address: str | None = None) -> bool:
 _PicklerBase: Any = object  # _pickler() adds cloudpickle's class, once that is imported
 ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})  # nothing in them can refer to anything
 OUT_OF_BAND = 32 * 1024  # bytes; below, copying into the pickle is cheaper than a buffer of its own
-KEPT = 1000  # functions or classes that were pickled last, so that they need not be again; more than a program has
+KEPT, KEPT_BYTES = 1000, 32 << 20  # of what was pickled last, so that it need not be again; more than a program has
 _MISSING: Any = object()
 _PLACE = pickle.PickleBuffer(bytearray(1))  # where a future's value will be: writable, as that is
 # One name to be set in a module at the worker. A soft one, met while a module is filled, may be left out.
@@ -2747,6 +2748,7 @@ class Functions:
         self._modules: dict[int, _Module] = {}
         self._known: weakref.WeakKeyDictionary[Any, tuple[Entry, list[Any], list[Any]]] = weakref.WeakKeyDictionary()
         self._entries: weakref.WeakValueDictionary[bytes, Entry] = weakref.WeakValueDictionary()  # by their bytes
+        self._room = KEPT_BYTES  # until all that is known is forgotten, which costs another pickle
 
     def function(self, fn: Any) -> Entry:
         """Return the entry of `fn`, pickled at most once while all that it names stays the same.
@@ -2764,8 +2766,10 @@ class Functions:
             entry = self._entries.get(blob) or Entry(self._next_number(), blob, self.gone)
             self._entries[blob] = entry
             if keep:
-                if len(self._known) >= KEPT:  # what was seen may hold its own function, so not all end by themselves
-                    self._known.clear()  # which costs another pickle
+                self._room -= len(blob) + KEPT_BYTES // KEPT
+                if self._room < 0:  # what was seen may hold its own function, so not all end by themselves
+                    self._known.clear()
+                    self._room = KEPT_BYTES
                 self._known[fn] = entry, [call for call, _ in seen], [value for _, value in seen]
         return entry
 
@@ -2964,7 +2968,6 @@ _publishing = threading.Lock()      # held for a moment where a future's state a
 class Future(concurrent.futures.Future[Any]):
     """A job's outcome: a concurrent.futures.Future that also knows `id`, `name`, `worker` and `attempts`."""
 
-    key: str | None = None          # options(key=), while it is alive: the same job
     worker: str | None = None       # who runs or ran it; None before it begins
     attempts = 0
     # Instead of the attributes that the superclass makes: those that change are changed under the client's lock.
@@ -3000,11 +3003,12 @@ class Future(concurrent.futures.Future[Any]):
         With `options(cancel_running=True)` a job that runs is cancelled too, and its worker's process ended.
         """
         with self._client.lock:
-            if self._call and (self._state != _RUNNING or self._doom or self._call[0][2].get("cancel_running")):
+            forced = self._doom or (self._call and self._call[0][2].get("cancel_running"))
+            if self._call and not self.cancelled() and (forced or self._state != _RUNNING):
                 self._state = _PENDING                      # what runs, super() would not cancel
                 super().cancel()
                 self.set_running_or_notify_cancel()         # wait() and as_completed() hear of it
-                if self._client.retire(self):               # that decides it, and the server is told
+                if not self._doom and self._client.retire(self):    # that decides it, and the server is told
                     self._client.peer.send(("cancel", [self._number]))
             return self.cancelled()
 
@@ -3087,7 +3091,7 @@ class Client:
         self.numbers = itertools.count(1)               # of jobs and objects alike
         self.functions = Functions(self.session, lambda: next(self.numbers))
         self.workers: list[dict[str, Any]] = []
-        self._info = {"session": self.session, "name": name, "max_workers": max_workers}
+        self._info: Any = {"session": self.session, "name": name, "max_workers": max_workers, "workers_seen": 0}
         self._patience = FOREVER                        # seconds of an outage that are ridden out
         # all below is guarded by lock
         self._changed = threading.Condition(self.lock)  # a worker came or went, an answer came
@@ -3095,7 +3099,6 @@ class Client:
         self._sent: dict[int, Future] = {}              # those the server has
         self._sent_bytes = 0
         self._backlog: list[tuple[float, int]] = []     # a heap of those it has not: (-priority, number)
-        self._keyed: weakref.WeakValueDictionary[str, Future] = weakref.WeakValueDictionary()      # by options(key=)
         self._known_objects: set[int] = set()           # what the server has of ours, on this connection
         self._log: list[tuple[Name, bytes | Blob]] = [] # what every worker must have run before our jobs
         self._delivered: list[int] = []                 # outcomes to be acknowledged; they ride on the next frame
@@ -3156,13 +3159,8 @@ class Client:
                 raise self.broken()
             if self.closing or view._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            key = options.get("key")
-            if key and (known := self._keyed.get(key)):
-                return known
             number, log = next(self.numbers), 0 if options.get("beside") else len(self._log)
             self.unfinished[number] = future = Future(self, number, view, (wired, packed, log))
-            if key:
-                future.key, self._keyed[key] = key, future
             if not inputs:
                 heapq.heappush(self._backlog, (-wired[2].get("priority", 0), number))
                 self._send_backlog()
@@ -3252,7 +3250,7 @@ class Client:
 
     def _announce(self) -> list[Message]:
         self._known_objects.clear()     # a put may have been lost with the old connection: each is sent again at need
-        return [("client", {**self._info, "workers_seen": len(self.workers)}, list(self._sent))]
+        return [("client", self._info, list(self._sent))]
 
     def _on_lost(self) -> None:
         with self._changed:
@@ -3279,7 +3277,7 @@ class Client:
 
     def _flush_delivered(self) -> bool:
         """Post the acknowledgements that wait; True if there were some."""
-        if not self.workers and self.unfinished and time.monotonic() >= self._complain_at:
+        if not (self._info["workers_seen"] or _here) and self.unfinished and time.monotonic() >= self._complain_at:
             self._complain_at = FOREVER
             print(f"minipool: no worker has joined {self.peer.address[0]} yet: jobs wait", file=sys.stderr, flush=True)
         with self.lock:
@@ -3310,7 +3308,7 @@ class Client:
                 self._post_job(future)
 
     def _on_began(self, number: int, worker: str, attempts: int) -> None:
-        if future := self._sent.get(number):
+        if (future := self._sent.get(number)) and not future.done():
             future.worker, future.attempts, future._state = worker, attempts, _RUNNING
 
     def _on_done(self, number: int, status: str, value: Any, worker: str, attempts: int) -> None:
@@ -3330,7 +3328,7 @@ class Client:
     def _finish(self, future: Future, status: str, value: Any) -> None:
         """End a future, unless it has, with an outcome to be decoded; waiters wake, callbacks go to their thread."""
         if future._call:
-            if future._state != _FINISHED:      # else Ctrl-C came between these two, in a thread that waits
+            if not future.done():       # else it was cancelled, or Ctrl-C came between these two
                 future._settle(status, value)
             if self.retire(future):
                 self._delivered.append(future._number)
@@ -3351,7 +3349,7 @@ class Client:
     def _on_broken(self, value: Value) -> None:
         def error() -> BaseException:
             broken = concurrent.futures.BrokenExecutor(
-                "the initializer raised on every worker that tried it, so no job of this executor can run")
+                "an initializer, on_start() or update raised on every worker, so no job of this executor can run")
             broken.__cause__ = decode_failure(RAISED, value)
             return broken
         self._break(error)
@@ -3364,7 +3362,7 @@ class Client:
 
     def _on_workers(self, workers: list[dict[str, Any]], credit: int) -> None:
         self.workers, self._credit = workers, credit
-        self._complain_at = FOREVER if workers else self._complain_at
+        self._info["workers_seen"] = max(self._info["workers_seen"], len(workers))      # for so many a new server waits
 
     def _run_callbacks(self) -> None:
         """Run callbacks, and after the last one end all that this client started: nobody waits for it in vain."""
@@ -3420,7 +3418,7 @@ os.register_at_fork(after_in_child=_forget_all)
 _OPTIONS: dict[str, Check] = {
     **{name: _OPTIONS_READ[name] for name in ("name", "priority", "retries", "max_deaths", "on", "cancel_running")},
     "job_timeout": lambda seconds: _CHECKS[float](seconds) and seconds > 0,
-    "prefer": _CHECKS["tags"], "timeout": _CHECKS[float], "key": lambda key: type(key) is str,
+    "prefer": _CHECKS["tags"], "timeout": _CHECKS[float],
     "retry_on": lambda kinds: all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds)}
 _said: list[bool] = []          # not empty once this process has been told of its embedded pool
 
@@ -3556,7 +3554,6 @@ class Executor(concurrent.futures.Executor):
 
         `retries` runs a job again that many times on exceptions (of the types in `retry_on`); `priority`: larger
         first; `on`: only on these workers, nodes or tags, `prefer`: there if there is one; `name` for logs;
-        `key`: a job of the same key, while a future to it is alive, is the same job, and its future is returned;
         `job_timeout`: seconds that it may run, then its worker is ended and the future raises JobTimeout;
         `cancel_running`: so does `Future.cancel`; `max_deaths`: workers it may take down. Raises TypeError.
         """
@@ -3625,21 +3622,24 @@ class Executor(concurrent.futures.Executor):
         """
         view = self.options()
         view._options["on"] = (on,) if isinstance(on, str) else tuple(on)       # those there are, not those to come
-        if not view.run(_in_worker, "leave", "it was drained", True):
-            raise ValueError(f"on={on!r} names no worker, node or tag: there is nothing to drain")
+        if self._client.child or not view._admitted():
+            raise ValueError(f"no worker, node or tag that could be drained is called {on!r}")
+        with contextlib.suppress(WorkerDied):       # it has ended, and another comes: that is not drained
+            view.run(_in_worker, "leave", "it was drained", True)
 
-    def restart(self) -> None:
+    def restart(self, timeout: float = 10.0) -> None:
         """Have all worker processes begin anew: this executor's futures are cancelled, jobs of others end first.
 
-        Returns when there are as many workers as before, or after `options(timeout=)` seconds, or 10.
+        Returns when there are as many workers as before, or after `timeout` seconds.
         """
-        number = len(self.run(_in_worker, "leave", "restart() was called"))
-        mine = self._mine()
-        self._client.kill([future for future in mine if future.running()], "restart() was called")
+        mine, number = self._mine(), len(self._admitted())
+        self._client.kill([future for future in mine if future._number in self._client._sent], "restart() was called")
         for future in mine:
             future.cancel()
+        with contextlib.suppress(TimeoutError, WorkerDied):     # one that ends meanwhile begins anew by itself
+            self.options(timeout=timeout).run(_in_worker, "leave", "restart() was called")
         with contextlib.suppress(TimeoutError):
-            self.wait_for_workers(number, self._options.get("timeout", 10))
+            self.wait_for_workers(number, timeout)
 
     def kill(self, target: Future) -> None:
         """End the running job of a future by ending its worker's process; the future raises JobKilled."""
@@ -3672,7 +3672,7 @@ class Executor(concurrent.futures.Executor):
                 client.peer.send(("ask", number, "info"))       # again after a second: it may have been lost
                 if client._changed.wait_for(lambda: number in client._answers, min(1.0, left)):
                     return dict(client._answers.pop(number))
-        raise TimeoutError("the server did not answer in time")
+        raise TimeoutError("the server did not answer in time, or this executor is shut down")
 
     @property
     def size(self) -> int:
@@ -3919,7 +3919,7 @@ def _status(options: argparse.Namespace) -> None:
     executor = _look(options)
     while True:
         info = executor.info()
-        print("\033[H\033[J" * options.watch, end="")       # home, and clear what is below
+        print("\033[H\033[J" * (options.watch and not options.json), end="")       # home, and clear below
         print(json.dumps(info, indent=2) if options.json else _status_text(info), flush=True)
         if not options.watch:
             return

@@ -288,7 +288,6 @@ class Worker:
         self._welcomed = False                          # the server has settled what we hold: jobs may begin
         self._name = ""                                 # as the first welcome said
         self._leaving = ""                              # why no new job is begun
-        self.exitcode = 0                               # which tells the node whether the slot is to be filled again
         self._dismissed = False                         # the server let us go
         self._read_at = time.monotonic()                # when the socket was last seen empty
         self.peer = Peer("worker", setup["address"], self._key, lock=self._lock, identity=self.id,
@@ -318,7 +317,7 @@ class Worker:
         """
         with self._lock:
             self._leaving = self._leaving or reason
-            self.exitcode = LAST if is_last else self.exitcode
+            self._cell[1] |= LAST * is_last
             self.peer.send(("retire", reason))
 
     def _next(self) -> Attempt | None:
@@ -636,7 +635,6 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
     minipool._here = worker = Worker(setup, cell)
     threading.Thread(target=_watch_node, args=(worker, life), name="minipool-parent", daemon=True).start()
     worker.run()
-    sys.exit(worker.exitcode)
 
 
 # ==================================================================================================================
@@ -649,7 +647,7 @@ def _worker_main(setup: dict[str, Any], cell: Any, life: Any, output: Any) -> No
 
 WAITING = 62                # attempts of a worker that wait for others and can be ended; those beyond it run on
 DEVICE_SECONDS = 5.0        # between looks at whether a GPU has fallen off the bus
-LAST = 75                   # exit code of a worker that was drained: none is started in its place
+LAST = 1 << 62              # in a worker's cell, beside the number of its jobs: none is started in its place
 _OF_SLOTS = ("gpus", "workers_per_gpu", "cpu_workers", "devices", "device_env", "workers")      # options of a node
 _OF_NODES = ("name", "tags", "max_tasks", "lifetime", "death_timeout", "tls", "sys_path")
 TAIL_LINES = 40             # of a worker's last output, for the error that tells of its death
@@ -889,19 +887,19 @@ class Supervisor:
             what = f"died of {name}" + (": out of memory, says its memory cgroup" if code == -9 and was_oom else
                                         ", perhaps the kernel's out-of-memory killer" if code == -9 else "")
         slot, (token, successes, *_) = self.slots[child.place], child.cell
-        cause = {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code in (0, LAST)}
+        cause = {"what": what, "exitcode": code, "stderr": "\n".join(child.tail), "planned": code == 0}
         if slot.lock in self._lost:
             cause["lost"] = f"{slot.label}: {self._lost[slot.lock]}"
         with self.peer.lock:
             self._unreported.append(("died", child.id, child.aimed or token, cause))
             self.peer.send(self._unreported[-1])
-        if not cause["planned"]:
+        if code:
             _log.warning("worker %d on %s %s", child.place, slot.device, what)
         # at once, but a slot whose workers die five times in a row without a success rests, longer each time
         deaths = self._deaths[child.place] = 0 if successes or child.killed else self._deaths[child.place] + 1
-        if code != LAST:
+        if successes < LAST:
             self._due[child.place] = time.monotonic() + (min(60, 2 ** (deaths - 5)) if deaths >= 5 else 0)
-        elif not (self._children or self._due):
+        elif not self._children and all(self.slots[place].lock in self._lost for place in self._due):
             self.stop()                     # it was the last one
 
     def _bury(self, child: Child) -> None:

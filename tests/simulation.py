@@ -560,6 +560,8 @@ class World:
             waits = worker.peer is not None and any(job and not job.beside for job in worker.beside.values())
             if waits and not (worker.inbox or worker.recalled or worker.node.is_suspect):
                 assert worker in self.scheduler._selections[None].idle, "what a job waits for may have to run there"
+            if worker in self.scheduler._leaving and worker.peer is not None and not (waits or worker.recalled):
+                assert all(job is None or job.begun for job in worker.inbox.values()), "it may never begin there"
             asked, since = self.recalls.get(worker.id, ([], 0.0))
             if worker.recalled is not asked:
                 self.recalls[worker.id] = worker.recalled, self.now

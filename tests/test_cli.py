@@ -125,7 +125,7 @@ class TestStatus:
             assert run(MINIPOOL, "drain", "gpu7", *secret)[0] == 0
             assert node.code() == 0
         code, _, err = run(MINIPOOL, "drain", "gpu7", *secret)
-        assert code == 1 and is_one_sentence(err) and "names no worker, node or tag" in err
+        assert code == 1 and is_one_sentence(err) and "could be drained is called 'gpu7'" in err
 
     def test_versions_tells_what_must_agree(self, run):
         code, out, err = run(MINIPOOL, "versions")

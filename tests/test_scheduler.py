@@ -1274,26 +1274,40 @@ class TestLentSlots:
         pool.pass_time(6)
         assert pool.told("n1", "kill")[0][0] == [pool.token(outer)]
 
-    def test_a_worker_that_leaves_waits_for_it_and_takes_others_as_long_as_it_waits(self):
+    def test_a_worker_that_leaves_waits_for_it_and_takes_what_it_has_submitted(self):
         pool = Cluster(workers=["w1"])
         outer = pool.submit()
         self.lend(pool, outer)
         pool.feed("w1", ("retire", "enough"))
-        inner = pool.submit()
-        assert pool.job(inner).state == State.RUNNING and pool.told("w1", "bye") == []
-        for job in (inner, outer):
-            pool.finish(job)
-            pool.feed("c1", ("delivered", [job]))
+        inner = self.submit_from("w1", pool)
+        assert pool.state(pool.submit()) == "ready" and pool.told("w1", "bye") == []
+        pool.finish(inner, client="c3")
+        pool.feed("c3", ("delivered", [inner]))
+        pool.finish(outer)
+        pool.feed("c1", ("delivered", [outer]))
         assert len(pool.told("w1", "bye")) == 1
+
+    def test_nothing_that_has_not_begun_stays_at_a_worker_that_leaves_when_it_ends(self):
+        pool = Cluster(workers=["w1"])
+        outer = pool.submit()
+        self.lend(pool, outer)
+        pool.feed("w1", ("retire", "enough"))
+        inner = self.submit_from("w1", pool)
+        pool.finish(outer)
+        assert pool.told("w1", "recall")[-1] == ([pool.token(inner, "c3")],)
+
+    def submit_from(self, worker, pool):
+        """Submit a job as one of that worker's does, which is the client c3."""
+        inner = pool.id_of(worker) + b"jobs"
+        pool.session = lambda client: inner if client == "c3" else Cluster.session(client)
+        pool.join_client("c3")
+        return pool.submit(client="c3")
 
     def test_a_job_that_takes_its_worker_down_is_charged_to_who_submitted_it_there(self):
         pool = Cluster(workers=["w1", "w2"], clients=["c1", "c2"])
         outer, bystander = pool.submit(), pool.submit()
         self.lend(pool, outer)
-        inner = pool.id_of("w1") + b"jobs"
-        pool.session = lambda client: inner if client == "c3" else Cluster.session(client)
-        pool.join_client("c3")
-        killer = pool.submit(client="c3")
+        killer = self.submit_from("w1", pool)
         pool.died("w1", pool.token(killer, "c3"))
         assert (pool.job(outer).deaths, pool.job(bystander).deaths) == (1, 0)
-        assert inner not in pool.scheduler.sessions
+        assert pool.session("c3") not in pool.scheduler.sessions

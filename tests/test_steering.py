@@ -1,4 +1,4 @@
-"""What its users can have a pool do: drain workers, begin all processes anew, run a job later, or once per key."""
+"""What its users can have a pool do: drain workers, begin all processes anew, or run a job later."""
 import os
 import threading
 import time
@@ -6,9 +6,9 @@ from concurrent.futures import CancelledError
 
 import pytest
 from processes import pids, wait_for_workers, wait_until
-from test_worker import note_and_wait
+from test_worker import hold_the_gil, note_and_wait
 
-from minipool import Reschedule, current_job, get_executor
+from minipool import JobTimeout, Reschedule, WorkerDied, current_job, get_executor
 
 
 def pid():
@@ -41,10 +41,32 @@ class TestRestart:
             before = wait_for_workers(ours, 1)
             job = theirs.submit(note_and_wait, tmp_path, "job", tmp_path / "gate")
             wait_until(job.running)
-            ours.options(timeout=1).restart()
+            ours.restart(timeout=1)
             (tmp_path / "gate").touch()
             assert job.result(60) == "job" and job.attempts == 1
             wait_until(lambda: wait_for_workers(ours, 1) != before)
+
+    def test_is_not_held_up_by_a_job_that_holds_the_gil_or_a_worker_that_ends(self, cluster):
+        cluster.node(cpu_workers=2)
+        with cluster.executor() as ex:
+            before = wait_for_workers(ex, 2)
+            stuck, killed = [ex.submit(hold_the_gil, 60) for _ in range(2)]
+            wait_until(lambda: stuck.running() and killed.running())
+            ex.kill(killed)
+            ex.restart()
+            assert stuck.cancelled() and ex.submit(abs, -1).result(30) == 1
+            assert not set(before) & set(wait_for_workers(ex, 2))
+
+    def test_ends_jobs_that_were_killed_during_a_cut(self, cluster):
+        cluster.node()
+        with cluster.executor() as ex:
+            wait_for_workers(ex, 1)
+            job = ex.submit(time.sleep, 60)
+            wait_until(job.running)
+            ex._client.peer.connection.close()
+            ex.kill(job)
+            assert job.cancel() and job.cancelled()
+            assert ex.submit(abs, -1).result(30) == 1
 
     def test_lets_jobs_that_wait_for_others_have_them_run(self, cluster, tmp_path):
         cluster.node()
@@ -72,9 +94,23 @@ class TestDrain:
             assert job.result(60) == "job"
             wait_until(lambda: [node["name"] for node in ex.info()["nodes"]] == ["second"])
 
-    def test_of_a_name_that_nobody_has_is_a_clear_error(self, embedded):
-        with pytest.raises(ValueError, match="nowhere"):
-            embedded(1).drain("nowhere")
+    def test_outlasts_a_death_and_no_exit_code_is_taken_for_it(self, cluster):
+        node, other = cluster.node("first"), cluster.node("second")
+        with cluster.executor() as ex:
+            wait_for_workers(ex, 2)
+            limited = ex.options(on="first", job_timeout=1).submit(time.sleep, 60)
+            wait_until(limited.running)
+            ex.drain("first")
+            assert isinstance(limited.exception(30), JobTimeout) and node.code() == 0
+            with pytest.raises(WorkerDied):
+                ex.options(max_deaths=0).submit(os._exit, 75).result(30)
+            assert ex.submit(abs, -1).result(30) == 1 and other.process.poll() is None
+
+    def test_of_a_name_that_nobody_has_or_of_an_embedded_pool_is_a_clear_error(self, embedded, cluster):
+        with pytest.raises(ValueError, match="that could be drained is called 'nowhere'"), cluster.executor() as ex:
+            ex.drain("nowhere")
+        with pytest.raises(ValueError, match="that could be drained is called 'local'"):
+            embedded(1).drain("local")
 
 
 def wait_for(file):
@@ -89,24 +125,6 @@ class TestReschedule:
         job = ex.submit(wait_for, tmp_path / "file")
         ex.submit((tmp_path / "file").touch).result(30)
         assert job.result(30) > 1
-
-
-class TestKey:
-    def test_makes_two_jobs_one_while_a_future_is_alive_row_2_6_row_2_7(self, embedded):
-        ex = embedded(1)
-        job = ex.options(key="k").submit(os.urandom, 8)
-        assert job.key == "k" and ex.options(key="k").submit(os.urandom, 8) is job
-        assert ex.options(key="other").submit(os.urandom, 8).result(30) != job.result(30)
-        old = job.result()
-        del job
-        assert ex.options(key="k").submit(os.urandom, 8).result(30) != old
-
-    def test_is_none_unless_it_is_given_row_2_7(self, embedded):
-        assert embedded(1).submit(abs, -1).key is None
-
-    def test_is_text(self, embedded):
-        with pytest.raises(TypeError, match="key="):
-            embedded(1).options(key=1)
 
 
 class TestAPoolWithoutWorkers:

@@ -339,7 +339,7 @@ class TestCache:
         assert len(session.gone) == 20 and not session._known and not session._entries
 
     def test_functions_that_hold_themselves_are_forgotten_in_the_end(self, worker, monkeypatch):
-        monkeypatch.setattr(minipool, "KEPT", 100)
+        monkeypatch.setattr(minipool, "KEPT_BYTES", 100_000)
         session = Session(worker)
         for n in range(300):
             def f(i):
