@@ -180,6 +180,7 @@ class TestTheSuite:
         assert len(re.findall(r"^  ProcessPoolExecutor .* [\d.,]+ ×$", text, re.MULTILINE)) == 2
         assert "no gate is judged" in text
 
+    @pytest.mark.long
     def test_every_figure_of_minipool_comes_out_of_short_runs_that_add_up(self, tmp_path):
         pytest.importorskip("numpy")
         common = "--json", "figures", "--markdown", "page.md", "--peers", ",".join((*OURS, "bare"))
