@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from fault_proxy import FaultProxy
 from processes import end as end_process
-from processes import pids, wait_until
+from processes import is_alive, pids, wait_until
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from kept_values import Keeper, size_of
@@ -508,7 +508,9 @@ class TestLosses:
             small = keeper.scatter(bytes_of(1000), on="here")
             large = keeper.options(prefer="there").submit(bytes_of, 1_000_000)
             large.exception(SOON)
+            worker = pids(pool)["there-0"]
             node.process.kill()
+            wait_until(lambda: not is_alive(worker))    # till then it might make the value again, in vain
             yield pool, keeper, small, large
 
     def test_of_a_node_that_never_comes_back_costs_its_values_only(self, cluster):
