@@ -390,7 +390,7 @@ def brief(message: Message) -> str:
 
 PROTOCOL = 1
 MAGIC = b"minipool"
-ROLES = ("server", "client", "node", "worker")      # the role byte is the place in this tuple
+ROLES = {"server": 0, "client": 1, "node": 2, "worker": 3}      # and their bytes in a hello
 REFUSED = hashlib.sha256(b"minipool/1 refused").digest()
 
 _HELLO = struct.Struct("!8sBBB21s32s")      # magic, version, role, Python's minor version, identity, nonce
@@ -461,7 +461,7 @@ class SessionKeys(NamedTuple):
 
 def first_hello(role: str, identity: bytes = b"") -> bytes:
     """Return step 1, with the identity of a worker (20 bytes); or step 2, with 5 zeros and the server's instance."""
-    return _HELLO.pack(MAGIC, PROTOCOL, ROLES.index(role), sys.version_info[1], identity.ljust(21, b"\0"),
+    return _HELLO.pack(MAGIC, PROTOCOL, ROLES[role], sys.version_info[1], identity.ljust(21, b"\0"),
                        secrets.token_bytes(32))
 
 
@@ -2283,10 +2283,10 @@ class Doorkeeper:
         """The server's half of the handshake, from step 1 on; yields how many bytes it needs before it goes on."""
         first, guest.data = guest.data, b""
         magic, version, place, python, named, _nonce = _HELLO.unpack(first)
-        reserved = named[20:] if place == ROLES.index("worker") else named
+        reserved = named[20:] if place == ROLES["worker"] else named
         if magic != MAGIC or not 1 <= place < len(ROLES) or any(reserved):
             raise Malformed("that is not a hello")
-        role, identity = ROLES[place], named[:20]
+        role, identity = [*ROLES][place], named[:20]
         second = first_hello("server", bytes(5) + self._instance)
         guest.sock.sendall(second)
         if (version, python) != (PROTOCOL, sys.version_info[1]):    # the dialer reads ours in it, and names both
@@ -3308,7 +3308,7 @@ class Client:
                 self._post_job(future)
 
     def _on_began(self, number: int, worker: str, attempts: int) -> None:
-        if (future := self._sent.get(number)) and not future.done():
+        if (future := self._sent.get(number)) and future._state in (_PENDING, _RUNNING):
             future.worker, future.attempts, future._state = worker, attempts, _RUNNING
 
     def _on_done(self, number: int, status: str, value: Any, worker: str, attempts: int) -> None:
@@ -3328,7 +3328,7 @@ class Client:
     def _finish(self, future: Future, status: str, value: Any) -> None:
         """End a future, unless it has, with an outcome to be decoded; waiters wake, callbacks go to their thread."""
         if future._call:
-            if not future.done():       # else it was cancelled, or Ctrl-C came between these two
+            if future._state in (_PENDING, _RUNNING):   # else it was cancelled, or Ctrl-C came between these two
                 future._settle(status, value)
             if self.retire(future):
                 self._delivered.append(future._number)

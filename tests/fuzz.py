@@ -144,7 +144,7 @@ class Outsider:
             identity = self.rng.randbytes(20) if role == 3 else b""
             first = minipool._HELLO.pack(MAGIC, PROTOCOL, role, minor, identity, self.rng.randbytes(32))
             second = minipool._HELLO.pack(MAGIC, PROTOCOL, 0, minor, bytes(5) + INSTANCE, self.rng.randbytes(32))
-            keys = SessionKeys.derive(door.secret.role_key(minipool.ROLES[role], INSTANCE, identity), first, second)
+            keys = SessionKeys.derive(door.secret.role_key([*minipool.ROLES][role], INSTANCE, identity), first, second)
             self.hellos += [first, first, second]
             self.proofs += [keys.dialer_proof, keys.server_proof, minipool.REFUSED]
         self.keys = keys
