@@ -79,14 +79,14 @@ def _holders(executor: Executor) -> dict[str, list[str]]:
 def _spread(executor: Executor, name: str, value: Any, there: list[str]) -> None:
     """Have as many workers keep a value as should, those of other nodes first."""
     node_of, there = _nodes(executor), list(there)
-    while len(there) < COPIES and (others := sorted(set(node_of) - set(there))):
+    others = sorted(set(node_of) - set(there))
+    while len(there) < COPIES and others:
         taken = {node_of.get(worker) for worker in there}
         worker = min(others, key=lambda worker: node_of[worker] in taken)
-        node = node_of.pop(worker)
+        others.remove(worker)
         with contextlib.suppress(LookupError):
             _ask(executor, worker, _keep, name, value)
             there.append(worker)
-            node_of[worker] = node
     if not there:
         raise WorkerDied(f"every worker ended that was to keep {name!r}: publish it again")
 

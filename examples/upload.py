@@ -27,8 +27,8 @@ from minipool import Executor
 TAKEN = sys.stdlib_module_names | {"minipool", "minipool_worker", "cloudpickle", "pynvml"}
 
 
-def _packed(path: Path) -> bytes:
-    """Return a zip file of a module, a package or, as it is, a zip file."""
+def _packed(path: Path) -> tuple[bytes, set[str]]:
+    """Return a zip file of a module, a package or, as it is, a zip file; and the names that can be imported of it."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     packed = io.BytesIO()
@@ -43,20 +43,17 @@ def _packed(path: Path) -> bytes:
                     file.write(part, part.relative_to(path.parent))
     else:
         raise ValueError(f"{path} is no .py file, no .zip file, and no package: it has no __init__.py")
-    names = zipfile.ZipFile(packed).namelist()
+    with zipfile.ZipFile(packed) as file:
+        names = file.namelist()
     if compiled := [name for name in names if name.endswith((".so", ".pyd"))]:
         raise ValueError(f"{path} holds {compiled[0]}: compiled extensions cannot be uploaded")
-    if taken := TAKEN & _tops(names):
+    tops = {name.split("/")[0].removesuffix(".py") for name in names}
+    if taken := TAKEN & tops:
         raise ValueError(f"{path} holds {', '.join(sorted(taken))}: workers have that already, and stand on it")
-    return packed.getvalue()
+    return packed.getvalue(), tops
 
 
-def _tops(names: list[str]) -> set[str]:
-    """Return what can be imported of the files of a zip file."""
-    return {name.split("/")[0].removesuffix(".py") for name in names}
-
-
-def _install(name: str, packed: bytes) -> None:
+def _install(name: str, packed: bytes, tops: set[str]) -> None:
     """Put it at the front of sys.path, or in the place of what was uploaded under that name before."""
     import importlib
     import os
@@ -69,8 +66,6 @@ def _install(name: str, packed: bytes) -> None:
     os.ftruncate(known[name], 0)
     os.pwrite(known[name], packed, 0)
     importlib.invalidate_caches()
-    with zipfile.ZipFile(io.BytesIO(packed)) as content:
-        tops = _tops(content.namelist())
     for module in [module for module in sys.modules if module.split(".")[0] in tops]:
         del sys.modules[module]
 
@@ -81,7 +76,7 @@ def upload(executor: Executor, path: str | Path) -> None:
     Raises ValueError for anything else, and for names that workers stand on; OSError if it cannot be read.
     """
     path = Path(path)
-    executor.on_start(_install, path.name, _packed(path))
+    executor.on_start(_install, path.name, *_packed(path))
 
 
 # ---- a small program ----

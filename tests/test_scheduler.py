@@ -1275,11 +1275,7 @@ class TestLentSlots:
         assert pool.told("n1", "kill")[0][0] == [pool.token(outer)]
 
     def test_a_worker_that_leaves_waits_for_it_and_takes_what_it_has_submitted(self):
-        pool = Cluster(workers=["w1"])
-        outer = pool.submit()
-        self.lend(pool, outer)
-        pool.feed("w1", ("retire", "enough"))
-        inner = self.submit_from("w1", pool)
+        pool, outer, inner = self.leaving()
         assert pool.state(pool.submit()) == "ready" and pool.told("w1", "bye") == []
         pool.finish(inner, client="c3")
         pool.feed("c3", ("delivered", [inner]))
@@ -1288,13 +1284,17 @@ class TestLentSlots:
         assert len(pool.told("w1", "bye")) == 1
 
     def test_nothing_that_has_not_begun_stays_at_a_worker_that_leaves_when_it_ends(self):
+        pool, outer, inner = self.leaving()
+        pool.finish(outer)
+        assert pool.told("w1", "recall")[-1] == ([pool.token(inner, "c3")],)
+
+    def leaving(self):
+        """Return a pool whose worker is to leave, a job that waits there, and one that this has submitted since."""
         pool = Cluster(workers=["w1"])
         outer = pool.submit()
         self.lend(pool, outer)
         pool.feed("w1", ("retire", "enough"))
-        inner = self.submit_from("w1", pool)
-        pool.finish(outer)
-        assert pool.told("w1", "recall")[-1] == ([pool.token(inner, "c3")],)
+        return pool, outer, self.submit_from("w1", pool)
 
     def submit_from(self, worker, pool):
         """Submit a job as one of that worker's does, which is the client c3."""
