@@ -3003,8 +3003,8 @@ class Future(concurrent.futures.Future[Any]):
         With `options(cancel_running=True)` a job that runs is cancelled too, and its worker's process ended.
         """
         with self._client.lock:
-            forced = self._doom or (self._call and self._call[0][2].get("cancel_running"))
-            if self._call and not self.cancelled() and (forced or self._state != _RUNNING):
+            if (call := self._call) and not self.cancelled() and (
+                    self._state != _RUNNING or self._doom or call[0][2].get("cancel_running")):
                 self._state = _PENDING                      # what runs, super() would not cancel
                 super().cancel()
                 self.set_running_or_notify_cancel()         # wait() and as_completed() hear of it
