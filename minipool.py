@@ -2017,13 +2017,13 @@ class Scheduler:
 
     def _retire(self, who: Worker | Node, now: float, reason: str) -> None:
         """A planned exit of a worker, or of all of a node's: nothing new, what has not begun comes back."""
-        # a node says it at every beat, for those of its workers that have joined meanwhile
-        for worker in [who] if isinstance(who, Worker) else [w for w in who.workers.values() if w not in self._leaving]:
+        workers = [who] if isinstance(who, Worker) else [w for w in who.workers.values() if w not in self._leaving]
+        for worker in workers:      # a node says it at every beat, for those that have joined meanwhile
             self._leaving[worker] = None
             if worker.inbox and not worker.recalled:
                 self._recall(worker, now)
             self._refresh(worker)
-        self._tell_workers(self.sessions.values())
+        self._tell_workers(self.sessions.values() if workers else ())       # mostly that is no news
 
     def _kill(self, session: Session, now: float, numbers: list[int], reason: str, status: str = KILLED) -> None:
         """End jobs by force: the node of a running one reads the cell, and kills only what is still at it."""
